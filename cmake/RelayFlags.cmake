@@ -1,0 +1,18 @@
+# Flags for Relay's own code. Included after llama.cpp, which thus never sees them.
+# No -march here: kernels are compiled per ISA and chosen at run time.
+
+add_compile_options(-Wall -Wextra)
+if(RELAY_WERROR)
+  add_compile_options(-Werror)
+endif()
+
+if(RELAY_SANITIZE)
+  if(RELAY_BUILD_LLAMA)
+    message(FATAL_ERROR
+      "RELAY_SANITIZE needs -DRELAY_BUILD_LLAMA=OFF: sanitizers check the core alone "
+      "(use the presets asan and tsan).")
+  endif()
+  add_compile_options(-fsanitize=${RELAY_SANITIZE} -fno-omit-frame-pointer
+                      -fno-sanitize-recover=all)
+  add_link_options(-fsanitize=${RELAY_SANITIZE})
+endif()

@@ -1,0 +1,33 @@
+# relay_add_test(<name> SOURCES <file>... [LIBS <target>...] [LABELS <label>...])
+#
+# Builds one GoogleTest program <build>/tests/<name> and registers it with ctest under the
+# label "unit" unless told otherwise. One ctest entry per program: discovering the cases would run
+# every program at build time.
+
+find_package(GTest QUIET)
+if(NOT TARGET GTest::gtest_main)
+  message(FATAL_ERROR
+    "GoogleTest was not found. Run scripts/setup.sh (it installs libgtest-dev), "
+    "or configure with -DRELAY_BUILD_TESTS=OFF.")
+endif()
+
+function(relay_add_test name)
+  cmake_parse_arguments(ARG "" "TIMEOUT" "SOURCES;LIBS;LABELS" ${ARGN})
+  if(NOT ARG_SOURCES OR ARG_UNPARSED_ARGUMENTS)
+    message(FATAL_ERROR "relay_add_test(${name} SOURCES <file>... [LIBS <target>...])")
+  endif()
+  if(NOT ARG_LABELS)
+    set(ARG_LABELS unit)
+  endif()
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 900)
+  endif()
+  add_executable(${name} ${ARG_SOURCES})
+  target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/src"
+                                             "${PROJECT_SOURCE_DIR}/include")
+  target_link_libraries(${name} PRIVATE ${ARG_LIBS} GTest::gtest_main GTest::gtest
+                                        Threads::Threads)
+  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests")
+  add_test(NAME ${name} COMMAND ${name})
+  set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
+endfunction()

@@ -1,0 +1,113 @@
+// Attention over a forest of KV segments: plan once per batch, run once per layer.
+//
+//   Forest forest;  build_from_block_tables(batch, Sharing::kOn, forest);
+//   Plan plan = make_plan(forest, {.shape = shape, .kv_type = DType::kF16, .threads = 8});
+//   Workspace workspace(plan);
+//   // on each of 8 threads, for every layer:
+//   attend(plan, inputs, workspace, thread);
+//
+// For row r and query head h, over the slots s that r attends (kv head h / group):
+//   logit_s = softcap(scale * q . k_s) + bias,   softcap(x) = cap * tanh(x / cap) if cap > 0
+//   bias    = slope_h * mask(r, s)              where a bias matrix is given (slope 1 if no slopes)
+//           = slope_h * (column_s - position_r) with slopes alone (ALiBi)
+//   out     = sum_s exp(logit_s) v_s / (sum_s exp(logit_s) + exp(sink_h))
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "relay/forest.h"
+#include "relay/types.h"
+
+namespace relay {
+
+/// Everything a plan depends on besides the forest.
+struct PlanOptions {
+  HeadShape shape;
+  DType k_type = DType::kF16;
+  DType v_type = DType::kF16;
+  int32_t threads = 1;  ///< number of threads that will call attend()
+};
+
+struct AttentionInputs {
+  ConstRows q;      ///< [rows][q_heads][qk_dim], f32, f16 or bf16
+  KvCache kv;
+  MutableRows out;  ///< [rows][q_heads][v_dim], f32, f16 or bf16; must not overlap the inputs
+  float scale = 1.0f;
+  float softcap = 0.0f;           ///< 0: none
+  int64_t window = 0;             ///< for Visibility::kPositions, 0: none
+  const float* slopes = nullptr;  ///< [q_heads] or null
+  const float* sinks = nullptr;   ///< [q_heads] logits without a value, or null
+  ConstRows bias;  ///< for Visibility::kBias: f16 or f32, element c is column c; head_stride may be 0
+  float* lse = nullptr;  ///< optional [rows][q_heads], natural log-sum-exp of the logits (with sink)
+};
+
+/// How a forest's work is cut into items and where their partial results go. Immutable once made;
+/// one plan serves every layer of a batch, and concurrent workspaces.
+class Plan;
+
+struct PlanDeleter {
+  void operator()(Plan* plan) const;
+};
+using PlanPtr = std::unique_ptr<Plan, PlanDeleter>;
+
+/// Plans `forest`. Throws Error if the shape is unsupported or the forest invalid.
+PlanPtr make_plan(const Forest& forest, const PlanOptions& options);
+/// Plans again in the memory of an older plan: no allocation once it has grown to its working size.
+void remake_plan(Plan& plan, const Forest& forest, const PlanOptions& options);
+
+/// What a plan will do, for reports and tests.
+struct PlanSummary {
+  int64_t items = 0;
+  int64_t partials = 0;          ///< (row, query head) partial states that need merging
+  int64_t workspace_bytes = 0;
+  int64_t kv_slots_read = 0;     ///< slot reads, each of all KV heads
+  int64_t kv_slots_attended = 0; ///< what they would be without sharing
+  double flops = 0;              ///< multiply-adds counted twice, padding left out
+};
+PlanSummary summarize(const Plan& plan);
+
+/// Scratch memory of one running operator: partial states, packed tiles, counters. It fits the plan
+/// that it was last fitted to; reuse it for every layer.
+class Workspace {
+ public:
+  Workspace();
+  explicit Workspace(const Plan& plan);
+  ~Workspace();
+  Workspace(Workspace&&) noexcept;
+  Workspace& operator=(Workspace&&) noexcept;
+
+  /// Grows to `plan` if needed. Not while an attend() is running on it.
+  void fit(const Plan& plan);
+
+  struct State;
+  State& state() { return *state_; }
+
+ private:
+  std::unique_ptr<State> state_;
+};
+
+/// Does one thread's share of the operator; every thread 0..threads-1 of the plan must call it once
+/// (in any order, at any time, or all from one thread in turn). The output is complete when all
+/// have returned; then the workspace may be used for the next layer.
+void attend(const Plan& plan, const AttentionInputs& inputs, Workspace& workspace, int32_t thread);
+
+/// Validates, plans and runs on `threads` threads of its own: for tests and one-off use.
+void attend_forest(const Forest& forest, const PlanOptions& options, const AttentionInputs& inputs);
+
+/// Throws Error if `inputs` cannot be served with this plan (types, null pointers, strides).
+void validate(const Plan& plan, const AttentionInputs& inputs);
+
+// --- Instruction sets -----------------------------------------------------------------------------
+
+/// Names of the kernel sets this CPU can run, best first: avx512bf16, avx512, avx2, neon, plain.
+std::vector<std::string> available_isas();
+/// The set in use: the best, or RELAY_ISA. Throws Error if RELAY_ISA names one that cannot run here.
+std::string current_isa();
+/// Switches the set (tests). Throws Error if it cannot run here.
+void select_isa(const std::string& name);
+
+}  // namespace relay

@@ -1,0 +1,80 @@
+// The nouns that every part of Relay shares: element types and how tensors lie in memory.
+//
+// Vocabulary. A *row* is one query token of one request. A *slot* is one position of the KV cache
+// and holds one K and one V vector for each KV head. Query heads that read the same KV head form
+// its *head group* (GQA); group = q_heads / kv_heads.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace relay {
+
+/// Thrown for input that no attention can be computed from; the message says what to change.
+class Error : public std::runtime_error {
+ public:
+  explicit Error(const std::string& what) : std::runtime_error(what) {}
+};
+
+enum class DType : uint8_t {
+  kF32,
+  kF16,   ///< IEEE binary16
+  kBF16,  ///< upper half of binary32
+  kQ8_0,  ///< blocks of 32: one f16 scale, then 32 int8 (34 bytes); head size a multiple of 32
+  kCustom,  ///< any other; read through KvPlane::unpack
+};
+
+const char* to_string(DType type);
+
+/// Bytes of `count` consecutive elements; throws Error for kCustom and for a partial q8_0 block.
+int64_t row_bytes(DType type, int64_t count);
+
+/// Sizes of one attention operator. q_heads is a multiple of kv_heads.
+struct HeadShape {
+  int32_t q_heads = 1;
+  int32_t kv_heads = 1;
+  int32_t qk_dim = 64;  ///< elements of a Q or K vector, 1 to 1024
+  int32_t v_dim = 64;   ///< elements of a V or output vector, 1 to 1024
+
+  int32_t group() const { return q_heads / kv_heads; }
+  bool operator==(const HeadShape&) const = default;
+};
+
+/// Expands one K or V vector of `count` elements to f32 (DType::kCustom).
+using UnpackRow = void (*)(const void* row, float* out, int64_t count);
+
+/// Where the K (or V) vectors lie. Strides are in bytes; the elements of one vector are contiguous.
+/// Vector of slot s, KV head h: data + (s / block_size) * block_stride
+///                                   + (s % block_size) * slot_stride + h * head_stride.
+struct KvPlane {
+  DType type = DType::kF16;
+  const void* data = nullptr;
+  int64_t block_stride = 0;
+  int64_t slot_stride = 0;
+  int64_t head_stride = 0;
+  UnpackRow unpack = nullptr;  ///< only for kCustom
+};
+
+struct KvCache {
+  KvPlane k;
+  KvPlane v;
+  int64_t block_size = INT64_MAX;  ///< slots per block; the default is one block for all
+};
+
+/// Q, the output, or a bias: one vector per (row, head). Strides in bytes, elements contiguous.
+/// Vector of row r, head h: data + (r / rows_per_block) * block_stride
+///                               + (r % rows_per_block) * row_stride + h * head_stride.
+template <typename Pointer>
+struct RowsView {
+  DType type = DType::kF32;  ///< kF32, kF16 or kBF16
+  Pointer data = nullptr;
+  int64_t row_stride = 0;
+  int64_t head_stride = 0;
+  int64_t rows_per_block = INT64_MAX;
+  int64_t block_stride = 0;
+};
+using ConstRows = RowsView<const void*>;
+using MutableRows = RowsView<void*>;
+
+}  // namespace relay

@@ -1,0 +1,18 @@
+// The subcommands of `relay`: one file each, <name>.cpp, compiled in where the file and the libraries
+// that it needs are there (see CMakeLists.txt).
+//
+// add_<name> registers the subcommand's options and its callback on `app`. A callback that fails
+// throws: any std::exception prints "relay: error: <what>" and exits with 1, CLI::RuntimeError(code)
+// exits with that code and prints nothing.
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+namespace relay::cli {
+
+void add_serve(CLI::App& app);     ///< relay serve: the OpenAI-compatible server
+void add_synth(CLI::App& app);     ///< relay synth: GGUF models with random weights
+void add_bench_op(CLI::App& app);  ///< relay bench op: `app` is the subcommand "bench"
+void add_isa(CLI::App& app);       ///< relay isa: the kernel sets of this CPU
+
+}  // namespace relay::cli

@@ -20,6 +20,13 @@ function(relay_add_llama_cpp)
   else()
     relay_fetch_llama_cpp(dir)
     set(CMAKE_MESSAGE_LOG_LEVEL ERROR)  # the pinned one is known; its notes would drown ours
+    # Its scripts ask git for a commit; here they would be told Relay's, and ggml would be built anew
+    # at each of our commits. A git that always fails gives them none.
+    find_program(RELAY_FALSE false REQUIRED)
+    set(GIT_EXECUTABLE "${RELAY_FALSE}")
+    set(GIT_EXE "${RELAY_FALSE}")
+    get_filename_component(LLAMA_BUILD_COMMIT "${dir}" NAME)
+    set(LLAMA_BUILD_NUMBER 0)
   endif()
   set(RELAY_LLAMA_CPP_SOURCE "${dir}" PARENT_SCOPE)
 
@@ -48,12 +55,7 @@ function(relay_add_llama_cpp)
     string(APPEND CMAKE_C_FLAGS " -mcpu=${RELAY_LLAMA_MARCH}")
     string(APPEND CMAKE_CXX_FLAGS " -mcpu=${RELAY_LLAMA_MARCH}")
   endif()
-  # Its scripts ask git for a commit and would be told ours, and rebuild ggml at each of our commits.
-  set(ceiling "$ENV{GIT_CEILING_DIRECTORIES}")
-  get_filename_component(parent "${dir}" DIRECTORY)
-  set(ENV{GIT_CEILING_DIRECTORIES} "${parent}")
   add_subdirectory("${dir}" "${CMAKE_BINARY_DIR}/llama.cpp" EXCLUDE_FROM_ALL)
-  set(ENV{GIT_CEILING_DIRECTORIES} "${ceiling}")
 
   set(programs llama-server llama-batched-bench llama-bench llama-quantize)
   foreach(target llama llama-common ggml ggml-base ggml-cpu ${programs})

@@ -1,9 +1,9 @@
-// The subcommands of `relay`: one file each, <name>.cpp, compiled in where the file and the libraries
-// that it needs are there (see CMakeLists.txt).
+// The subcommands of `relay`: one file each, <name>.cpp, compiled in where the file and the
+// libraries that it needs are there (see CMakeLists.txt).
 //
 // add_<name> registers the subcommand's options and its callback on `app`. A callback that fails
-// throws: any std::exception prints "relay: error: <what>" and exits with 1, CLI::RuntimeError(code)
-// exits with that code and prints nothing.
+// throws: any std::exception prints "relay: error: <what>" and exits with 1,
+// CLI::RuntimeError(code) exits with that code and prints nothing.
 #pragma once
 
 #include <CLI/CLI.hpp>

@@ -1,0 +1,40 @@
+# A thin front over CMake and scripts/. Everything here can be run by hand.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test bench format lint clean
+
+help:
+	@echo 'make demo    set up, build, and compare relay serve with llama-server on a long prompt'
+	@echo 'make test    set up, and run everything that CI checks (scripts/test.sh --list)'
+	@echo 'make bench   set up, build, and run the benches'
+	@echo 'make build   set up, and build into build/release'
+	@echo 'make format  rewrite sources in the pinned format'
+	@echo 'make lint    check format and lint only'
+	@echo 'make clean   delete the build folders (not .deps and .venv)'
+
+setup:
+	@scripts/setup.sh
+
+build: setup
+	cmake --preset release
+	cmake --build --preset release
+
+demo: build
+	@.venv/bin/python scripts/demo.py
+
+test: setup
+	@scripts/test.sh
+
+bench: build
+	@scripts/bench.sh
+
+format: setup
+	@scripts/format.sh
+
+lint: setup
+	@scripts/test.sh format lint
+
+clean:
+	rm -rf build

@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Installs everything Relay's build, tests and demo need. Run again at any time: what is there stays.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+  cat <<'TEXT'
+usage: scripts/setup.sh [--build-only] [--help]
+
+Installs with apt (as root, or through sudo) the compiler, build tools and libraries, and with pip,
+into .venv, the Python packages of scripts/requirements-dev.txt. For Debian 12 and newer and Ubuntu
+22.04 and newer. A second run finds everything in place and takes under a second.
+
+  --build-only   no Python packages, no cross compiler: just what a build needs
+TEXT
+}
+
+build_only=0
+for arg in "$@"; do
+  case "$arg" in
+    --build-only) build_only=1 ;;
+    -h | --help) usage; exit 0 ;;
+    *) echo "setup: unknown option $arg" >&2; usage >&2; exit 2 ;;
+  esac
+done
+
+say() { echo "setup: $*"; }
+fail() { echo "setup: $*" >&2; exit 1; }
+
+# One line a need; a|b|c means: the first of these that this system offers.
+needs=(
+  make g++ cmake ninja-build ccache pkg-config git python3 python3-venv ca-certificates
+  libgtest-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev libspdlog-dev libssl-dev
+  'prometheus-cpp-dev|libprometheus-cpp-dev'
+  # Boost.Beast with C++20 coroutines; Debian 12's default, 1.74, is too old for it.
+  'libboost1.88-dev|libboost1.83-dev|libboost1.81-dev|libboost-dev'
+)
+if [ "$build_only" = 0 ]; then
+  # The Arm kernels are checked on any machine: cross-compiled, with GoogleTest from its sources,
+  # and run under qemu.
+  needs+=(g++-aarch64-linux-gnu qemu-user googletest)
+fi
+
+installed() {
+  [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
+}
+
+available() {
+  apt-cache policy "$1" 2>/dev/null | grep -q 'Candidate: [^(]'
+}
+
+# Prints the needs that no installed package meets. The last of several alternatives is a fallback:
+# it counts only where none of the better ones can be had.
+missing_needs() {
+  local need alternative
+  for need in "${needs[@]}"; do
+    IFS='|' read -ra alternatives <<<"$need"
+    local fallback="${alternatives[-1]}" met=0
+    for alternative in "${alternatives[@]}"; do
+      if installed "$alternative"; then met=1; break; fi
+    done
+    if [ "$met" = 1 ] && [ "${#alternatives[@]}" -gt 1 ] && [ "$alternative" = "$fallback" ]; then
+      for alternative in "${alternatives[@]}"; do
+        if [ "$alternative" != "$fallback" ] && available "$alternative"; then met=0; fi
+      done
+    fi
+    [ "$met" = 1 ] || echo "$need"
+  done
+}
+
+install_with_apt() {
+  local as_root=() packages=() need alternative
+  if [ "$(id -u)" != 0 ]; then
+    command -v sudo >/dev/null || fail "these packages are missing, and this is neither root nor is
+  there sudo. As root run: apt-get install $*"
+    as_root=(sudo)
+  fi
+  as_root+=(env DEBIAN_FRONTEND=noninteractive)
+
+  say "missing: $*"
+  say "apt-get update"
+  # One unreachable source of many is no reason to stop: whether the packages can be had decides.
+  "${as_root[@]}" apt-get update -qq </dev/null ||
+    say "apt-get update reported errors; going on with the package lists there are"
+  for need in "$@"; do
+    IFS='|' read -ra alternatives <<<"$need"
+    local chosen=""
+    for alternative in "${alternatives[@]}"; do
+      if available "$alternative"; then chosen="$alternative"; break; fi
+    done
+    [ -n "$chosen" ] || fail "no apt source of this system offers ${need//|/ or }. On Ubuntu enable
+  'universe' (add-apt-repository universe), then run scripts/setup.sh again."
+    packages+=("$chosen")
+  done
+  say "apt-get install ${packages[*]}"
+  "${as_root[@]}" apt-get install -y -q --no-install-recommends "${packages[@]}" </dev/null ||
+    fail "apt-get install failed; its message is above. Run scripts/setup.sh again after that is fixed."
+}
+
+install_python_packages() {
+  local want
+  want="$(cat scripts/requirements-dev.txt - <<<"$(python3 --version)" | sha256sum | cut -d' ' -f1)"
+  if [ "$(cat .venv/relay-stamp 2>/dev/null)" = "$want" ]; then return; fi
+  say "installing Python packages into .venv"
+  rm -rf .venv
+  python3 -m venv .venv
+  .venv/bin/python -m pip install --disable-pip-version-check --quiet \
+    -r scripts/requirements-dev.txt ||
+    fail "pip could not install scripts/requirements-dev.txt; its message is above."
+  echo "$want" >.venv/relay-stamp
+}
+
+command -v apt-get >/dev/null ||
+  fail "this system has no apt-get. Install the equivalents of these packages by hand, and
+  scripts/requirements-dev.txt into .venv: ${needs[*]//|/ or }"
+
+mapfile -t missing < <(missing_needs)
+if [ "${#missing[@]}" -gt 0 ]; then
+  install_with_apt "${missing[@]}"
+fi
+if [ "$build_only" = 0 ]; then
+  install_python_packages
+fi
+say "everything is in place"

@@ -4,7 +4,24 @@
 # label "unit" unless told otherwise. One ctest entry per program: discovering the cases would run
 # every program at build time.
 
-find_package(GTest QUIET)
+if(CMAKE_CROSSCOMPILING)
+  # Debian has GoogleTest built for this machine only; its sources serve the other.
+  set(RELAY_GTEST_SOURCE "/usr/src/googletest" CACHE PATH "GoogleTest's sources, for cross builds")
+  if(NOT EXISTS "${RELAY_GTEST_SOURCE}/CMakeLists.txt")
+    message(FATAL_ERROR
+      "No GoogleTest sources in ${RELAY_GTEST_SOURCE}. Run scripts/setup.sh (it installs the "
+      "package googletest), or set -DRELAY_GTEST_SOURCE.")
+  endif()
+  set(BUILD_GMOCK OFF)
+  set(INSTALL_GTEST OFF)
+  add_subdirectory("${RELAY_GTEST_SOURCE}" "${CMAKE_BINARY_DIR}/googletest" EXCLUDE_FROM_ALL)
+  if(NOT TARGET GTest::gtest_main)
+    add_library(GTest::gtest ALIAS gtest)
+    add_library(GTest::gtest_main ALIAS gtest_main)
+  endif()
+else()
+  find_package(GTest QUIET)
+endif()
 if(NOT TARGET GTest::gtest_main)
   message(FATAL_ERROR
     "GoogleTest was not found. Run scripts/setup.sh (it installs libgtest-dev), "

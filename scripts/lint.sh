@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# clang-tidy over our own translation units, as build/release compiles them.
+# usage: scripts/lint.sh [file.cpp...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+database=build/release/compile_commands.json
+[ -f "$database" ] || { echo "lint: no $database; run cmake --preset release" >&2; exit 1; }
+[ -x .venv/bin/clang-tidy ] || { echo "lint: no .venv; run scripts/setup.sh" >&2; exit 1; }
+
+if [ $# -gt 0 ]; then
+  files=("$@")
+else
+  # Ours and compiled: tests are left to the compiler's warnings and the sanitizers.
+  mapfile -t files < <(python3 - "$database" <<'PY'
+import json, os, sys
+
+root = os.getcwd()
+ours = {os.path.relpath(entry["file"], root) for entry in json.load(open(sys.argv[1]))}
+rooms = ("src/", "plugins/", "bench/")
+print("\n".join(sorted(f for f in ours if f.startswith(rooms) and not f.endswith("_test.cpp"))))
+PY
+  )
+fi
+[ -n "${files[0]:-}" ] || { echo "lint: $database names none of our sources" >&2; exit 1; }
+echo "lint: ${#files[@]} files"
+
+one() {
+  local output
+  if output="$(.venv/bin/clang-tidy -p build/release --quiet --extra-arg=-Wno-unknown-warning-option "$1" 2>&1)"
+  then
+    echo "lint: ok $1"
+  else
+    printf 'lint: FAULTS in %s\n%s\n' "$1" "$output"
+    return 1
+  fi
+}
+export -f one
+printf '%s\0' "${files[@]}" | xargs -0 -n 1 -P "$(nproc)" bash -c 'one "$1"' _ ||
+  { echo "lint: faults found, see above" >&2; exit 1; }

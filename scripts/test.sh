@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# Everything CI checks, stage by stage; `make test` sets up and then calls this.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+stages=(format build lint unit asan tsan aarch64 ggml-ops install e2e)
+declare -A about=(
+  [format]="sources are in the pinned format, Python is lint-free"
+  [build]="release build, warnings in our code are errors"
+  [lint]="clang-tidy over our sources"
+  [unit]="unit tests, once for every ISA of this CPU"
+  [asan]="the core's unit tests under ASan and UBSan"
+  [tsan]="the core's unit tests under TSan"
+  [aarch64]="the core's unit tests for 64-bit Arm, under qemu"
+  [ggml-ops]="ggml's own suite for FLASH_ATTN_EXT, through libggml-relay.so"
+  [install]="an installed prefix: relay runs, CMake and pkg-config consumers build"
+  [e2e]="the server end to end, with the openai client"
+)
+
+usage() {
+  echo "usage: scripts/test.sh [--list] [stage...]      (default: all stages, in this order)"
+  for stage in "${stages[@]}"; do printf '  %-9s %s\n' "$stage" "${about[$stage]}"; done
+  echo "Logs are kept in build/test-logs/<stage>.log."
+}
+
+stage_format() { scripts/format.sh --check; }
+
+stage_build() {
+  cmake --preset release -DRELAY_WERROR=ON && cmake --build --preset release
+}
+
+stage_lint() { scripts/lint.sh; }
+
+stage_unit() {
+  local isas status=0
+  isas="$(build/release/bin/relay isa | sed 's/^[* ]*//')" || return 1
+  [ -n "$isas" ] || { echo "relay isa lists no ISA"; return 1; }
+  for isa in $isas; do
+    echo "--- RELAY_ISA=$isa"
+    RELAY_ISA="$isa" ctest --preset release -L unit --no-tests=error || status=1
+  done
+  return "$status"
+}
+
+core_under() {  # a preset that builds the core alone
+  cmake --preset "$1" -DRELAY_WERROR=ON && cmake --build --preset "$1" &&
+    ctest --preset "$1" -L unit --no-tests=error
+}
+stage_asan() {
+  ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1 \
+    core_under asan
+}
+stage_tsan() { TSAN_OPTIONS=halt_on_error=1 core_under tsan; }
+stage_aarch64() { core_under aarch64; }
+
+stage_ggml-ops() {
+  GGML_BACKEND_PATH="$PWD/build/release/lib/libggml-relay.so" \
+    build/release/bin/test-backend-ops test -b RELAY -o FLASH_ATTN_EXT >build/test-logs/ops.txt 2>&1
+  local status=$?
+  grep -vE 'OK$|not supported' build/test-logs/ops.txt | tail -n 60
+  # The suite is content when no backend of that name exists; we are not.
+  grep -qE '[1-9][0-9]*/[0-9]+ tests passed' build/test-logs/ops.txt ||
+    { echo "no test ran: was the module loaded? See build/test-logs/ops.txt"; return 1; }
+  return "$status"
+}
+
+stage_install() { scripts/test_install.sh build/release; }
+
+stage_e2e() {
+  .venv/bin/python -m pytest -q tests/e2e
+}
+
+# What a stage's log says it checked, for the table.
+measure() {
+  local log="build/test-logs/$1.log"
+  case "$1" in
+    unit | asan | tsan | aarch64)
+      grep -oE '[0-9]+ tests failed out of [0-9]+' "$log" |
+        awk '{ failed += $1; all += $NF } END { if (all) print all - failed " of " all " test programs" }' ;;
+    ggml-ops) grep -oE '[0-9]+/[0-9]+ tests passed' "$log" | tail -n 1 ;;
+    e2e) grep -E '^[0-9]+ (passed|failed)|^=.* (passed|failed)' "$log" | tail -n 1 ;;
+  esac
+}
+
+chosen=()
+for arg in "$@"; do
+  case "$arg" in
+    -h | --help | --list) usage; exit 0 ;;
+    *)
+      if [ -z "${about[$arg]:-}" ]; then echo "test: no stage '$arg'" >&2; usage >&2; exit 2; fi
+      chosen+=("$arg") ;;
+  esac
+done
+[ "${#chosen[@]}" -gt 0 ] || chosen=("${stages[@]}")
+
+mkdir -p build/test-logs
+export NINJA_STATUS='[%f/%t %es] '
+passed=0 failed=0 rows=()
+for stage in "${chosen[@]}"; do
+  echo
+  echo "=== $stage: ${about[$stage]}"
+  started=$SECONDS
+  "stage_$stage" </dev/null 2>&1 | tee "build/test-logs/$stage.log"
+  result=${PIPESTATUS[0]}
+  seconds=$((SECONDS - started))
+  if [ "$result" = 0 ]; then verdict=passed; passed=$((passed + 1)); else verdict=FAILED; failed=$((failed + 1)); fi
+  echo "=== $stage: $verdict after $seconds s"
+  rows+=("$(printf '%-9s %-7s %5d s  %s' "$stage" "$verdict" "$seconds" "$(measure "$stage")")")
+done
+
+echo
+printf '%s\n' "${rows[@]}"
+printf '%-9s %-7s %5d s\n' all "" "$SECONDS"
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]

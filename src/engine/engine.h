@@ -182,17 +182,6 @@ struct GeneratedToken {
   std::vector<TokenLogprob> top;  ///< most probable first
 };
 
-/// One step's output of one choice.
-struct TokensDelta {
-  std::string text;  ///< valid UTF-8; may lag behind the tokens (a partial character, the possible
-                     ///< start of a stop string) and then be empty. Never contains a stop string.
-  std::vector<GeneratedToken> tokens;
-};
-
-enum class FinishReason { kStop, kLength, kCancelled, kError };
-/// "stop", "length", "abort", "error".
-const char* to_string(FinishReason reason);
-
 /// Tokens of a whole request. cached + written <= prompt; completion over all choices.
 struct Usage {
   int32_t prompt_tokens = 0;
@@ -200,6 +189,18 @@ struct Usage {
   int32_t cached_tokens = 0;       ///< of the prompt, taken from the cache
   int32_t cache_write_tokens = 0;  ///< of the prompt, computed and left in the cache
 };
+
+/// One step's output of one choice.
+struct TokensDelta {
+  std::string text;  ///< valid UTF-8; may lag behind the tokens (a partial character, the possible
+                     ///< start of a stop string) and then be empty. Never contains a stop string.
+  std::vector<GeneratedToken> tokens;  ///< end-of-text tokens are counted but not listed
+  Usage usage;                         ///< of the request so far
+};
+
+enum class FinishReason { kStop, kLength, kCancelled, kError };
+/// "stop", "length", "abort", "error".
+const char* to_string(FinishReason reason);
 
 /// Seconds. queue + prefill + decode = total of the request.
 struct RequestTimings {

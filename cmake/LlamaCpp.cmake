@@ -73,6 +73,9 @@ function(relay_add_llama_cpp)
   # ggml loads its CPU module by itself, from the folder of the program that runs.
   add_custom_target(llama-cpp-programs ALL DEPENDS ${programs} test-backend-ops ggml-cpu)
 
+  # RelayInstall.cmake installs its libraries, for our programs alone: no headers.
+  set_target_properties(llama ggml PROPERTIES PUBLIC_HEADER "")
+
   # Its headers are not ours to fix: no warnings from them in our code.
   foreach(target llama llama-common ggml ggml-base)
     get_target_property(includes ${target} INTERFACE_INCLUDE_DIRECTORIES)

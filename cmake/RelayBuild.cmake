@@ -16,7 +16,8 @@ set(CMAKE_RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
 set(CMAKE_LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/lib")
 set(CMAKE_ARCHIVE_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/lib")
 # An installed prefix can be moved: programs and libraries find each other by place.
-set(CMAKE_INSTALL_RPATH "$ORIGIN" "$ORIGIN/../${CMAKE_INSTALL_LIBDIR}")
+set(CMAKE_INSTALL_RPATH "$ORIGIN" "$ORIGIN/relay" "$ORIGIN/../${CMAKE_INSTALL_LIBDIR}"
+                        "$ORIGIN/../${CMAKE_INSTALL_LIBDIR}/relay")
 
 find_program(RELAY_CCACHE ccache)
 if(RELAY_CCACHE)

@@ -9,7 +9,7 @@ mapfile -t cpp < <(git ls-files -co --exclude-standard -- '*.h' '*.cpp')
 mapfile -t python < <(git ls-files -co --exclude-standard -- '*.py')
 status=0
 if [ "${1:-}" = --check ]; then
-  if [ "${#cpp[@]}" -gt 0 ]; then .venv/bin/clang-format --dry-run -Werror "${cpp[@]}" || status=1; fi
+  if [ "${#cpp[@]}" -gt 0 ]; then .venv/bin/clang-format --dry-run -Werror --ferror-limit=1 "${cpp[@]}" || status=1; fi
   if [ "${#python[@]}" -gt 0 ]; then
     .venv/bin/ruff format --check "${python[@]}" || status=1
     .venv/bin/ruff check "${python[@]}" || status=1

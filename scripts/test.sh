@@ -37,14 +37,17 @@ stage_unit() {
   [ -n "$isas" ] || { echo "relay isa lists no ISA"; return 1; }
   for isa in $isas; do
     echo "--- RELAY_ISA=$isa"
-    RELAY_ISA="$isa" ctest --preset release -L unit --no-tests=error || status=1
+    RELAY_ISA="$isa" run_tests release unit || status=1
   done
   return "$status"
 }
 
+run_tests() {  # preset, stage; GoogleTest leaves its counts in files for the table
+  GTEST_OUTPUT="xml:$PWD/build/test-logs/$2/" ctest --preset "$1" -L unit --no-tests=error
+}
+
 core_under() {  # a preset that builds the core alone
-  cmake --preset "$1" -DRELAY_WERROR=ON && cmake --build --preset "$1" &&
-    ctest --preset "$1" -L unit --no-tests=error
+  cmake --preset "$1" -DRELAY_WERROR=ON && cmake --build --preset "$1" && run_tests "$1" "$1"
 }
 stage_asan() {
   ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -55,7 +58,8 @@ stage_aarch64() { core_under aarch64; }
 
 stage_ggml-ops() {
   GGML_BACKEND_PATH="$PWD/build/release/lib/libggml-relay.so" \
-    build/release/bin/test-backend-ops test -b RELAY -o FLASH_ATTN_EXT >build/test-logs/ops.txt 2>&1
+    build/release/bin/test-backend-ops test -b RELAY -o FLASH_ATTN_EXT \
+    -j "$(nproc)" >build/test-logs/ops.txt 2>&1
   local status=$?
   grep -vE 'OK$|not supported' build/test-logs/ops.txt | tail -n 60
   # The suite is content when no backend of that name exists; we are not.
@@ -70,15 +74,15 @@ stage_e2e() {
   .venv/bin/python -m pytest -q tests/e2e
 }
 
-# What a stage's log says it checked, for the table.
+# What a stage checked, for the table.
 measure() {
   local log="build/test-logs/$1.log"
   case "$1" in
     unit | asan | tsan | aarch64)
-      grep -oE '[0-9]+ tests failed out of [0-9]+' "$log" |
-        awk '{ failed += $1; all += $NF } END { if (all) print all - failed " of " all " test programs" }' ;;
+      cat "build/test-logs/$1/"*.xml 2>/dev/null | sed -n 's/^<testsuites tests="\([0-9]*\)" failures="\([0-9]*\)".*/\1 \2/p' |
+        awk '{ all += $1; failed += $2 } END { if (all) print all " cases, " failed " failed" }' ;;
     ggml-ops) grep -oE '[0-9]+/[0-9]+ tests passed' "$log" | tail -n 1 ;;
-    e2e) grep -E '^[0-9]+ (passed|failed)|^=.* (passed|failed)' "$log" | tail -n 1 ;;
+    e2e) grep -E '[0-9]+ (passed|failed|error)' "$log" | tail -n 1 | tr -d '=' ;;
   esac
 }
 
@@ -99,6 +103,7 @@ passed=0 failed=0 rows=()
 for stage in "${chosen[@]}"; do
   echo
   echo "=== $stage: ${about[$stage]}"
+  rm -rf "build/test-logs/$stage"
   started=$SECONDS
   "stage_$stage" </dev/null 2>&1 | tee "build/test-logs/$stage.log"
   result=${PIPESTATUS[0]}

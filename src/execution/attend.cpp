@@ -1,0 +1,444 @@
+// Runs a plan: each thread takes items until none is left. Whoever delivers the last partial result
+// of a (row, KV head) merges it, so threads never wait for each other. Merging follows the plan's
+// order, whoever does it: the output does not depend on timing.
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <thread>
+
+#include "execution/workspace.h"
+#include "kernels/kernels.h"
+#include "plan/plan.h"
+#include "relay/attention.h"
+#include "relay/state.h"
+
+namespace relay {
+namespace {
+
+using kernels::kLog2e;
+using kernels::kTileSlots;
+using kernels::padded_dim;
+using kernels::QueryLayout;
+using kernels::Tile;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+template <typename Pointer>
+auto* at(const RowsView<Pointer>& view, int64_t row, int64_t head) {
+  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  return static_cast<Byte*>(view.data) + row / view.rows_per_block * view.block_stride +
+         row % view.rows_per_block * view.row_stride + head * view.head_stride;
+}
+
+/// One thread's work on one operator.
+class Runner {
+ public:
+  Runner(const Plan& plan, const AttentionInputs& in, Workspace::State& ws, int32_t thread)
+      : plan_(plan),
+        in_(in),
+        ws_(ws),
+        kernels_(kernels::active()),
+        shape_(plan.options.shape),
+        o_stride_(padded_dim(shape_.v_dim)) {
+    float* scratch = ws.threads[thread].data();
+    q_ = scratch + ws.layout.q;
+    o_ = scratch + ws.layout.o;
+    max_ = scratch + ws.layout.max;
+    sum_ = scratch + ws.layout.sum;
+    bias_ = scratch + ws.layout.bias;
+    unpacked_ = scratch + ws.layout.unpacked;
+    tile_.scratch = scratch + ws.layout.kernel;
+    tile_.k_type = in.kv.k.type == DType::kCustom ? DType::kF32 : in.kv.k.type;
+    tile_.v_type = in.kv.v.type == DType::kCustom ? DType::kF32 : in.kv.v.type;
+    tile_.qk_dim = shape_.qk_dim;
+    tile_.v_dim = shape_.v_dim;
+    tile_.o_stride = o_stride_;
+    const bool capped = in.softcap != 0.0f;
+    tile_.scale = capped ? in.scale / in.softcap : in.scale * kLog2e;
+    tile_.softcap = capped ? in.softcap * kLog2e : 0.0f;
+  }
+
+  void run(const WorkItem& item) {
+    if (item.segment == WorkItem::kNoSegment) {
+      for (uint32_t i = item.row_begin; i < item.row_end; ++i) {
+        std::fill_n(o_, o_stride_, 0.0f);
+        for (int32_t h = 0; h < shape_.q_heads; ++h) finish(plan_.row_index[i], h, {}, o_);
+      }
+      return;
+    }
+    start(item);
+    attend_chunk(item);
+    deliver(item);
+  }
+
+ private:
+  int64_t query_rows(const WorkItem& item) const { return int64_t{item.rows()} * shape_.group(); }
+
+  /// Packs the item's queries, [head][row][group], and clears its states.
+  void start(const WorkItem& item) {
+    layout_ = item.few ? QueryLayout::kF32 : kernels_.many_layout(tile_.k_type);
+    // A pair of bf16 takes the room of one f32.
+    q_stride_ = layout_ == QueryLayout::kF32 ? padded_dim(shape_.qk_dim)
+                                             : padded_dim(shape_.qk_dim) / 2;
+    float* q = q_;
+    for (int32_t h = item.head_begin; h < item.head_end; ++h) {
+      for (uint32_t i = item.row_begin; i < item.row_end; ++i) {
+        for (int32_t g = 0; g < shape_.group(); ++g) {
+          kernels_.pack_query(in_.q.type, at(in_.q, plan_.row_index[i], h * shape_.group() + g),
+                              shape_.qk_dim, layout_, q);
+          q += q_stride_;
+        }
+      }
+    }
+    const int64_t states = query_rows(item) * (item.head_end - item.head_begin);
+    std::fill_n(o_, states * o_stride_, 0.0f);
+    std::fill_n(max_, states, -kInf);
+    std::fill_n(sum_, states, 0.0f);
+  }
+
+  /// Goes over the chunk tile by tile, and over the item's heads within a tile.
+  void attend_chunk(const WorkItem& item) {
+    const Segment& segment = plan_.forest.segments[item.segment];
+    uint32_t span = item.span;
+    int64_t offset = item.span_offset;
+    for (int64_t left = item.slots; left > 0;) {
+      tile_.slots = static_cast<int>(std::min<int64_t>(left, kTileSlots));
+      for (int n = 0; n < tile_.slots;) {
+        const Span& s = plan_.forest.spans[span];
+        const int count = static_cast<int>(std::min<int64_t>(tile_.slots - n, s.count - offset));
+        locate(s.slot + offset, s.column + offset, count, n);
+        n += count;
+        offset += count;
+        if (offset == s.count) {
+          ++span;
+          offset = 0;
+        }
+      }
+      left -= tile_.slots;
+      attend_tile(item, segment);
+    }
+  }
+
+  /// Fills entries [n, n + count) of the tile's slot tables.
+  void locate(int64_t slot, int64_t column, int count, int n) {
+    const KvCache& kv = in_.kv;
+    const auto* k = static_cast<const uint8_t*>(kv.k.data);
+    const auto* v = static_cast<const uint8_t*>(kv.v.data);
+    for (int i = 0; i < count;) {
+      const int64_t block = (slot + i) / kv.block_size;
+      const int64_t first = (slot + i) % kv.block_size;
+      const auto here = static_cast<int>(std::min<int64_t>(count - i, kv.block_size - first));
+      for (int j = 0; j < here; ++j, ++i) {
+        k_rows_[n + i] = k + block * kv.k.block_stride + (first + j) * kv.k.slot_stride;
+        v_rows_[n + i] = v + block * kv.v.block_stride + (first + j) * kv.v.slot_stride;
+        columns_[n + i] = column + i;
+      }
+    }
+  }
+
+  void attend_tile(const WorkItem& item, const Segment& segment) {
+    // Rows [first, last) of the item may see something of this tile.
+    int64_t first = 0;
+    int64_t last = item.rows();
+    bool partly_hidden = segment.visibility == Visibility::kBias;
+    if (segment.visibility == Visibility::kPositions) {
+      partly_hidden = trim_rows(item, first, last);
+      if (first == last) return;
+    }
+    const bool alibi = in_.slopes != nullptr && in_.bias.data == nullptr;
+    const int64_t m = (last - first) * shape_.group();
+    const bool per_head = partly_hidden && segment.visibility == Visibility::kBias &&
+                          in_.bias.head_stride != 0;
+    if (partly_hidden || alibi) {
+      if (!per_head) fill_bias(item, segment, first, last, alibi);
+      tile_.bias = bias_;
+    } else {
+      tile_.bias = nullptr;
+    }
+    tile_.rows = static_cast<int>(m);
+    tile_.group = per_head ? 1 : shape_.group();
+    tile_.q_stride = q_stride_;
+    tile_.k = k_rows_;
+    tile_.v = v_rows_;
+    for (int32_t h = item.head_begin; h < item.head_end; ++h) {
+      const int64_t state =
+          (h - item.head_begin) * query_rows(item) + first * shape_.group();
+      tile_.q = q_ + state * q_stride_;
+      tile_.o = o_ + state * o_stride_;
+      tile_.max = max_ + state;
+      tile_.sum = sum_ + state;
+      tile_.k_offset = h * in_.kv.k.head_stride;
+      tile_.v_offset = h * in_.kv.v.head_stride;
+      if (per_head) {
+        fill_head_bias(item, first, last, h);
+        bias_scale_[0] = kLog2e;
+      } else {
+        for (int32_t g = 0; g < shape_.group(); ++g) {
+          bias_scale_[g] =
+              kLog2e * (in_.slopes != nullptr ? in_.slopes[h * shape_.group() + g] : 1.0f);
+        }
+      }
+      tile_.bias_scale = bias_scale_;
+      unpack(in_.kv.k, shape_.qk_dim, k_rows_, h, unpacked_k_, unpacked_, tile_.k, tile_.k_offset);
+      float* v_room = unpacked_ + (in_.kv.k.type == DType::kCustom
+                                       ? int64_t{kTileSlots} * padded_dim(shape_.qk_dim)
+                                       : 0);
+      unpack(in_.kv.v, shape_.v_dim, v_rows_, h, unpacked_v_, v_room, tile_.v, tile_.v_offset);
+      if (item.few) {
+        kernels_.attend_few(tile_);
+      } else {
+        kernels_.attend_many(tile_);
+      }
+    }
+  }
+
+  /// Expands one head's vectors of a kCustom plane to f32; other types stay as they are.
+  void unpack(const KvPlane& plane, int dim, const uint8_t* const* rows, int32_t head,
+              const uint8_t** table, float* room, const uint8_t* const*& tile_rows,
+              int64_t& tile_offset) {
+    if (plane.type != DType::kCustom) return;
+    for (int i = 0; i < tile_.slots; ++i) {
+      float* out = room + int64_t{i} * padded_dim(dim);
+      plane.unpack(rows[i] + head * plane.head_stride, out, dim);
+      table[i] = reinterpret_cast<const uint8_t*>(out);
+    }
+    tile_rows = table;
+    tile_offset = 0;
+  }
+
+  bool visible(int64_t position, int64_t column) const {
+    return column <= position && (in_.window == 0 || column > position - in_.window);
+  }
+
+  /// Narrows [first, last) to the rows that see a column of the tile; true if any of them misses
+  /// one. A tile's columns ascend.
+  bool trim_rows(const WorkItem& item, int64_t& first, int64_t& last) const {
+    const int64_t low = columns_[0];
+    const int64_t high = columns_[tile_.slots - 1];
+    const auto position = [&](int64_t i) {
+      return plan_.forest.positions[plan_.row_index[item.row_begin + i]];
+    };
+    const auto sees = [&](int64_t p) {
+      return p >= low && (in_.window == 0 || p - in_.window < high);
+    };
+    while (first < last && !sees(position(first))) ++first;
+    while (last > first && !sees(position(last - 1))) --last;
+    for (int64_t i = first; i < last; ++i) {
+      if (!visible(position(i), low) || !visible(position(i), high)) return true;
+    }
+    return false;
+  }
+
+  /// Bias rows of [first, last), shared by the heads of a group (scaled by the slopes later).
+  void fill_bias(const WorkItem& item, const Segment& segment, int64_t first, int64_t last,
+                 bool alibi) {
+    for (int64_t i = first; i < last; ++i) {
+      const uint32_t row = plan_.row_index[item.row_begin + i];
+      float* out = bias_ + (i - first) * kTileSlots;
+      if (segment.visibility == Visibility::kBias) {
+        read_bias(row, 0, out);
+        if (alibi) add_distance(row, out);
+        continue;
+      }
+      std::fill_n(out, tile_.slots, 0.0f);
+      if (alibi) add_distance(row, out);
+      if (segment.visibility == Visibility::kPositions) {
+        for (int s = 0; s < tile_.slots; ++s) {
+          if (!visible(plan_.forest.positions[row], columns_[s])) out[s] = -kInf;
+        }
+      }
+    }
+  }
+
+  /// Bias rows of every (row, head of the group), scaled.
+  void fill_head_bias(const WorkItem& item, int64_t first, int64_t last, int32_t kv_head) {
+    float* out = bias_;
+    for (int64_t i = first; i < last; ++i) {
+      for (int32_t g = 0; g < shape_.group(); ++g, out += kTileSlots) {
+        const int32_t head = kv_head * shape_.group() + g;
+        read_bias(plan_.row_index[item.row_begin + i], head, out);
+        if (in_.slopes == nullptr) continue;
+        for (int s = 0; s < tile_.slots; ++s) {
+          if (out[s] != -kInf) out[s] *= in_.slopes[head];
+        }
+      }
+    }
+  }
+
+  void add_distance(uint32_t row, float* out) const {
+    for (int s = 0; s < tile_.slots; ++s) {
+      out[s] += static_cast<float>(columns_[s] - plan_.forest.positions[row]);
+    }
+  }
+
+  /// The tile's columns of one bias row; runs of neighbouring columns at a time.
+  void read_bias(uint32_t row, int32_t head, float* out) const {
+    const char* bias = at(in_.bias, row, head);
+    for (int s = 0; s < tile_.slots;) {
+      int end = s + 1;
+      while (end < tile_.slots && columns_[end] == columns_[end - 1] + 1) ++end;
+      if (in_.bias.type == DType::kF16) {
+        kernels_.expand_f16(reinterpret_cast<const uint16_t*>(bias) + columns_[s], out + s, end - s);
+      } else {
+        std::memcpy(out + s, reinterpret_cast<const float*>(bias) + columns_[s],
+                    static_cast<size_t>(end - s) * sizeof(float));
+      }
+      s = end;
+    }
+  }
+
+  /// Hands each state on: straight out, or to the partials, merging where it was the last.
+  void deliver(const WorkItem& item) {
+    int64_t state = 0;
+    for (int32_t h = item.head_begin; h < item.head_end; ++h) {
+      for (uint32_t i = 0; i < item.rows(); ++i) {
+        const uint32_t row = plan_.row_index[item.row_begin + i];
+        const uint32_t partial = plan_.partial_of[item.partials + i];
+        for (int32_t g = 0; g < shape_.group(); ++g, ++state) {
+          const SoftmaxState s{max_[state], sum_[state]};
+          float* o = o_ + state * o_stride_;
+          const int32_t head = h * shape_.group() + g;
+          if (partial == Plan::kDirect) {
+            finish(row, head, s, o);
+          } else {
+            const int64_t p = int64_t{partial} * shape_.q_heads + head;
+            ws_.partial_states[p] = s;
+            std::memcpy(ws_.partial_o.data() + p * o_stride_, o,
+                        static_cast<size_t>(o_stride_) * sizeof(float));
+          }
+        }
+        if (partial == Plan::kDirect) continue;
+        std::atomic<uint32_t>& remaining =
+            ws_.remaining[int64_t{row} * shape_.kv_heads + h];
+        // acq_rel: the last one sees the partials of all before it.
+        if (remaining.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+          remaining.store(plan_.partial_begin[row + 1] - plan_.partial_begin[row],
+                          std::memory_order_relaxed);
+          for (int32_t g = 0; g < shape_.group(); ++g) merge_row(row, h * shape_.group() + g);
+        }
+      }
+    }
+  }
+
+  void merge_row(uint32_t row, int32_t head) {
+    float* o = o_ + plan_.max_states * o_stride_;  // the one vector beyond the states
+    std::fill_n(o, o_stride_, 0.0f);
+    SoftmaxState total;
+    for (uint32_t p = plan_.partial_begin[row]; p < plan_.partial_begin[row + 1]; ++p) {
+      const int64_t i = int64_t{p} * shape_.q_heads + head;
+      const MergeWeights w = merge(total, ws_.partial_states[i]);
+      if (w.part == 0.0f) continue;
+      kernels_.scale_add(o, w.into, ws_.partial_o.data() + i * o_stride_, w.part, shape_.v_dim);
+    }
+    finish(row, head, total, o);
+  }
+
+  /// Adds the sink, normalises and writes one output vector.
+  void finish(uint32_t row, int32_t head, SoftmaxState s, const float* o) {
+    float factor = 1.0f;
+    if (in_.sinks != nullptr) {
+      const MergeWeights w = merge(s, {in_.sinks[head] * kLog2e, 1.0f});
+      factor = w.into;
+    }
+    factor = s.empty() ? 0.0f : factor / s.sum;
+    kernels_.store_output(in_.out.type, o, factor, shape_.v_dim, at(in_.out, row, head));
+    if (in_.lse != nullptr) in_.lse[int64_t{row} * shape_.q_heads + head] = s.log_sum_exp();
+  }
+
+  const Plan& plan_;
+  const AttentionInputs& in_;
+  Workspace::State& ws_;
+  const kernels::KernelSet& kernels_;
+  const HeadShape shape_;
+  const int64_t o_stride_;
+  int64_t q_stride_ = 0;
+  QueryLayout layout_ = QueryLayout::kF32;
+  float* q_;
+  float* o_;
+  float* max_;
+  float* sum_;
+  float* bias_;
+  float* unpacked_;
+  Tile tile_;
+  const uint8_t* k_rows_[kTileSlots];
+  const uint8_t* v_rows_[kTileSlots];
+  const uint8_t* unpacked_k_[kTileSlots];
+  const uint8_t* unpacked_v_[kTileSlots];
+  int64_t columns_[kTileSlots];
+  float bias_scale_[kMaxGroup];
+};
+
+}  // namespace
+
+void validate(const Plan& plan, const AttentionInputs& in) {
+  const auto fail = [](const std::string& what) { throw Error("attention: " + what); };
+  const auto vector_type = [](DType t) {
+    return t == DType::kF32 || t == DType::kF16 || t == DType::kBF16;
+  };
+  if (plan.forest.rows > 0 && (in.q.data == nullptr || in.out.data == nullptr)) {
+    fail("q or out is null");
+  }
+  if (!vector_type(in.q.type) || !vector_type(in.out.type)) fail("q and out are f32, f16 or bf16");
+  if (in.kv.k.type != plan.options.k_type || in.kv.v.type != plan.options.v_type) {
+    fail("K or V has another type than planned");
+  }
+  if (!plan.forest.segments.empty() && (in.kv.k.data == nullptr || in.kv.v.data == nullptr)) {
+    fail("K or V is null");
+  }
+  if ((in.kv.k.type == DType::kCustom && in.kv.k.unpack == nullptr) ||
+      (in.kv.v.type == DType::kCustom && in.kv.v.unpack == nullptr)) {
+    fail("kCustom needs an unpack function");
+  }
+  if (in.kv.block_size < 1 || in.q.rows_per_block < 1 || in.out.rows_per_block < 1 ||
+      in.bias.rows_per_block < 1) {
+    fail("block sizes must be positive");
+  }
+  if (in.window < 0) fail("window must not be negative");
+  if (!(in.softcap >= 0.0f)) fail("softcap must not be negative");
+  if (in.scale != in.scale) fail("scale is NaN");
+  bool biased = false;
+  for (const Segment& s : plan.forest.segments) biased |= s.visibility == Visibility::kBias;
+  if (biased && in.bias.data == nullptr) fail("the forest needs a bias matrix");
+  if (in.bias.data != nullptr && in.bias.type != DType::kF16 && in.bias.type != DType::kF32) {
+    fail("bias is f16 or f32");
+  }
+  if (in.slopes != nullptr && in.bias.data == nullptr && plan.forest.rows > 0 &&
+      plan.forest.positions.empty()) {
+    fail("ALiBi by distance needs the forest's positions");
+  }
+}
+
+void attend(const Plan& plan, const AttentionInputs& inputs, Workspace& workspace,
+            int32_t thread) {
+  Workspace::State& ws = workspace.state();
+  if (ws.plan != &plan) throw Error("attend: the workspace was fitted to another plan");
+  if (thread < 0 || thread >= plan.options.threads) throw Error("attend: no such thread");
+  Runner runner(plan, inputs, ws, thread);
+  const auto items = static_cast<uint32_t>(plan.items.size());
+  for (;;) {
+    const uint32_t i = ws.next_item.fetch_add(1, std::memory_order_relaxed);
+    if (i >= items) break;
+    runner.run(plan.items[i]);
+  }
+  if (ws.finished_threads.fetch_add(1, std::memory_order_acq_rel) + 1 ==
+      static_cast<uint32_t>(plan.options.threads)) {
+    ws.finished_threads.store(0, std::memory_order_relaxed);
+    ws.next_item.store(0, std::memory_order_relaxed);
+  }
+}
+
+void attend_forest(const Forest& forest, const PlanOptions& options,
+                   const AttentionInputs& inputs) {
+  validate(forest);
+  const PlanPtr plan = make_plan(forest, options);
+  validate(*plan, inputs);
+  Workspace workspace(*plan);
+  std::vector<std::thread> threads;
+  for (int32_t t = 1; t < options.threads; ++t) {
+    threads.emplace_back([&, t] { attend(*plan, inputs, workspace, t); });
+  }
+  attend(*plan, inputs, workspace, 0);
+  for (std::thread& t : threads) t.join();
+}
+
+}  // namespace relay

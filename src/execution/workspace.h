@@ -1,0 +1,44 @@
+// Memory of a running operator.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "plan/plan.h"
+#include "relay/attention.h"
+#include "relay/state.h"
+
+namespace relay {
+
+/// A growing block of floats on a cache line; grows with its contents lost.
+class FloatBuffer {
+ public:
+  void reserve(int64_t floats);
+  float* data() { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> data_;
+  int64_t size_ = 0;
+};
+
+/// Counters reset themselves: whoever takes one to its end sets it back, so that the next layer
+/// starts clean without a barrier of its own.
+struct Workspace::State {
+  WorkspaceLayout layout;
+  const Plan* plan = nullptr;  ///< what the counters are set up for
+  FloatBuffer partial_o;                     ///< [partials][q_heads][padded v_dim]
+  std::vector<SoftmaxState> partial_states;  ///< [partials][q_heads]
+  std::vector<FloatBuffer> threads;
+  std::unique_ptr<std::atomic<uint32_t>[]> remaining;  ///< [rows][kv_heads] partials to come
+  int64_t remaining_size = 0;
+  alignas(64) std::atomic<uint32_t> next_item{0};
+  alignas(64) std::atomic<uint32_t> finished_threads{0};
+};
+
+}  // namespace relay

@@ -1,0 +1,104 @@
+// The one table of kernel sets, best first, and the choice among them.
+#include <atomic>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "relay/attention.h"
+
+namespace relay {
+namespace kernels {
+
+#if defined(__x86_64__)
+extern const KernelSet kKernels_avx512bf16;
+extern const KernelSet kKernels_avx512;
+extern const KernelSet kKernels_avx2;
+#elif defined(__aarch64__)
+extern const KernelSet kKernels_neon;
+#endif
+extern const KernelSet kKernels_plain;
+
+namespace {
+
+struct Entry {
+  const KernelSet* set;
+  bool (*runs_here)();
+};
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+constexpr Entry kSets[] = {
+#if defined(__x86_64__)
+    {&kKernels_avx512bf16, has_avx512bf16},
+    {&kKernels_avx512, has_avx512},
+    {&kKernels_avx2, has_avx2},
+#elif defined(__aarch64__)
+    {&kKernels_neon, [] { return true; }},
+#endif
+    {&kKernels_plain, [] { return true; }},
+};
+
+/// The set called `name`; throws Error if there is none or it cannot run here.
+const KernelSet& find(const std::string& name) {
+  std::string known;
+  for (const Entry& entry : kSets) {
+    if (entry.runs_here()) {
+      if (name == entry.set->name) return *entry.set;
+      known += known.empty() ? "" : ", ";
+      known += entry.set->name;
+    }
+  }
+  throw Error("no kernel set '" + name + "' runs on this CPU; RELAY_ISA may be one of: " + known);
+}
+
+const KernelSet& choose() {
+  const char* wish = std::getenv("RELAY_ISA");
+  if (wish != nullptr && *wish != '\0') return find(wish);
+  for (const Entry& entry : kSets) {
+    if (entry.runs_here()) return *entry.set;
+  }
+  return kKernels_plain;
+}
+
+std::atomic<const KernelSet*>& selected() {
+  static std::atomic<const KernelSet*> set{&choose()};
+  return set;
+}
+
+}  // namespace
+
+const KernelSet& active() { return *selected().load(std::memory_order_acquire); }
+
+int64_t scratch_floats(int qk_dim, int v_dim) {
+  return int64_t{kTileSlots} * (padded_dim(qk_dim) + padded_dim(v_dim) + kScoreRows);
+}
+
+}  // namespace kernels
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const kernels::Entry& entry : kernels::kSets) {
+    if (entry.runs_here()) names.emplace_back(entry.set->name);
+  }
+  return names;
+}
+
+std::string current_isa() { return kernels::active().name; }
+
+void select_isa(const std::string& name) { kernels::selected() = &kernels::find(name); }
+
+}  // namespace relay

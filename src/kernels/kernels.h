@@ -1,0 +1,93 @@
+// The kernels' boundary: what one instruction set offers. Nothing here knows a request or a plan.
+//
+// A tile is up to kTileSlots KV slots of one KV head; a query row here is one (row, head of the
+// group) pair, so the whole GQA group goes over a tile while it is in cache. The state of a query
+// row over the slots seen so far is (max, sum, o), in base 2:
+//   max = max_s x_s,   sum = sum_s 2^(x_s - max),   o = sum_s 2^(x_s - max) v_s,
+// where x_s = log2(e) * logit_s. Nothing seen: max = -inf, sum = 0, o = 0.
+#pragma once
+
+#include <cstdint>
+
+#include "relay/types.h"
+
+namespace relay::kernels {
+
+inline constexpr int kTileSlots = 64;
+/// Query rows whose scores are held at once between the two matrix products of attend_many.
+inline constexpr int kScoreRows = 24;
+
+inline constexpr float kLog2e = 1.44269504088896340736f;
+inline constexpr float kLn2 = 0.693147180559945309417f;
+
+/// How packed queries lie: f32, or pairs of bf16 for the dot-product instructions.
+enum class QueryLayout : uint8_t { kF32, kBF16Pairs };
+
+/// One tile for one KV head and a run of query rows. Strides of q and o are in elements.
+struct Tile {
+  int slots = 0;                      ///< 1 to kTileSlots
+  const uint8_t* const* k = nullptr;  ///< [slots] vectors, to which k_offset bytes are added
+  const uint8_t* const* v = nullptr;
+  int64_t k_offset = 0;
+  int64_t v_offset = 0;
+  DType k_type = DType::kF16;
+  DType v_type = DType::kF16;
+  int qk_dim = 0;
+  int v_dim = 0;
+
+  int rows = 0;              ///< query rows
+  const void* q = nullptr;   ///< [rows][q_stride], zero beyond qk_dim
+  int64_t q_stride = 0;      ///< elements (f32) or pairs (bf16)
+  float* o = nullptr;        ///< [rows][o_stride]; only the first v_dim count
+  int64_t o_stride = 0;
+  float* max = nullptr;      ///< [rows]
+  float* sum = nullptr;      ///< [rows]
+
+  float scale = 1.0f;        ///< softmax scale times log2(e); with a soft cap, scale / cap
+  float softcap = 0.0f;      ///< cap times log2(e), 0 for none
+  int group = 1;             ///< consecutive query rows that share a bias row
+  const float* bias = nullptr;        ///< [rows / group][kTileSlots] or null; -inf hides
+  const float* bias_scale = nullptr;  ///< [group], includes log2(e)
+
+  float* scratch = nullptr;  ///< scratch_floats(...) floats, 64-byte aligned
+};
+
+/// One instruction set. Every function is pure: it touches only what it is handed.
+struct KernelSet {
+  const char* name;
+  int lanes;  ///< f32 lanes of a vector
+
+  /// At most this many query rows go through attend_few, which reads K and V straight from memory;
+  /// more go through attend_many, which unpacks each tile once.
+  int few_rows;
+
+  /// Packed layout that attend_many wants for queries against K of this type.
+  QueryLayout (*many_layout)(DType k_type);
+
+  /// Copies one vector of n elements (f32, f16, bf16) into packed form, padded with zeros up to
+  /// padded_dim(n) elements.
+  void (*pack_query)(DType type, const void* src, int n, QueryLayout layout, void* dst);
+
+  /// Queries must be in f32 layout.
+  void (*attend_few)(const Tile& tile);
+  /// Queries must be in many_layout(k_type).
+  void (*attend_many)(const Tile& tile);
+
+  /// Expands `count` f16 values to f32 (bias rows).
+  void (*expand_f16)(const uint16_t* src, float* dst, int64_t count);
+  /// acc[i] = acc[i] * a + part[i] * b
+  void (*scale_add)(float* acc, float a, const float* part, float b, int n);
+  /// dst[i] = o[i] * factor, stored as f32, f16 or bf16.
+  void (*store_output)(DType type, const float* o, float factor, int n, void* dst);
+};
+
+/// Elements of a packed vector: n rounded up to 16, the widest vector of any set.
+inline constexpr int padded_dim(int n) { return (n + 15) & ~15; }
+
+/// Floats of scratch that a tile of these head sizes needs.
+int64_t scratch_floats(int qk_dim, int v_dim);
+
+/// The set in use (see current_isa()).
+const KernelSet& active();
+
+}  // namespace relay::kernels

@@ -1,0 +1,75 @@
+// Vector primitives for AVX2 with FMA and F16C: 8 lanes. Included once per kernel set, inside its
+// namespace; needs <immintrin.h>. The generic operations (+, *, shuffles) are the compiler's.
+
+inline constexpr int kLanes = 8;
+inline constexpr int kPanel = 2;
+inline constexpr int kBlockRows = 6;  // 12 accumulators of 16 registers
+inline constexpr int kFewBlock = 4;
+
+typedef float Vec __attribute__((vector_size(32)));
+typedef int32_t VecI __attribute__((vector_size(32)));
+
+#define RELAY_INTERLEAVE_LO(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define RELAY_INTERLEAVE_HI(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+
+inline Vec load(const float* p) { return (Vec)_mm256_loadu_ps(p); }
+inline void store(float* p, Vec v) { _mm256_storeu_ps(p, (__m256)v); }
+inline Vec splat(float x) { return (Vec)_mm256_set1_ps(x); }
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+inline Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+inline float reduce_max(Vec v) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+inline float reduce_add(Vec v) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+/// if_below where x < limit, else otherwise.
+inline Vec select_below(Vec x, Vec limit, Vec if_below, Vec otherwise) {
+  const __m256 m = _mm256_cmp_ps((__m256)x, (__m256)limit, _CMP_LT_OQ);
+  return (Vec)_mm256_blendv_ps((__m256)otherwise, (__m256)if_below, m);
+}
+
+/// The first n (< 8) elements of `size` bytes each, the rest zero; reads nothing beyond them.
+template <typename T>
+inline const T* padded_copy(const uint8_t* p, int n, T (&buffer)[8]) {
+  std::memset(buffer, 0, sizeof(buffer));
+  std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+  return buffer;
+}
+
+inline Vec load_f32(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
+inline Vec load_f32_tail(const uint8_t* p, int n) {
+  float b[8];
+  return load(padded_copy(p, n, b));
+}
+inline Vec load_f16(const uint8_t* p) {
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Vec load_f16_tail(const uint8_t* p, int n) {
+  uint16_t b[8];
+  return load_f16(reinterpret_cast<const uint8_t*>(padded_copy(p, n, b)));
+}
+inline Vec load_bf16(const uint8_t* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Vec)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+inline Vec load_bf16_tail(const uint8_t* p, int n) {
+  uint16_t b[8];
+  return load_bf16(reinterpret_cast<const uint8_t*>(padded_copy(p, n, b)));
+}
+inline Vec load_i8(const uint8_t* p) {
+  return (Vec)_mm256_cvtepi32_ps(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline float f16_to_f32(uint16_t h) { return _cvtsh_ss(h); }
+inline uint16_t f32_to_f16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+inline void store_f16(uint16_t* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}

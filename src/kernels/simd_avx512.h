@@ -1,0 +1,62 @@
+// Vector primitives for AVX-512 (F, BW, VL, DQ): 16 lanes. Included once per kernel set, inside its
+// namespace; needs <immintrin.h>. The generic operations (+, *, shuffles) are the compiler's.
+
+inline constexpr int kLanes = 16;
+inline constexpr int kPanel = 4;      // vectors of a register block's columns
+inline constexpr int kBlockRows = 6;  // query rows of a register block: 24 accumulators of 32
+inline constexpr int kFewBlock = 8;   // query rows that attend_few takes at once
+
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t VecI __attribute__((vector_size(64)));
+
+#define RELAY_INTERLEAVE_LO(a, b)                                                            \
+  __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define RELAY_INTERLEAVE_HI(a, b)                                                            \
+  __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+
+inline Vec load(const float* p) { return (Vec)_mm512_loadu_ps(p); }
+inline void store(float* p, Vec v) { _mm512_storeu_ps(p, (__m512)v); }
+inline Vec splat(float x) { return (Vec)_mm512_set1_ps(x); }
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+inline float reduce_max(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
+inline float reduce_add(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
+/// if_below where x < limit, else otherwise.
+inline Vec select_below(Vec x, Vec limit, Vec if_below, Vec otherwise) {
+  const __mmask16 m = _mm512_cmp_ps_mask((__m512)x, (__m512)limit, _CMP_LT_OQ);
+  return (Vec)_mm512_mask_blend_ps(m, (__m512)otherwise, (__m512)if_below);
+}
+
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+inline Vec load_f32(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
+inline Vec load_f32_tail(const uint8_t* p, int n) {
+  return (Vec)_mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+inline Vec load_f16(const uint8_t* p) {
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Vec load_f16_tail(const uint8_t* p, int n) {
+  return (Vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+inline Vec widen_bf16(__m256i x) {
+  return (Vec)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+inline Vec load_bf16(const uint8_t* p) {
+  return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Vec load_bf16_tail(const uint8_t* p, int n) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+inline Vec load_i8(const uint8_t* p) {
+  return (Vec)_mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline float f16_to_f32(uint16_t h) { return _cvtsh_ss(h); }
+inline uint16_t f32_to_f16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+inline void store_f16(uint16_t* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}

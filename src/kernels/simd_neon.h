@@ -1,0 +1,71 @@
+// Vector primitives for AArch64 NEON: 4 lanes. Included once per kernel set, inside its namespace;
+// needs <arm_neon.h>. The generic operations (+, *, shuffles) are the compiler's.
+
+inline constexpr int kLanes = 4;
+inline constexpr int kPanel = 4;
+inline constexpr int kBlockRows = 6;  // 24 accumulators of 32 registers
+inline constexpr int kFewBlock = 4;
+
+typedef float Vec __attribute__((vector_size(16)));
+typedef int32_t VecI __attribute__((vector_size(16)));
+
+#define RELAY_INTERLEAVE_LO(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define RELAY_INTERLEAVE_HI(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+
+inline Vec load(const float* p) { return (Vec)vld1q_f32(p); }
+inline void store(float* p, Vec v) { vst1q_f32(p, (float32x4_t)v); }
+inline Vec splat(float x) { return (Vec)vdupq_n_f32(x); }
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+inline Vec max(Vec a, Vec b) { return (Vec)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
+inline float reduce_max(Vec v) { return vmaxvq_f32((float32x4_t)v); }
+inline float reduce_add(Vec v) { return vaddvq_f32((float32x4_t)v); }
+/// if_below where x < limit, else otherwise.
+inline Vec select_below(Vec x, Vec limit, Vec if_below, Vec otherwise) {
+  return (Vec)vbslq_f32(vcltq_f32((float32x4_t)x, (float32x4_t)limit), (float32x4_t)if_below,
+                        (float32x4_t)otherwise);
+}
+
+/// The first n (< 4) elements, the rest zero; reads nothing beyond them.
+template <typename T>
+inline const uint8_t* padded_copy(const uint8_t* p, int n, T (&buffer)[4]) {
+  std::memset(buffer, 0, sizeof(buffer));
+  std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+  return reinterpret_cast<const uint8_t*>(buffer);
+}
+
+inline Vec load_f32(const uint8_t* p) { return (Vec)vreinterpretq_f32_u8(vld1q_u8(p)); }
+inline Vec load_f32_tail(const uint8_t* p, int n) {
+  float b[4];
+  return load_f32(padded_copy(p, n, b));
+}
+inline Vec load_f16(const uint8_t* p) {
+  return (Vec)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p)));
+}
+inline Vec load_f16_tail(const uint8_t* p, int n) {
+  uint16_t b[4];
+  return load_f16(padded_copy(p, n, b));
+}
+inline Vec load_bf16(const uint8_t* p) {
+  return (Vec)vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(p)), 16));
+}
+inline Vec load_bf16_tail(const uint8_t* p, int n) {
+  uint16_t b[4];
+  return load_bf16(padded_copy(p, n, b));
+}
+inline Vec load_i8(const uint8_t* p) {
+  uint32_t four;
+  std::memcpy(&four, p, sizeof(four));
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)));
+  return (Vec)vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+}
+inline float f16_to_f32(uint16_t h) {
+  return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0);
+}
+inline uint16_t f32_to_f16(float x) {
+  return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0);
+}
+inline void store_f16(uint16_t* p, Vec v) {
+  vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+}

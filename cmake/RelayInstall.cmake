@@ -7,13 +7,10 @@
 include(CMakePackageConfigHelpers)
 
 if(TARGET relay)
-  set(relay_exported relay)
-  foreach(target relay_static relay_shared)
-    if(TARGET ${target})
-      list(APPEND relay_exported ${target})
-    endif()
-  endforeach()
-  install(TARGETS ${relay_exported} EXPORT relayTargets
+  # A static library unless -DBUILD_SHARED_LIBS=ON; before 1.0 any minor version may break the ABI.
+  set_target_properties(relay PROPERTIES
+    VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
+  install(TARGETS relay EXPORT relayTargets
           LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}"
           ARCHIVE DESTINATION "${CMAKE_INSTALL_LIBDIR}"
           INCLUDES DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")

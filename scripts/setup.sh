@@ -46,7 +46,8 @@ installed() {
 }
 
 available() {
-  apt-cache policy "$1" 2>/dev/null | grep -q 'Candidate: [^(]'
+  # No `| grep -q`: it ends at the first match, and apt-cache's SIGPIPE would count as a failure.
+  [[ "$(LC_ALL=C apt-cache policy "$1" 2>/dev/null)" == *"Candidate: "[0-9]* ]]
 }
 
 # Prints the needs that no installed package meets. The last of several alternatives is a fallback:

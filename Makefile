@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench format lint clean
+.PHONY: help setup setup-build build demo test bench format lint clean
 
 help:
 	@echo 'make demo    set up, build, and compare relay serve with llama-server on a long prompt'
@@ -17,7 +17,10 @@ help:
 setup:
 	@scripts/setup.sh
 
-build: setup
+setup-build:
+	@scripts/setup.sh --no-cross
+
+build: setup-build
 	cmake --preset release
 	cmake --build --preset release
 
@@ -30,7 +33,7 @@ test: setup
 bench: build
 	@scripts/bench.sh
 
-format: setup
+format: setup-build
 	@scripts/format.sh
 
 lint: setup

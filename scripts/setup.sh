@@ -5,20 +5,20 @@ cd "$(dirname "$0")/.."
 
 usage() {
   cat <<'TEXT'
-usage: scripts/setup.sh [--build-only] [--help]
+usage: scripts/setup.sh [--no-cross] [--help]
 
 Installs with apt (as root, or through sudo) the compiler, build tools and libraries, and with pip,
 into .venv, the Python packages of scripts/requirements-dev.txt. For Debian 12 and newer and Ubuntu
 22.04 and newer. A second run finds everything in place and takes under a second.
 
-  --build-only   no Python packages, no cross compiler: just what a build needs
+  --no-cross   without the Arm cross compiler and emulator, which only the tests need
 TEXT
 }
 
-build_only=0
+cross=1
 for arg in "$@"; do
   case "$arg" in
-    --build-only) build_only=1 ;;
+    --no-cross) cross=0 ;;
     -h | --help) usage; exit 0 ;;
     *) echo "setup: unknown option $arg" >&2; usage >&2; exit 2 ;;
   esac
@@ -35,7 +35,7 @@ needs=(
   # Boost.Beast with C++20 coroutines; Debian 12's default, 1.74, is too old for it.
   'libboost1.88-dev|libboost1.83-dev|libboost1.81-dev|libboost-dev'
 )
-if [ "$build_only" = 0 ]; then
+if [ "$cross" = 1 ]; then
   # The Arm kernels are checked on any machine: cross-compiled, with GoogleTest from its sources,
   # and run under qemu.
   needs+=(g++-aarch64-linux-gnu qemu-user googletest)
@@ -119,7 +119,5 @@ mapfile -t missing < <(missing_needs)
 if [ "${#missing[@]}" -gt 0 ]; then
   install_with_apt "${missing[@]}"
 fi
-if [ "$build_only" = 0 ]; then
-  install_python_packages
-fi
+install_python_packages
 say "everything is in place"

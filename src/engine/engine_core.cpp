@@ -1,0 +1,526 @@
+#include "engine/engine_core.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <utility>
+
+#include "engine/sha256.h"
+
+namespace relay::engine {
+
+namespace {
+
+double seconds_between(Clock::time_point a, Clock::time_point b) {
+  return std::chrono::duration<double>(b - a).count();
+}
+
+int64_t unix_now() {
+  return std::chrono::duration_cast<std::chrono::seconds>(
+             std::chrono::system_clock::now().time_since_epoch())
+      .count();
+}
+
+std::string token_bytes(const std::vector<Token>& tokens) {
+  std::string bytes;
+  bytes.reserve(4 * tokens.size());
+  for (const Token t : tokens) {
+    for (int shift = 0; shift < 32; shift += 8) {
+      bytes += static_cast<char>((static_cast<uint32_t>(t) >> shift) & 0xFF);
+    }
+  }
+  return bytes;
+}
+
+std::string sha256_of(const std::string& bytes) {
+  return sha256_hex({reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size()});
+}
+
+}  // namespace
+
+EngineCore::EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOptions& options)
+    : model_(model),
+      vocabulary_(vocabulary),
+      options_(options),
+      kv_(model, options.prefix_caching),
+      scheduler_(kv_, options.scheduler) {}
+
+EngineCore::~EngineCore() = default;
+
+int32_t EngineCore::cells_for(const Salt& salt, std::span<const Token> tokens) const {
+  return kv_.cells_total() - kv_.cells_pinned() + kv_.pinned_prefix(salt, tokens);
+}
+
+void EngineCore::submit(std::unique_ptr<Request> request) {
+  Request& r = *request;
+  const Salt salt = kv_.salt(r.cache_salt);
+  const auto prompt = static_cast<int32_t>(r.prompt.size());
+  // The last token of a completion is never stored.
+  const int32_t room = cells_for(salt, r.prompt) - prompt + 1;
+  if (r.max_tokens_may_shrink) r.max_tokens = std::clamp(room, 1, r.max_tokens);
+  if (r.max_tokens > room) {
+    ++counters_.refused;
+    r.sink->on_error(ErrorKind::kContextLengthExceeded,
+                     "The prompt (" + std::to_string(prompt) + " tokens) and max_tokens (" +
+                         std::to_string(r.max_tokens) + ") need more than the " +
+                         std::to_string(room + prompt - 1) +
+                         " KV cells that pinned prompts leave; use fewer, or start the server "
+                         "with a larger KV cache.");
+    return;
+  }
+  r.usage.prompt_tokens = prompt;
+  r.open = static_cast<int32_t>(r.samplers.size());
+  for (size_t i = 0; i < r.samplers.size(); ++i) {
+    auto s = std::make_unique<Sequence>();
+    s->arrival = ++arrivals_;
+    s->priority = r.priority;
+    s->request = &r;
+    s->choice = static_cast<int32_t>(i);
+    s->salt = salt;
+    s->prompt_length = prompt;
+    s->max_tokens = r.max_tokens;
+    s->sampler = std::move(r.samplers[i]);
+    s->text = TextStream(r.stop);
+    s->tokens = r.prompt;
+    scheduler_.enqueue(s.get());
+    r.choices.push_back(std::move(s));
+  }
+  r.prompt.clear();
+  r.prompt.shrink_to_fit();
+  requests_.emplace(r.id, std::move(request));
+}
+
+void EngineCore::cancel(RequestId id) {
+  const auto it = requests_.find(id);
+  if (it == requests_.end()) return;
+  Request& r = *it->second;
+  for (auto& s : r.choices) {
+    // What it computed of the prompt stays as an ordinary cached prefix: others may be waiting for
+    // it, and its cells are free for whoever needs them.
+    if (s) finish_choice(r, *s, FinishReason::kCancelled);
+  }
+  finish_request(r, FinishReason::kCancelled);
+}
+
+void EngineCore::cancel_all() {
+  std::vector<RequestId> ids;
+  for (const auto& [id, r] : requests_) ids.push_back(id);
+  for (const RequestId id : ids) cancel(id);
+  for (auto& job : pin_jobs_) {
+    scheduler_.remove(&job->sequence, Scheduler::Keep::kNothing);
+    job->callbacks.failed(ErrorKind::kShuttingDown, "The engine is stopping.");
+  }
+  pin_jobs_.clear();
+}
+
+void EngineCore::fail_all(ErrorKind kind, const std::string& message) {
+  while (!requests_.empty()) {
+    fail_request(*requests_.begin()->second, kind, message, Scheduler::Keep::kNothing);
+  }
+  for (auto& job : pin_jobs_) {
+    scheduler_.remove(&job->sequence, Scheduler::Keep::kNothing);
+    job->callbacks.failed(kind, message);
+  }
+  pin_jobs_.clear();
+}
+
+// --- pinned prompts
+
+void EngineCore::pin(const PinRequest& request, PinCallbacks callbacks) {
+  const std::string bytes = token_bytes(request.tokens);
+  const std::string id = "cp_" + sha256_of(request.cache_salt + '\0' + bytes).substr(0, 24);
+  if (const auto it = pins_.find(id); it != pins_.end()) {
+    PinnedPrompt& prompt = it->second.prompt;
+    prompt.name = request.name;
+    prompt.expires_at = request.ttl_seconds > 0 ? unix_now() + request.ttl_seconds : 0;
+    callbacks.done(prompt);
+    return;
+  }
+  const auto count = static_cast<int32_t>(request.tokens.size());
+  const Salt salt = request.cache_salt.empty() ? nullptr : kv_.salt(request.cache_salt);
+  const auto budget = static_cast<int32_t>(options_.pin_budget * kv_.cells_total());
+  int32_t pinned = kv_.cells_pinned();
+  for (const auto& job : pin_jobs_) pinned += job->sequence.length();
+  const int32_t added = count - kv_.pinned_prefix(salt, request.tokens);
+  if (pinned + added > budget) {
+    callbacks.failed(ErrorKind::kPinBudgetExceeded,
+                     "Pinning " + std::to_string(added) + " tokens beside " +
+                         std::to_string(pinned) + " pinned ones passes the budget of " +
+                         std::to_string(budget) + " of " + std::to_string(kv_.cells_total()) +
+                         " KV cells.");
+    return;
+  }
+  const auto ids = std::min(model_.max_sequences(), kMaxSequences);
+  const auto jobs = static_cast<int32_t>(pin_jobs_.size());
+  if (kv_.pinned_sequences() + jobs >= ids - options_.scheduler.parallel) {
+    callbacks.failed(
+        ErrorKind::kPinBudgetExceeded,
+        "At most " + std::to_string(ids - options_.scheduler.parallel) + " prompts can be pinned.");
+    return;
+  }
+  auto job = std::make_unique<PinJob>();
+  job->request = request;
+  job->id = id;
+  job->sha256 = sha256_of(bytes);
+  job->callbacks = std::move(callbacks);
+  Sequence& s = job->sequence;
+  s.arrival = ++arrivals_;
+  s.priority = std::numeric_limits<int32_t>::min();  // an operator asked; everyone gains
+  s.salt = salt;
+  s.prompt_length = count;
+  s.generates = false;
+  s.tokens = request.tokens;
+  scheduler_.enqueue(&s);
+  pin_jobs_.push_back(std::move(job));
+}
+
+void EngineCore::finish_pins() {
+  for (size_t i = 0; i < pin_jobs_.size();) {
+    PinJob& job = *pin_jobs_[i];
+    Sequence& s = job.sequence;
+    if (job.callbacks.progress) job.callbacks.progress(s.computed, s.length());
+    if (!s.running() || s.pending() > 0) {
+      ++i;
+      continue;
+    }
+    Pin pin;
+    pin.seq = scheduler_.remove_pinned(&s);
+    pin.prompt.id = job.id;
+    pin.prompt.name = job.request.name;
+    pin.prompt.sha256 = job.sha256;
+    pin.prompt.tokens = s.length();
+    pin.prompt.bytes = s.length() * options_.kv_bytes_per_token;
+    pin.prompt.created = unix_now();
+    if (job.request.ttl_seconds > 0) {
+      pin.prompt.expires_at = pin.prompt.created + job.request.ttl_seconds;
+    }
+    pin.prompt.cache_salt = job.request.cache_salt;
+    const auto [it, inserted] = pins_.emplace(job.id, std::move(pin));
+    if (!inserted) kv_.unpin(pin.seq);  // the same prompt was asked for twice at once
+    job.callbacks.done(it->second.prompt);
+    pin_jobs_.erase(pin_jobs_.begin() + static_cast<std::ptrdiff_t>(i));
+  }
+}
+
+std::vector<PinnedPrompt> EngineCore::pinned() const {
+  std::vector<PinnedPrompt> list;
+  for (const auto& [id, pin] : pins_) list.push_back(pin.prompt);
+  return list;
+}
+
+PinnedPrompt EngineCore::set_pin_ttl(const std::string& id, int64_t ttl_seconds) {
+  const auto it = pins_.find(id);
+  if (it == pins_.end()) throw EngineError(ErrorKind::kNotFound, "No pinned prompt " + id + ".");
+  it->second.prompt.expires_at = ttl_seconds > 0 ? unix_now() + ttl_seconds : 0;
+  return it->second.prompt;
+}
+
+void EngineCore::unpin(const std::string& id) {
+  const auto it = pins_.find(id);
+  if (it == pins_.end()) throw EngineError(ErrorKind::kNotFound, "No pinned prompt " + id + ".");
+  kv_.unpin(it->second.seq);
+  pins_.erase(it);
+}
+
+void EngineCore::expire_pins() {
+  const int64_t now = unix_now();
+  for (auto it = pins_.begin(); it != pins_.end();) {
+    const int64_t expires = it->second.prompt.expires_at;
+    if (expires != 0 && expires <= now) {
+      kv_.unpin(it->second.seq);
+      it = pins_.erase(it);
+    } else {
+      ++it;
+    }
+  }
+}
+
+// --- steps
+
+int32_t EngineCore::prefill_rows() const {
+  // A step cannot be interrupted: decode rows wait for the prefill rows beside them, and so does a
+  // cancellation. So the piece of prompt is what fits the time at the speed last seen.
+  constexpr int32_t kFirst = 128;
+  constexpr int32_t kLeast = 32;
+  if (options_.step_seconds <= 0) return options_.scheduler.batch_tokens;
+  if (rows_per_second_ <= 0) return std::min(kFirst, options_.scheduler.batch_tokens);
+  const double rows = std::min(rows_per_second_ * options_.step_seconds, 1e6);
+  const int32_t whole = static_cast<int32_t>(rows) / kLeast * kLeast;
+  return std::clamp(whole, std::min(kLeast, options_.scheduler.batch_tokens),
+                    options_.scheduler.batch_tokens);
+}
+
+void EngineCore::note_speed(const StepPlan& plan, double seconds) {
+  if (plan.prefill_rows < 32 || seconds <= 0) return;
+  const double speed = plan.rows / seconds;
+  rows_per_second_ = rows_per_second_ <= 0 ? speed : 0.5 * (rows_per_second_ + speed);
+}
+
+bool EngineCore::step() {
+  if (!pins_.empty()) expire_pins();
+  const StepPlan plan = scheduler_.plan(prefill_rows());
+  const auto now = Clock::now();
+  note_admissions(plan, now);
+  for (Sequence* s : plan.exhausted) end_exhausted(*s);
+  if (plan.slices.empty()) {
+    finish_pins();
+    return !plan.exhausted.empty() || !plan.admitted.empty();
+  }
+  compute(plan);
+  finish_pins();
+  return true;
+}
+
+void EngineCore::note_admissions(const StepPlan& plan, Clock::time_point now) {
+  for (Sequence* s : plan.admitted) {
+    if (s->request == nullptr || s->preemptions > 0) continue;
+    counters_.prefix_queries += s->prompt_length;
+    counters_.prefix_hits += s->cached;
+    Request& r = *s->request;
+    if (r.began) continue;
+    r.began = true;
+    r.began_at = now;
+    r.usage.cached_tokens = s->cached;
+    r.usage.cache_write_tokens = options_.prefix_caching ? s->prompt_length - s->cached : 0;
+    counters_.prompt_tokens += s->prompt_length;
+  }
+}
+
+void EngineCore::compute(const StepPlan& plan) {
+  batch_.clear();
+  for (const Slice& slice : plan.slices) {
+    const Sequence& s = *slice.sequence;
+    for (int32_t i = 0; i < slice.count; ++i) {
+      const int32_t at = s.computed + i;
+      batch_.add(s.tokens[static_cast<size_t>(at)], at, s.kv,
+                 slice.samples && i == slice.count - 1);
+    }
+  }
+  const auto start = Clock::now();
+  const DecodeStatus status = model_.decode(batch_);
+  const double seconds = seconds_between(start, Clock::now());
+  counters_.seconds_computing += seconds;
+  if (status == DecodeStatus::kNoCells) {
+    // The books said there is room. Whoever is youngest gives way; a sequence that does not even
+    // fit alone ends.
+    if (!scheduler_.preempt_youngest()) {
+      fail_sequence(*plan.slices.front().sequence, ErrorKind::kInternal,
+                    "The model found no KV cells for this request.", Scheduler::Keep::kNothing);
+    }
+    return;
+  }
+  if (status == DecodeStatus::kFailed) {
+    std::vector<Sequence*> failed;
+    for (const Slice& slice : plan.slices) failed.push_back(slice.sequence);
+    for (Sequence* s : failed) {
+      // Failing one choice ends its whole request; the others of it are then gone from running.
+      const auto& running = scheduler_.running_sequences();
+      if (std::find(running.begin(), running.end(), s) == running.end()) continue;
+      fail_sequence(*s, ErrorKind::kInternal, "The model failed to compute this step.",
+                    Scheduler::Keep::kNothing);
+    }
+    return;
+  }
+  scheduler_.commit(plan);
+  ++counters_.steps;
+  counters_.computed_prompt_tokens += plan.prefill_rows;
+  note_speed(plan, seconds);
+  note_sharing(plan);
+  sample(plan);
+}
+
+void EngineCore::note_sharing(const StepPlan& plan) {
+  SeqSet readers;
+  for (const Slice& slice : plan.slices) {
+    const SeqId seq = slice.sequence->kv;
+    readers.set(static_cast<size_t>(seq));
+    counters_.kv_tokens_read_private += kv_.length(seq) - kv_.published(seq);
+  }
+  const PrefixTree::Sharing sharing = kv_.tree().sharing(readers);
+  counters_.kv_tokens_read_shared += sharing.shared_tokens;
+  counters_.kv_tokens_read_private += sharing.single_tokens;
+  counters_.kv_tokens_saved += sharing.saved_tokens;
+  counters_.shared_group_size = sharing.group;
+  counters_.shared_prefix_tokens = sharing.prefix;
+}
+
+void EngineCore::sample(const StepPlan& plan) {
+  const auto start = Clock::now();
+  // By value: taking a token may end a request and with it sequences.
+  std::vector<std::pair<Sequence*, int32_t>> rows;
+  int32_t row = 0;
+  for (const Slice& slice : plan.slices) {
+    row += slice.count;
+    if (slice.samples) rows.emplace_back(slice.sequence, row - 1);
+  }
+  for (const auto& [s, at] : rows) {
+    // A sibling's failure may have ended this one.
+    const auto& running = scheduler_.running_sequences();
+    if (std::find(running.begin(), running.end(), s) == running.end()) continue;
+    take_token(*s->request, *s, at);
+  }
+  counters_.seconds_sampling += seconds_between(start, Clock::now());
+}
+
+GeneratedToken EngineCore::describe(const Request& request, Token token, int32_t row) {
+  GeneratedToken result;
+  const auto named = [&](Token t, float logprob) {
+    return TokenLogprob{t, vocabulary_.piece(t, true), logprob};
+  };
+  if (request.logprobs < 0) {
+    result.self = named(token, 0.0f);
+    return result;
+  }
+  const auto scored = logprobs(model_.logits(row), token, request.logprobs);
+  result.self = named(token, scored.front().logprob);
+  for (size_t i = 1; i < scored.size(); ++i) {
+    result.top.push_back(named(scored[i].token, scored[i].logprob));
+  }
+  return result;
+}
+
+void EngineCore::take_token(Request& r, Sequence& s, int32_t row) {
+  Token token = -1;
+  try {
+    token = s.sampler->sample(model_, row);
+  } catch (const std::exception& e) {
+    fail_request(r, ErrorKind::kInternal, std::string("Sampling failed: ") + e.what(),
+                 Scheduler::Keep::kPrompt);
+    return;
+  }
+  if (token < 0) {
+    fail_request(r, ErrorKind::kInternal, "The model computed no usable logits.",
+                 Scheduler::Keep::kPrompt);
+    return;
+  }
+  const auto now = Clock::now();
+  if (!r.has_token) {
+    r.has_token = true;
+    r.first_token_at = now;
+    if (observer_) observer_->on_first_token(seconds_between(r.submitted, now));
+  }
+  if (s.generated() > 0 && observer_) {
+    observer_->on_inter_token(seconds_between(s.last_token_at, now));
+  }
+  s.last_token_at = r.last_token_at = now;
+  s.tokens.push_back(token);
+  ++r.usage.completion_tokens;
+  ++counters_.generation_tokens;
+
+  const bool ends = !r.ignore_end && vocabulary_.is_end(token);
+  const bool last = s.generated() >= s.max_tokens;
+  TokensDelta delta;
+  delta.usage = r.usage;
+  if (!ends) {
+    delta.tokens.push_back(describe(r, token, row));
+    delta.text = s.text.push(vocabulary_.piece(token, r.visible.contains(token)));
+  }
+  const bool stopped = s.text.stopped();
+  if (ends || (last && !stopped)) delta.text += s.text.finish();
+  if (!delta.tokens.empty() || !delta.text.empty()) r.sink->on_tokens(s.choice, std::move(delta));
+  if (!ends && !stopped && !last) return;
+  finish_choice(r, s, ends || stopped ? FinishReason::kStop : FinishReason::kLength);
+  if (r.open == 0) finish_request(r, ends || stopped ? FinishReason::kStop : FinishReason::kLength);
+}
+
+void EngineCore::finish_choice(Request& r, Sequence& s, FinishReason reason) {
+  scheduler_.remove(
+      &s, reason == FinishReason::kCancelled ? Scheduler::Keep::kPrompt : Scheduler::Keep::kAll);
+  switch (reason) {
+    case FinishReason::kStop:
+      ++counters_.finished_stop;
+      break;
+    case FinishReason::kLength:
+      ++counters_.finished_length;
+      break;
+    case FinishReason::kCancelled:
+      ++counters_.finished_cancelled;
+      break;
+    case FinishReason::kError:
+      ++counters_.finished_error;
+      break;
+  }
+  r.sink->on_choice_finish(s.choice, reason, s.text.stop_string());
+  --r.open;
+  r.choices[static_cast<size_t>(s.choice)].reset();
+}
+
+void EngineCore::finish_request(Request& r, FinishReason reason) {
+  const auto now = Clock::now();
+  const auto began = r.began ? r.began_at : now;
+  const auto first = r.has_token ? r.first_token_at : now;
+  RequestTimings t;
+  t.queue = seconds_between(r.submitted, began);
+  t.prefill = seconds_between(began, first);
+  t.decode = seconds_between(first, now);
+  t.time_to_first_token = r.has_token ? seconds_between(r.submitted, first) : 0.0;
+  t.total = seconds_between(r.submitted, now);
+  r.sink->on_done(r.usage, t);
+  if (observer_) observer_->on_request_end(reason, r.usage, t);
+  requests_.erase(r.id);
+}
+
+void EngineCore::fail_request(Request& r, ErrorKind kind, const std::string& message,
+                              Scheduler::Keep keep) {
+  for (auto& s : r.choices) {
+    if (!s) continue;
+    scheduler_.remove(s.get(), keep);
+    ++counters_.finished_error;
+  }
+  r.sink->on_error(kind, message);
+  requests_.erase(r.id);
+}
+
+void EngineCore::fail_sequence(Sequence& sequence, ErrorKind kind, const std::string& message,
+                               Scheduler::Keep keep) {
+  if (sequence.request != nullptr) {
+    fail_request(*sequence.request, kind, message, keep);
+    return;
+  }
+  const auto job = std::find_if(pin_jobs_.begin(), pin_jobs_.end(),
+                                [&](const auto& j) { return &j->sequence == &sequence; });
+  scheduler_.remove(&sequence, keep);
+  (*job)->callbacks.failed(kind, message);
+  pin_jobs_.erase(job);
+}
+
+void EngineCore::end_exhausted(Sequence& s) {
+  // Checked at submit; but more may have been pinned since.
+  if (s.request != nullptr && s.generated() > 0) {
+    Request& r = *s.request;
+    if (std::string rest = s.text.finish(); !rest.empty()) {
+      TokensDelta delta;
+      delta.text = std::move(rest);
+      delta.usage = r.usage;
+      r.sink->on_tokens(s.choice, std::move(delta));
+    }
+    finish_choice(r, s, FinishReason::kLength);
+    if (r.open == 0) finish_request(r, FinishReason::kLength);
+    return;
+  }
+  fail_sequence(s, ErrorKind::kContextLengthExceeded,
+                "The prompt (" + std::to_string(s.prompt_length) +
+                    " tokens) does not fit the KV cells that pinned prompts leave.",
+                Scheduler::Keep::kNothing);
+}
+
+EngineStats EngineCore::stats() const {
+  EngineStats s = counters_;
+  s.running = scheduler_.running();
+  s.waiting = scheduler_.waiting();
+  s.preemptions = scheduler_.preemptions();
+  s.kv_cells_total = kv_.cells_total();
+  s.kv_cells_used = kv_.cells_used();
+  s.kv_cells_cached = kv_.cells_evictable();
+  s.pinned_tokens = kv_.cells_pinned();
+  s.evicted_tokens = kv_.evicted_tokens();
+  s.kv_bytes_used = s.kv_cells_used * options_.kv_bytes_per_token;
+  for (const Sequence* q : scheduler_.running_sequences()) {
+    s.kv_bytes_unshared += kv_.length(q->kv) * options_.kv_bytes_per_token;
+  }
+  if (s.running == 0) s.shared_group_size = s.shared_prefix_tokens = 0;
+  return s;
+}
+
+}  // namespace relay::engine

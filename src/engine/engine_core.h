@@ -1,0 +1,141 @@
+// The engine without its thread and without llama.cpp: requests in, steps, output to their sinks.
+// Single-threaded; engine.cpp gives it a thread, tests call step() themselves.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#include "engine/engine.h"
+#include "engine/kv_memory.h"
+#include "engine/model.h"
+#include "engine/scheduler.h"
+#include "engine/sequence.h"
+
+namespace relay::engine {
+
+struct CoreOptions {
+  SchedulerOptions scheduler;
+  bool prefix_caching = true;
+  double pin_budget = 0.2;         ///< share of the cells
+  double step_seconds = 1.0;       ///< pieces of prompts are cut so that a step takes about so long
+  int64_t kv_bytes_per_token = 0;  ///< for the statistics
+};
+
+using Clock = std::chrono::steady_clock;
+
+/// A request that passed the checks that need no cache state.
+struct Request {
+  RequestId id = 0;
+  std::shared_ptr<Sink> sink;
+  Clock::time_point submitted = Clock::now();
+  std::string cache_salt;
+  int32_t priority = 0;
+  std::vector<Token> prompt;
+  int32_t max_tokens = 1;              ///< of each choice, at least 1
+  bool max_tokens_may_shrink = false;  ///< it was not asked for: fit it to the cache
+  bool ignore_end = false;             ///< end-of-text tokens are tokens like others
+  int32_t logprobs = -1;               ///< as in SamplingParams
+  std::vector<std::string> stop;
+  std::unordered_set<Token> visible;  ///< control tokens whose text is part of the output
+  std::vector<std::unique_ptr<Sampler>> samplers;  ///< one for each choice
+
+  // Filled by the core.
+  std::vector<std::unique_ptr<Sequence>> choices;  ///< null once finished
+  int32_t open = 0;
+  Usage usage;
+  bool began = false;
+  bool has_token = false;
+  Clock::time_point began_at{};
+  Clock::time_point first_token_at{};
+  Clock::time_point last_token_at{};
+};
+
+/// Called by the core while a prompt is pinned; each from within step() or pin().
+struct PinCallbacks {
+  std::function<void(int32_t done, int32_t total)> progress;
+  std::function<void(const PinnedPrompt&)> done;
+  std::function<void(ErrorKind, const std::string&)> failed;
+};
+
+class EngineCore {
+ public:
+  EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOptions& options);
+  ~EngineCore();
+
+  /// Takes the request in, or refuses it through its sink if it can never fit beside what is
+  /// pinned.
+  void submit(std::unique_ptr<Request> request);
+  void cancel(RequestId id);
+  void cancel_all();
+  /// Every open request and pin job ends with this error.
+  void fail_all(ErrorKind kind, const std::string& message);
+
+  void pin(const PinRequest& request, PinCallbacks callbacks);
+  std::vector<PinnedPrompt> pinned() const;
+  PinnedPrompt set_pin_ttl(const std::string& id, int64_t ttl_seconds);  ///< throws EngineError
+  void unpin(const std::string& id);                                     ///< throws EngineError
+
+  /// Computes one step. False: there was nothing to do.
+  bool step();
+  bool idle() const { return requests_.empty() && pin_jobs_.empty(); }
+
+  void set_observer(std::shared_ptr<Observer> observer) { observer_ = std::move(observer); }
+  EngineStats stats() const;
+  KvMemory& kv() { return kv_; }
+  const Scheduler& scheduler() const { return scheduler_; }
+
+ private:
+  struct PinJob {
+    PinRequest request;
+    std::string id;
+    std::string sha256;
+    PinCallbacks callbacks;
+    Sequence sequence;
+  };
+  struct Pin {
+    PinnedPrompt prompt;
+    SeqId seq = -1;
+  };
+
+  int32_t prefill_rows() const;
+  void note_speed(const StepPlan& plan, double seconds);
+  void note_admissions(const StepPlan& plan, Clock::time_point now);
+  void note_sharing(const StepPlan& plan);
+  void compute(const StepPlan& plan);
+  void sample(const StepPlan& plan);
+  void take_token(Request& request, Sequence& sequence, int32_t row);
+  void finish_choice(Request& request, Sequence& sequence, FinishReason reason);
+  void finish_request(Request& request, FinishReason reason);
+  void fail_request(Request& request, ErrorKind kind, const std::string& message,
+                    Scheduler::Keep keep);
+  void fail_sequence(Sequence& sequence, ErrorKind kind, const std::string& message,
+                     Scheduler::Keep keep);
+  void end_exhausted(Sequence& sequence);
+  void finish_pins();
+  void expire_pins();
+  int32_t cells_for(const Salt& salt, std::span<const Token> tokens) const;
+  GeneratedToken describe(const Request& request, Token token, int32_t row);
+
+  Model& model_;
+  const Vocabulary& vocabulary_;
+  CoreOptions options_;
+  KvMemory kv_;
+  Scheduler scheduler_;
+  std::unordered_map<RequestId, std::unique_ptr<Request>> requests_;
+  std::vector<std::unique_ptr<PinJob>> pin_jobs_;
+  std::map<std::string, Pin> pins_;
+  std::shared_ptr<Observer> observer_;
+  EngineStats counters_;  // its gauges are made in stats()
+  uint64_t arrivals_ = 0;
+  Batch batch_;
+  double rows_per_second_ = 0.0;  // of steps with prefill; 0: not known yet
+};
+
+}  // namespace relay::engine

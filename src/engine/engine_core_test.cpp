@@ -1,0 +1,581 @@
+// The whole engine but its thread and llama.cpp, over the fake model, whose output proves that each
+// row attended exactly its own tokens.
+#include "engine/engine_core.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+#include <set>
+
+#include "engine/fake_model.h"
+
+namespace relay::engine {
+namespace {
+
+using Tokens = std::vector<Token>;
+
+struct Outcome {
+  std::map<int32_t, Tokens> tokens;  // by choice
+  std::map<int32_t, std::string> text;
+  std::map<int32_t, FinishReason> reasons;
+  Usage usage;
+  bool done = false;
+  bool failed = false;
+  ErrorKind error = ErrorKind::kInternal;
+};
+
+class Recorder : public Sink {
+ public:
+  explicit Recorder(std::shared_ptr<Outcome> out) : out_(std::move(out)) {}
+  void on_tokens(int32_t choice, TokensDelta delta) override {
+    EXPECT_FALSE(out_->done || out_->failed) << "output after the end";
+    EXPECT_FALSE(out_->reasons.contains(choice)) << "output of a finished choice";
+    for (const auto& t : delta.tokens) out_->tokens[choice].push_back(t.self.token);
+    out_->text[choice] += delta.text;
+  }
+  void on_choice_finish(int32_t choice, FinishReason reason, const std::string&) override {
+    EXPECT_TRUE(out_->reasons.emplace(choice, reason).second) << "finished twice";
+  }
+  void on_done(const Usage& usage, const RequestTimings&) override {
+    EXPECT_FALSE(out_->done || out_->failed);
+    out_->done = true;
+    out_->usage = usage;
+  }
+  void on_error(ErrorKind kind, const std::string& message) override {
+    EXPECT_FALSE(out_->done || out_->failed);
+    EXPECT_FALSE(message.empty());
+    out_->failed = true;
+    out_->error = kind;
+  }
+
+ private:
+  std::shared_ptr<Outcome> out_;
+};
+
+class Bench {
+ public:
+  explicit Bench(int32_t cells, CoreOptions options = {}, int32_t max_sequences = kMaxSequences)
+      : model(cells, max_sequences), core(model, model, options) {}
+
+  std::shared_ptr<Outcome> submit(const Tokens& prompt, int32_t max_tokens, int32_t n = 1,
+                                  const std::string& salt = {},
+                                  const std::vector<std::string>& stop = {}) {
+    auto out = std::make_shared<Outcome>();
+    auto request = std::make_unique<Request>();
+    request->id = ++last_id;
+    request->sink = std::make_shared<Recorder>(out);
+    request->prompt = prompt;
+    request->max_tokens = max_tokens;
+    request->cache_salt = salt;
+    request->stop = stop;
+    for (int32_t i = 0; i < n; ++i) request->samplers.push_back(std::make_unique<GreedySampler>());
+    core.submit(std::move(request));
+    return out;
+  }
+  bool step() {
+    const bool busy = core.step();
+    check();
+    return busy;
+  }
+  void run(int limit = 100000) {
+    while (step()) ASSERT_GT(--limit, 0) << "does not come to an end";
+  }
+  /// The books balance, agree with the model's cells, and each running sequence has its own tokens.
+  void check() {
+    ASSERT_NO_THROW(core.kv().validate());
+    ASSERT_EQ(core.kv().cells_used(), model.used());
+    for (const Sequence* s : core.scheduler().running_sequences()) {
+      ASSERT_EQ(core.kv().length(s->kv), s->computed);
+      const Tokens held = model.tokens_of(s->kv);
+      ASSERT_EQ(held, Tokens(s->tokens.begin(), s->tokens.begin() + s->computed));
+    }
+  }
+  /// Empties the cache; everything that was ever taken must be back.
+  void expect_no_leak() {
+    core.kv().clear_cache();
+    EXPECT_TRUE(core.idle());
+    EXPECT_EQ(model.used(), 0);
+    EXPECT_EQ(core.kv().cells_used(), 0);
+    EXPECT_EQ(core.kv().tree().nodes(), 0u);
+    core.kv().validate();
+  }
+
+  FakeModel model;
+  EngineCore core;
+  RequestId last_id = 0;
+};
+
+Tokens sequence_of(int32_t count, int32_t seed) {
+  std::mt19937 random(static_cast<unsigned>(seed));
+  Tokens tokens(static_cast<size_t>(count));
+  for (Token& t : tokens) t = static_cast<Token>(random() % 61);
+  return tokens;
+}
+
+Tokens operator+(Tokens a, const Tokens& b) {
+  a.insert(a.end(), b.begin(), b.end());
+  return a;
+}
+
+void expect_alone(const Bench& bench, const Outcome& out, const Tokens& prompt, int32_t max_tokens,
+                  int32_t choice = 0) {
+  ASSERT_TRUE(out.done);
+  const Tokens expected = bench.model.completion(prompt, max_tokens);
+  const auto it = out.tokens.find(choice);
+  EXPECT_EQ(it == out.tokens.end() ? Tokens{} : it->second, expected);
+}
+
+CoreOptions small_steps(int32_t parallel = 64, int32_t batch = 64) {
+  CoreOptions options;
+  options.scheduler.parallel = parallel;
+  options.scheduler.batch_tokens = batch;
+  options.step_seconds = 0;  // pieces of a whole batch: independent of the clock
+  return options;
+}
+
+TEST(EngineCore, OneRequest) {
+  Bench bench(256);
+  const Tokens prompt = sequence_of(20, 1);
+  const auto out = bench.submit(prompt, 10);
+  bench.run();
+  expect_alone(bench, *out, prompt, 10);
+  EXPECT_EQ(out->reasons.at(0), FinishReason::kLength);
+  EXPECT_EQ(out->usage.prompt_tokens, 20);
+  EXPECT_EQ(out->usage.completion_tokens, 10);
+  EXPECT_EQ(out->usage.cached_tokens, 0);
+  EXPECT_EQ(bench.core.kv().cells_used(), 29) << "kept for later, but the last token";
+  bench.expect_no_leak();
+}
+
+TEST(EngineCore, EndTokenStopsAndIsCountedButNotShown) {
+  Bench bench(256);
+  const Tokens prompt = sequence_of(20, 2);
+  const Tokens whole = bench.model.completion(prompt, 10);
+  bench.model.end_token = whole[4];
+  const auto out = bench.submit(prompt, 10);
+  bench.run();
+  EXPECT_EQ(out->reasons.at(0), FinishReason::kStop);
+  const auto shown = static_cast<int32_t>(out->tokens[0].size());
+  EXPECT_EQ(out->tokens[0], bench.model.completion(prompt, 10));
+  EXPECT_EQ(out->usage.completion_tokens, shown + 1);
+}
+
+TEST(EngineCore, StopStringEndsTheText) {
+  Bench bench(256);
+  const Tokens prompt = sequence_of(20, 3);
+  std::string text;
+  for (const Token t : bench.model.completion(prompt, 20)) text += bench.model.piece(t, false);
+  const std::string stop = text.substr(7, 3);
+  const auto out = bench.submit(prompt, 20, 1, {}, {stop});
+  bench.run();
+  EXPECT_EQ(out->text[0], text.substr(0, text.find(stop)));
+  EXPECT_EQ(out->reasons.at(0), FinishReason::kStop);
+}
+
+TEST(EngineCore, ManyOverOnePromptAnswerAsIfAlone) {
+  Bench bench(4096, small_steps());
+  const Tokens system = sequence_of(300, 4);
+  std::vector<Tokens> prompts;
+  std::vector<std::shared_ptr<Outcome>> outs;
+  for (int i = 0; i < 64; ++i) {
+    prompts.push_back(system + sequence_of(3 + i % 7, 100 + i));
+    outs.push_back(bench.submit(prompts.back(), 5 + i % 11));
+  }
+  bench.run();
+  for (int i = 0; i < 64; ++i) {
+    expect_alone(bench, *outs[static_cast<size_t>(i)], prompts[static_cast<size_t>(i)], 5 + i % 11);
+  }
+  bench.expect_no_leak();
+}
+
+TEST(EngineCore, SingleFlightComputesACommonPrefixOnce) {
+  Bench bench(4096, small_steps());
+  const Tokens system = sequence_of(500, 5);
+  std::vector<std::shared_ptr<Outcome>> outs;
+  int64_t rest = 0;
+  for (int i = 0; i < 32; ++i) {
+    outs.push_back(bench.submit(system + Tokens{i, i + 1, i + 2}, 4));
+    rest += 3 + 3;  // own prompt, and the completion but its last token
+  }
+  bench.run();
+  EXPECT_EQ(bench.model.rows_computed, 500 + rest);
+  EXPECT_EQ(outs[0]->usage.cached_tokens, 0);
+  for (size_t i = 1; i < outs.size(); ++i) EXPECT_EQ(outs[i]->usage.cached_tokens, 500);
+  const EngineStats stats = bench.core.stats();
+  EXPECT_EQ(stats.prefix_hits, 31 * 500);
+  EXPECT_EQ(stats.prefix_queries, 32 * 503);
+}
+
+TEST(EngineCore, FollowersBeginBeforeTheLeaderIsThroughWithItsOwnPart) {
+  Bench bench(4096, small_steps());
+  const Tokens system = sequence_of(100, 6);
+  const auto leader = bench.submit(system + sequence_of(1000, 7), 4);
+  const auto follower = bench.submit(system + sequence_of(5, 8), 4);
+  bench.run();
+  EXPECT_EQ(follower->usage.cached_tokens, 100);
+  EXPECT_EQ(bench.model.rows_computed, 100 + 1000 + 3 + 5 + 3);
+}
+
+TEST(EngineCore, WhenTheLeaderLeavesAnotherTakesOver) {
+  Bench bench(4096, small_steps());
+  const Tokens system = sequence_of(500, 9);
+  const auto leader = bench.submit(system + Tokens{1}, 4);
+  const auto second = bench.submit(system + Tokens{2}, 4);
+  const auto third = bench.submit(system + Tokens{3}, 4);
+  ASSERT_TRUE(bench.step());
+  ASSERT_TRUE(bench.step());
+  bench.core.cancel(1);
+  EXPECT_TRUE(leader->done);
+  EXPECT_EQ(leader->reasons.at(0), FinishReason::kCancelled);
+  bench.run();
+  expect_alone(bench, *second, system + Tokens{2}, 4);
+  expect_alone(bench, *third, system + Tokens{3}, 4);
+  EXPECT_EQ(second->usage.cached_tokens, 128) << "what the leader had computed is not lost";
+  EXPECT_EQ(bench.model.rows_computed, 500 + 2 * (1 + 3));
+  bench.expect_no_leak();
+}
+
+TEST(EngineCore, ChoicesShareThePrompt) {
+  Bench bench(1024, small_steps());
+  const Tokens prompt = sequence_of(200, 10);
+  const auto out = bench.submit(prompt, 6, 4);
+  bench.run();
+  for (int32_t c = 0; c < 4; ++c) expect_alone(bench, *out, prompt, 6, c);
+  EXPECT_EQ(out->usage.prompt_tokens, 200);
+  EXPECT_EQ(out->usage.completion_tokens, 24);
+  EXPECT_EQ(bench.model.rows_computed, 200 + 3 * 1 + 4 * 5);
+}
+
+TEST(EngineCore, SaltsIsolateAndPinsAreForAll) {
+  Bench bench(1024, small_steps());
+  const Tokens prompt = sequence_of(100, 11);
+  const auto a1 = bench.submit(prompt, 2, 1, "a");
+  bench.run();
+  const auto a2 = bench.submit(prompt, 2, 1, "a");
+  const auto b = bench.submit(prompt, 2, 1, "b");
+  const auto none = bench.submit(prompt, 2);
+  bench.run();
+  EXPECT_EQ(a1->usage.cached_tokens, 0);
+  EXPECT_EQ(a2->usage.cached_tokens, 99);
+  EXPECT_EQ(b->usage.cached_tokens, 0);
+  EXPECT_EQ(none->usage.cached_tokens, 0);
+  bool pinned = false;
+  PinRequest pin;
+  pin.tokens = Tokens(prompt.begin(), prompt.begin() + 60);
+  pin.name = "system";
+  bench.core.pin(pin, {{}, [&](const PinnedPrompt&) { pinned = true; }, {}});
+  bench.run();
+  ASSERT_TRUE(pinned);
+  const auto c = bench.submit(prompt, 2, 1, "c");
+  bench.run();
+  EXPECT_EQ(c->usage.cached_tokens, 60);
+  expect_alone(bench, *c, prompt, 2);
+}
+
+TEST(EngineCore, PinnedPromptsStayAndAreBudgeted) {
+  CoreOptions options = small_steps();
+  options.pin_budget = 0.5;
+  options.kv_bytes_per_token = 10;
+  Bench bench(200, options);
+  PinRequest pin;
+  pin.name = "p";
+  pin.tokens = sequence_of(90, 12);
+  std::vector<PinnedPrompt> done;
+  std::vector<ErrorKind> failed;
+  std::vector<int32_t> progress;
+  const PinCallbacks callbacks{[&](int32_t n, int32_t) { progress.push_back(n); },
+                               [&](const PinnedPrompt& p) { done.push_back(p); },
+                               [&](ErrorKind k, const std::string&) { failed.push_back(k); }};
+  bench.core.pin(pin, callbacks);
+  bench.run();
+  ASSERT_EQ(done.size(), 1u);
+  EXPECT_EQ(done[0].tokens, 90);
+  EXPECT_EQ(done[0].bytes, 900);
+  EXPECT_EQ(done[0].id.size(), 27u);
+  EXPECT_EQ(progress, (std::vector<int32_t>{64, 90}));
+  bench.core.pin(pin, callbacks);
+  EXPECT_EQ(done.size(), 2u) << "the same again costs nothing";
+  EXPECT_EQ(done[1].id, done[0].id);
+  PinRequest longer = pin;
+  longer.tokens = pin.tokens + sequence_of(11, 13);
+  bench.core.pin(longer, callbacks);
+  EXPECT_EQ(failed, std::vector<ErrorKind>{ErrorKind::kPinBudgetExceeded});
+  longer.tokens.resize(100);
+  bench.core.pin(longer, callbacks);
+  bench.run();
+  ASSERT_EQ(done.size(), 3u) << "only the 10 tokens beyond the first one count";
+  EXPECT_EQ(bench.core.kv().cells_pinned(), 100);
+
+  // Load that needs every other cell does not drive them out.
+  for (int i = 0; i < 20; ++i) bench.submit(sequence_of(80, 200 + i), 10);
+  bench.run();
+  EXPECT_EQ(bench.core.kv().cells_pinned(), 100);
+  const auto hit = bench.submit(longer.tokens + Tokens{1}, 2);
+  bench.run();
+  EXPECT_EQ(hit->usage.cached_tokens, 100);
+
+  EXPECT_THROW(bench.core.unpin("cp_none"), EngineError);
+  bench.core.unpin(done[0].id);
+  bench.core.unpin(done[2].id);
+  EXPECT_TRUE(bench.core.pinned().empty());
+  EXPECT_EQ(bench.core.kv().cells_pinned(), 0);
+  bench.expect_no_leak();
+}
+
+TEST(EngineCore, PinningWhatIsCachedNeedsNoComputation) {
+  Bench bench(1000, small_steps());
+  const Tokens prompt = sequence_of(50, 14);
+  PinRequest first;
+  first.tokens = prompt;
+  PinRequest inner;
+  inner.tokens = Tokens(prompt.begin(), prompt.begin() + 30);
+  int done = 0;
+  const PinCallbacks callbacks{{}, [&](const PinnedPrompt&) { ++done; }, {}};
+  bench.core.pin(first, callbacks);
+  bench.run();
+  const auto rows = bench.model.rows_computed;
+  bench.core.pin(inner, callbacks);
+  bench.run();
+  EXPECT_EQ(done, 2);
+  EXPECT_EQ(bench.model.rows_computed, rows);
+  EXPECT_EQ(bench.core.kv().cells_used(), 50);
+}
+
+TEST(EngineCore, CancelFreesCellsWithinAStep) {
+  Bench bench(1024, small_steps());
+  const auto keep = bench.submit(Tokens{1} + sequence_of(49, 15), 100);
+  const auto leave = bench.submit(Tokens{2} + sequence_of(59, 16), 400);
+  for (int i = 0; i < 20; ++i) bench.step();
+  ASSERT_EQ(bench.core.scheduler().running(), 2);
+  bench.core.cancel(2);
+  bench.check();
+  EXPECT_TRUE(leave->done);
+  const KvMemory& kv = bench.core.kv();
+  const auto own = kv.length(bench.core.scheduler().running_sequences().front()->kv);
+  EXPECT_EQ(kv.cells_used() - kv.cells_evictable(), own) << "only the other one's are taken";
+  EXPECT_EQ(kv.cells_evictable(), 60) << "its prompt serves whoever asks again";
+  bench.core.cancel(2);
+  bench.core.cancel(77);
+  bench.run();
+  EXPECT_TRUE(keep->done);
+  bench.expect_no_leak();
+}
+
+TEST(EngineCore, PreemptionLosesAndRepeatsNothing) {
+  // Eight completions of 60 tokens do not fit 200 cells.
+  Bench bench(200, small_steps());
+  std::vector<Tokens> prompts;
+  std::vector<std::shared_ptr<Outcome>> outs;
+  for (int i = 0; i < 8; ++i) {
+    prompts.push_back(sequence_of(10, 300 + i));
+    outs.push_back(bench.submit(prompts.back(), 60));
+  }
+  bench.run();
+  EXPECT_GT(bench.core.stats().preemptions, 0);
+  for (size_t i = 0; i < 8; ++i) {
+    expect_alone(bench, *outs[i], prompts[i], 60);
+    EXPECT_EQ(outs[i]->usage.completion_tokens, 60);
+  }
+  bench.expect_no_leak();
+}
+
+TEST(EngineCore, TwoLongPrefillsThatBlockEachOtherResolve) {
+  Bench bench(100, small_steps(64, 16));
+  const auto a = bench.submit(sequence_of(80, 17), 5);
+  const auto b = bench.submit(sequence_of(90, 18), 5);
+  bench.run();
+  expect_alone(bench, *a, sequence_of(80, 17), 5);
+  expect_alone(bench, *b, sequence_of(90, 18), 5);
+}
+
+TEST(EngineCore, WhatCanNeverFitIsRefused) {
+  Bench bench(100, small_steps());
+  const auto out = bench.submit(sequence_of(80, 19), 22);
+  EXPECT_TRUE(out->failed);
+  EXPECT_EQ(out->error, ErrorKind::kContextLengthExceeded);
+  const auto fits = bench.submit(sequence_of(80, 19), 21);
+  bench.run();
+  expect_alone(bench, *fits, sequence_of(80, 19), 21);
+  EXPECT_EQ(bench.core.kv().cells_used(), 100);
+}
+
+TEST(EngineCore, DecodeRowsGoOnBesideALongPrefill) {
+  Bench bench(4096, small_steps(64, 32));
+  const auto chat = bench.submit(sequence_of(10, 20), 50);
+  for (int i = 0; i < 3; ++i) bench.step();
+  const size_t before = chat->tokens[0].size();
+  bench.submit(sequence_of(1000, 21), 5);
+  for (int i = 0; i < 20; ++i) bench.step();
+  EXPECT_EQ(chat->tokens[0].size(), before + 20) << "one token each step";
+}
+
+TEST(EngineCore, AModelWithoutCellsIsNoCrash) {
+  Bench bench(512, small_steps());
+  int refusals = 6;
+  bench.model.on_decode = [&](const Batch&) {
+    return refusals-- > 0 ? DecodeStatus::kNoCells : DecodeStatus::kOk;
+  };
+  std::vector<std::shared_ptr<Outcome>> outs;
+  for (int i = 0; i < 4; ++i) outs.push_back(bench.submit(sequence_of(20, 400 + i), 10));
+  bench.run();
+  int done = 0;
+  for (int i = 0; i < 4; ++i) {
+    if (!outs[static_cast<size_t>(i)]->done) continue;
+    ++done;
+    expect_alone(bench, *outs[static_cast<size_t>(i)], sequence_of(20, 400 + i), 10);
+  }
+  EXPECT_GE(done, 1);
+  bench.expect_no_leak();
+}
+
+TEST(EngineCore, AFailedStepEndsItsRequestsOnly) {
+  Bench bench(512, small_steps());
+  bool fail = true;
+  bench.model.on_decode = [&](const Batch&) {
+    return std::exchange(fail, false) ? DecodeStatus::kFailed : DecodeStatus::kOk;
+  };
+  const auto a = bench.submit(sequence_of(20, 22), 10, 2);
+  bench.step();
+  EXPECT_TRUE(a->failed);
+  EXPECT_EQ(a->error, ErrorKind::kInternal);
+  const auto b = bench.submit(sequence_of(20, 23), 10);
+  bench.run();
+  EXPECT_TRUE(b->done);
+  bench.expect_no_leak();
+}
+
+TEST(EngineCore, SequenceIdsRunOutBeforeCells) {
+  Bench bench(4096, small_steps(4), 6);
+  std::vector<std::shared_ptr<Outcome>> outs;
+  for (int i = 0; i < 40; ++i) outs.push_back(bench.submit(sequence_of(20, 500 + i), 5));
+  bench.run();
+  for (int i = 0; i < 40; ++i) {
+    expect_alone(bench, *outs[static_cast<size_t>(i)], sequence_of(20, 500 + i), 5);
+  }
+  bench.expect_no_leak();
+}
+
+TEST(EngineCore, WithoutPrefixCachingNothingIsShared) {
+  CoreOptions options = small_steps();
+  options.prefix_caching = false;
+  Bench bench(1024, options);
+  const Tokens prompt = sequence_of(100, 24);
+  const auto a = bench.submit(prompt, 3);
+  const auto b = bench.submit(prompt, 3);
+  bench.run();
+  EXPECT_EQ(bench.model.rows_computed, 2 * 102);
+  EXPECT_EQ(bench.core.kv().cells_used(), 0);
+  expect_alone(bench, *b, prompt, 3);
+}
+
+TEST(EngineCore, SharingOf64RequestsOver4096TokensCostsAtMostFivePercent) {
+  Bench bench(8192, small_steps(64, 512));
+  const Tokens system = sequence_of(4096, 25);
+  std::vector<std::shared_ptr<Outcome>> outs;
+  for (int i = 0; i < 64; ++i) outs.push_back(bench.submit(system + sequence_of(16, 600 + i), 16));
+  int32_t peak = 0;
+  while (bench.step()) {
+    if (bench.core.scheduler().running() == 64) peak = std::max(peak, bench.model.used());
+  }
+  EXPECT_GT(peak, 4096 + 64 * 16) << "all 64 ran at once";
+  EXPECT_LE(peak, 1.05 * (4096 + 64 * 32));
+  EXPECT_EQ(bench.core.stats().kv_cells_total, 8192);
+}
+
+TEST(EngineCore, StatisticsOfSharing) {
+  Bench bench(4096, small_steps());
+  const Tokens system = sequence_of(200, 26);
+  for (int i = 0; i < 8; ++i) bench.submit(system + Tokens{i}, 20);
+  for (int i = 0; i < 10; ++i) bench.step();
+  const EngineStats s = bench.core.stats();
+  EXPECT_EQ(s.running, 8);
+  EXPECT_EQ(s.shared_group_size, 8);
+  EXPECT_EQ(s.shared_prefix_tokens, 200);
+  EXPECT_GT(s.kv_tokens_saved, 7 * 200);
+}
+
+class Arrivals : public testing::TestWithParam<int> {};
+
+TEST_P(Arrivals, AThousandAtRandomLeaveNothingBehind) {
+  std::mt19937 random(static_cast<unsigned>(GetParam()));
+  const auto pick = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  CoreOptions options = small_steps(1 + pick(24), 8 + pick(60));
+  options.pin_budget = 0.3;
+  options.scheduler.min_follow_tokens = 1 + pick(40);
+  Bench bench(260 + pick(300), options, 30 + pick(40));
+  const Tokens systems[] = {sequence_of(70, 30), sequence_of(70, 30) + sequence_of(20, 31),
+                            sequence_of(40, 32)};
+  struct Asked {
+    Tokens prompt;
+    int32_t max_tokens;
+    int32_t n;
+    std::shared_ptr<Outcome> out;
+    bool cancelled = false;
+  };
+  std::vector<Asked> asked;
+  std::vector<std::string> pins;
+  const PinCallbacks callbacks{{},
+                               [&](const PinnedPrompt& p) { pins.push_back(p.id); },
+                               [](ErrorKind, const std::string&) {}};
+  bench.model.end_token = 60;
+  while (asked.size() < 1000) {
+    const int what = pick(20);
+    if (what < 6) {
+      Asked a;
+      a.prompt = systems[pick(3)] + sequence_of(1 + pick(30), pick(40));
+      a.max_tokens = 1 + pick(30);
+      a.n = pick(10) == 0 ? 2 : 1;
+      a.out = bench.submit(a.prompt, a.max_tokens, a.n, pick(4) == 0 ? "tenant" : "");
+      asked.push_back(a);
+    } else if (what == 6 && !asked.empty()) {
+      const auto at = static_cast<size_t>(pick(static_cast<int>(asked.size())));
+      if (!asked[at].out->done && !asked[at].out->failed) {
+        asked[at].cancelled = true;
+        bench.core.cancel(static_cast<RequestId>(at + 1));
+      }
+    } else if (what == 7) {
+      PinRequest pin;
+      pin.tokens = systems[pick(3)];
+      pin.tokens.resize(static_cast<size_t>(1 + pick(static_cast<int>(pin.tokens.size()))));
+      if (pick(3) == 0) pin.cache_salt = "tenant";
+      bench.core.pin(pin, callbacks);
+    } else if (what == 8 && !pins.empty()) {
+      try {
+        bench.core.unpin(pins[static_cast<size_t>(pick(static_cast<int>(pins.size())))]);
+      } catch (const EngineError& e) {
+        ASSERT_EQ(e.kind(), ErrorKind::kNotFound);
+      }
+    } else {
+      bench.step();
+      if (HasFatalFailure()) return;
+    }
+  }
+  bench.run();
+  int finished = 0;
+  for (const Asked& a : asked) {
+    if (a.cancelled) {
+      EXPECT_TRUE(a.out->done);
+      continue;
+    }
+    if (a.out->failed) {
+      // Possible only because prompts were pinned after it was accepted, or before.
+      EXPECT_EQ(a.out->error, ErrorKind::kContextLengthExceeded);
+      continue;
+    }
+    ASSERT_TRUE(a.out->done);
+    for (int32_t c = 0; c < a.n; ++c) {
+      const Tokens expected = bench.model.completion(a.prompt, a.max_tokens);
+      ASSERT_EQ(a.out->tokens[c], expected);
+      ++finished;
+    }
+  }
+  EXPECT_GT(finished, 700);
+  for (const PinnedPrompt& p : bench.core.pinned()) bench.core.unpin(p.id);
+  bench.expect_no_leak();
+}
+
+INSTANTIATE_TEST_SUITE_P(Seeds, Arrivals, testing::Range(1, 9));
+
+}  // namespace
+}  // namespace relay::engine

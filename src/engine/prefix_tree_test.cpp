@@ -1,0 +1,203 @@
+#include "engine/prefix_tree.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <random>
+#include <set>
+
+namespace relay::engine {
+namespace {
+
+using Tokens = std::vector<Token>;
+
+SeqSet set_of(std::initializer_list<SeqId> ids) {
+  SeqSet set;
+  for (const SeqId s : ids) set.set(static_cast<size_t>(s));
+  return set;
+}
+
+void insert(PrefixTree& tree, SeqId seq, const Salt& salt, const Tokens& tokens) {
+  const auto match = tree.match(salt, tokens, static_cast<int32_t>(tokens.size()));
+  const int32_t length = match.length;
+  tree.attach(seq, match);
+  tree.extend(seq, salt, std::span(tokens).subspan(static_cast<size_t>(length)));
+}
+
+TEST(PrefixTree, FindsTheLongestPrefixAndSplitsInsideANode) {
+  PrefixTree tree;
+  insert(tree, 0, nullptr, {1, 2, 3, 4, 5});
+  EXPECT_EQ(tree.match(nullptr, Tokens{1, 2, 3, 9}, 4).length, 3);
+  EXPECT_EQ(tree.match(nullptr, Tokens{1, 2, 3, 9}, 2).length, 2);
+  EXPECT_EQ(tree.match(nullptr, Tokens{7}, 1).length, 0);
+  insert(tree, 1, nullptr, {1, 2, 3, 9});
+  tree.validate();
+  EXPECT_EQ(tree.tokens(), 6);
+  EXPECT_EQ(tree.nodes(), 3u);
+  EXPECT_EQ(tree.match(nullptr, Tokens{1, 2, 3, 4, 5, 6}, 6).holder(), 0);
+  EXPECT_EQ(tree.detach(1), 1);
+  EXPECT_EQ(tree.nodes(), 1u) << "a split is undone when the branch goes";
+  EXPECT_EQ(tree.detach(0), 5);
+  EXPECT_EQ(tree.tokens(), 0);
+  tree.validate();
+}
+
+TEST(PrefixTree, AGrowingPromptIsOneNode) {
+  PrefixTree tree;
+  insert(tree, 3, nullptr, {1});
+  for (Token t = 2; t < 50; ++t) tree.extend(3, nullptr, Tokens{t});
+  EXPECT_EQ(tree.nodes(), 1u);
+  EXPECT_EQ(tree.length(3), 49);
+}
+
+TEST(PrefixTree, SaltsDoNotSeeEachOtherButAllSeeThePublic) {
+  PrefixTree tree;
+  SaltTable salts;
+  const Salt a = salts.intern("a");
+  const Salt b = salts.intern("b");
+  EXPECT_EQ(a, salts.intern("a"));
+  insert(tree, 0, a, {1, 2, 3});
+  EXPECT_EQ(tree.match(b, Tokens{1, 2, 3}, 3).length, 0);
+  EXPECT_EQ(tree.match(nullptr, Tokens{1, 2, 3}, 3).length, 0);
+  insert(tree, 1, nullptr, {1, 2});
+  EXPECT_EQ(tree.match(b, Tokens{1, 2, 3}, 3).length, 2);
+  EXPECT_EQ(tree.match(a, Tokens{1, 2, 3}, 3).length, 3) << "the longer of own and public";
+  insert(tree, 2, b, {1, 2, 9});
+  EXPECT_EQ(tree.tokens(), 3 + 2 + 1);
+  EXPECT_EQ(tree.match(nullptr, Tokens{1, 2, 9}, 3).length, 2) << "below a public node, still b's";
+  EXPECT_EQ(tree.match(a, Tokens{1, 2, 9}, 3).length, 2);
+  tree.validate();
+}
+
+TEST(PrefixTree, SaltEntriesGoWithTheirLastUser) {
+  SaltTable salts;
+  for (int i = 0; i < 10000; ++i) salts.intern("tenant " + std::to_string(i));
+  EXPECT_LE(salts.size(), 200u);
+}
+
+TEST(PrefixTree, DepthFirstOrderKeepsSharersTogether) {
+  PrefixTree tree;
+  insert(tree, 0, nullptr, {1, 2, 3});
+  insert(tree, 1, nullptr, {7, 8});
+  insert(tree, 2, nullptr, {1, 2, 4});
+  insert(tree, 3, nullptr, {7, 9});
+  insert(tree, 4, nullptr, {1, 5});
+  const auto order = tree.depth_first(set_of({0, 1, 2, 3, 4}));
+  ASSERT_EQ(order.size(), 5u);
+  const auto place = [&](SeqId s) {
+    return std::find(order.begin(), order.end(), s) - order.begin();
+  };
+  EXPECT_EQ(std::abs(place(0) - place(2)), 1);
+  EXPECT_EQ(std::abs(place(1) - place(3)), 1);
+  EXPECT_LE(std::max({place(0), place(2), place(4)}) - std::min({place(0), place(2), place(4)}), 2);
+}
+
+TEST(PrefixTree, CountsWhatSharingSaves) {
+  PrefixTree tree;
+  insert(tree, 0, nullptr, {1, 2, 3, 4, 10});
+  insert(tree, 1, nullptr, {1, 2, 3, 4, 11});
+  insert(tree, 2, nullptr, {1, 2, 9});
+  const auto sharing = tree.sharing(set_of({0, 1, 2}));
+  EXPECT_EQ(sharing.shared_tokens, 4);
+  EXPECT_EQ(sharing.saved_tokens, 2 * 2 + 2);
+  EXPECT_EQ(sharing.single_tokens, 3);
+  EXPECT_EQ(sharing.prefix * (sharing.group - 1), 4);
+  EXPECT_EQ(tree.tokens_only_of(set_of({0, 1})), 2 + 2);
+  EXPECT_EQ(tree.tokens_only_of(set_of({0, 1}), tree.tail(0)), 1);
+  EXPECT_EQ(tree.tokens_touched_by(set_of({2})), 3);
+}
+
+// Against a plain map from sequence to tokens.
+class Naive {
+ public:
+  std::map<SeqId, std::pair<Salt, Tokens>> paths;
+  std::map<SeqId, int32_t> public_part;  // leading tokens that lie in public nodes
+
+  int32_t match(const Salt& salt, const Tokens& tokens, int32_t limit) const {
+    int32_t best = 0;
+    for (const auto& [seq, path] : paths) {
+      int32_t same = 0;
+      const auto end = std::min<int32_t>(
+          limit, static_cast<int32_t>(std::min(tokens.size(), path.second.size())));
+      while (same < end &&
+             tokens[static_cast<size_t>(same)] == path.second[static_cast<size_t>(same)]) {
+        ++same;
+      }
+      if (path.first != salt) same = std::min(same, public_part.at(seq));
+      best = std::max(best, same);
+    }
+    return best;
+  }
+};
+
+class PrefixTreeRandom : public testing::TestWithParam<int> {};
+
+TEST_P(PrefixTreeRandom, AgreesWithANaiveMap) {
+  std::mt19937 random(static_cast<unsigned>(GetParam()));
+  const auto pick = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  SaltTable salts;
+  const Salt salt_list[] = {salts.intern("a"), salts.intern("b"), nullptr};
+  PrefixTree tree;
+  Naive naive;
+  for (int round = 0; round < 1500; ++round) {
+    const SeqId seq = pick(24);
+    const auto known = naive.paths.find(seq);
+    if (known == naive.paths.end()) {
+      // Two letters make common prefixes likely.
+      Tokens tokens(static_cast<size_t>(1 + pick(12)));
+      for (Token& t : tokens) t = pick(2);
+      const Salt salt = salt_list[pick(3)];
+      const int32_t limit = pick(14);
+      const auto match = tree.match(salt, tokens, limit);
+      ASSERT_EQ(match.length, naive.match(salt, tokens, limit)) << "round " << round;
+      int32_t reached = match.length;
+      if (reached > 0) {
+        const SeqId holder = match.holder();
+        ASSERT_GE(holder, 0);
+        const Tokens& held = naive.paths.at(holder).second;
+        ASSERT_TRUE(std::equal(tokens.begin(), tokens.begin() + reached, held.begin()));
+      }
+      tree.attach(seq, match);
+      // How much of the path is public: walk up.
+      const auto rest = std::span(std::as_const(tokens)).subspan(static_cast<size_t>(reached));
+      const auto below = tree.match_below(seq, salt, rest);
+      reached += below.length;
+      tree.attach(seq, below);
+      tree.extend(seq, salt,
+                  std::span(std::as_const(tokens)).subspan(static_cast<size_t>(reached)));
+      int32_t public_part = 0;
+      for (const auto* n = tree.tail(seq); n != tree.root(); n = n->parent) {
+        if (n->salt == nullptr) public_part = std::max(public_part, n->end());
+      }
+      naive.paths[seq] = {salt, tokens};
+      naive.public_part[seq] = public_part;
+    } else if (pick(3) == 0 && tree.tail(seq)->members.count() == 1) {
+      const auto before = tree.tokens();
+      const int32_t wish = 1 + pick(3);
+      const int32_t cut = tree.trim(seq, wish);
+      ASSERT_GE(cut, 1);
+      ASSERT_LE(cut, wish);
+      ASSERT_EQ(tree.tokens(), before - cut);
+      auto& tokens = known->second.second;
+      tokens.resize(tokens.size() - static_cast<size_t>(cut));
+      auto& part = naive.public_part[seq];
+      part = std::min(part, static_cast<int32_t>(tokens.size()));
+      if (tokens.empty()) naive.paths.erase(known);
+    } else {
+      const auto before = tree.tokens();
+      const int32_t freed = tree.detach(seq);
+      ASSERT_EQ(freed, before - tree.tokens());
+      naive.paths.erase(known);
+    }
+    ASSERT_NO_THROW(tree.validate()) << "round " << round;
+    // Each path reads back as its tokens.
+    for (const auto& [s, path] : naive.paths) {
+      ASSERT_EQ(tree.length(s), static_cast<int32_t>(path.second.size()));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Seeds, PrefixTreeRandom, testing::Range(1, 9));
+
+}  // namespace
+}  // namespace relay::engine

@@ -1,0 +1,211 @@
+#include "engine/scheduler.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace relay::engine {
+
+namespace {
+
+void insert_in_order(std::vector<Sequence*>& list, Sequence* sequence) {
+  const auto place =
+      std::upper_bound(list.begin(), list.end(), sequence,
+                       [](const Sequence* a, const Sequence* b) { return before(*a, *b); });
+  list.insert(place, sequence);
+}
+
+int32_t common_prefix(const std::vector<Token>& a, const std::vector<Token>& b, int32_t limit) {
+  const auto count =
+      static_cast<std::ptrdiff_t>(std::min({static_cast<size_t>(limit), a.size(), b.size()}));
+  const auto end = std::mismatch(a.begin(), a.begin() + count, b.begin()).first;
+  return static_cast<int32_t>(end - a.begin());
+}
+
+}  // namespace
+
+void Scheduler::enqueue(Sequence* sequence) { insert_in_order(waiting_, sequence); }
+
+StepPlan Scheduler::plan(int32_t prefill_rows) {
+  StepPlan plan;
+  for (;;) {
+    plan.slices.clear();
+    plan.rows = plan.prefill_rows = 0;
+    plan_decode(plan);
+    int32_t budget = std::min(prefill_rows, options_.batch_tokens - plan.rows);
+    plan_prefill(plan, budget);
+    plan_admissions(plan, budget);
+    // (An admitted sequence without a slice is one to pin that was in the cache already.)
+    if (!plan.slices.empty() || !plan.admitted.empty() || running_.empty()) break;
+    // Every running sequence is in its prefill and none can have another cell.
+    if (!preempt_youngest()) {
+      plan.exhausted.push_back(running_.front());
+      return plan;
+    }
+  }
+  if (running_.empty() && !waiting_.empty()) {
+    // With nothing running, all but the pinned cells were to be had.
+    plan.exhausted.push_back(waiting_.front());
+    return plan;
+  }
+  order_by_prefix(plan);
+  return plan;
+}
+
+void Scheduler::add_slice(StepPlan& plan, Sequence* sequence, int32_t count) {
+  plan.slices.push_back({sequence, count, sequence->generates && count == sequence->pending()});
+  plan.rows += count;
+  if (sequence->pending() > 1) plan.prefill_rows += count;
+}
+
+void Scheduler::plan_decode(StepPlan& plan) {
+  const auto decoding = [](const Sequence* s) { return s->pending() == 1; };
+  for (;;) {
+    const auto rows =
+        static_cast<int32_t>(std::count_if(running_.begin(), running_.end(), decoding));
+    if (kv_.make_room(rows)) break;
+    if (!preempt_youngest()) return;  // alone and out of cells: plan() sees no slices
+  }
+  for (Sequence* s : running_) {
+    if (decoding(s)) add_slice(plan, s, 1);
+  }
+}
+
+void Scheduler::plan_prefill(StepPlan& plan, int32_t& budget) {
+  for (Sequence* s : running_) {
+    if (s->pending() <= 1) continue;
+    int32_t count = std::min(s->pending(), budget);
+    if (count <= 0) break;
+    if (!kv_.make_room(plan.rows + count)) count = std::min(count, kv_.cells_free() - plan.rows);
+    if (count <= 0) break;
+    add_slice(plan, s, count);
+    budget -= count;
+  }
+}
+
+bool Scheduler::follows_another(Sequence& sequence) const {
+  if (!kv_.prefix_caching()) return false;
+  int32_t cached = -1;
+  for (const Sequence* leader : running_) {
+    if (leader->pending() <= 1 || leader->salt != sequence.salt) continue;
+    const int32_t limit = std::min(sequence.match_limit(), leader->prompt_length);
+    const int32_t same = common_prefix(leader->tokens, sequence.tokens, limit);
+    if (same <= leader->computed) continue;  // what we share is published already
+    if (cached < 0)
+      cached = kv_.cached_prefix(sequence.salt, sequence.all(), sequence.match_limit());
+    // Having waited for most of it, it waits for the rest too.
+    const int32_t worthwhile = sequence.leader == leader->arrival ? 1 : options_.min_follow_tokens;
+    if (same - cached < worthwhile) continue;
+    sequence.leader = leader->arrival;
+    return true;
+  }
+  return false;
+}
+
+int32_t Scheduler::headroom(const Sequence& sequence) const {
+  if (!sequence.generates || running_.empty()) return 0;
+  // Some cells to begin with, more for one that had to give way before, so that it does not at once
+  // give way again; never more than it can use.
+  const int32_t remaining = sequence.max_tokens - sequence.generated();
+  const int32_t wish = 16 << std::min(sequence.preemptions, 6);
+  return std::clamp(remaining - 1, 0, wish);
+}
+
+int32_t Scheduler::promised_cells() const {
+  // What running sequences need to get through their prompts, and one more step of each.
+  int32_t cells = 0;
+  for (const Sequence* s : running_) cells += s->pending() + (s->generates ? 1 : 0);
+  return cells;
+}
+
+void Scheduler::plan_admissions(StepPlan& plan, int32_t& budget) {
+  for (size_t i = 0; i < waiting_.size();) {
+    if (running() >= options_.parallel || budget <= 0) return;
+    Sequence* s = waiting_[i];
+    if (follows_another(*s)) {
+      ++i;
+      continue;
+    }
+    const auto admission =
+        kv_.admit(s->salt, s->all(), s->match_limit(), headroom(*s), promised_cells());
+    if (!admission) return;  // in order: a small one behind must not starve a large one
+    waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(i));
+    s->kv = admission->seq;
+    s->computed = admission->cached;
+    if (!s->began) s->cached = std::min(admission->cached, s->prompt_length);
+    s->began = true;
+    insert_in_order(running_, s);
+    plan.admitted.push_back(s);
+    const int32_t count = std::min(s->pending(), budget);
+    if (count > 0) {
+      add_slice(plan, s, count);
+      budget -= count;
+    }
+  }
+}
+
+void Scheduler::order_by_prefix(StepPlan& plan) const {
+  if (plan.slices.size() < 2) return;
+  SeqSet set;
+  for (const Slice& slice : plan.slices) set.set(static_cast<size_t>(slice.sequence->kv));
+  std::vector<int32_t> rank(kMaxSequences, 0);
+  int32_t next = 0;
+  for (const SeqId s : kv_.tree().depth_first(set)) rank[static_cast<size_t>(s)] = next++;
+  std::stable_sort(plan.slices.begin(), plan.slices.end(), [&](const Slice& a, const Slice& b) {
+    return rank[static_cast<size_t>(a.sequence->kv)] < rank[static_cast<size_t>(b.sequence->kv)];
+  });
+}
+
+void Scheduler::commit(const StepPlan& plan) {
+  for (const Slice& slice : plan.slices) {
+    Sequence* s = slice.sequence;
+    s->computed += slice.count;
+    kv_.grow(s->kv, slice.count);
+    const int32_t known = std::min(s->computed, s->prompt_length);
+    if (known > kv_.published(s->kv)) {
+      kv_.publish(s->kv, s->salt, s->all().first(static_cast<size_t>(known)));
+    }
+  }
+}
+
+void Scheduler::remove(Sequence* sequence, Keep keep) {
+  std::erase(waiting_, sequence);
+  if (!sequence->running()) return;
+  std::erase(running_, sequence);
+  if (keep == Keep::kNothing || !kv_.prefix_caching()) {
+    kv_.release(sequence->kv);
+  } else {
+    if (keep == Keep::kAll) {
+      kv_.publish(sequence->kv, sequence->salt,
+                  sequence->all().first(static_cast<size_t>(sequence->computed)));
+    }
+    kv_.retain(sequence->kv);
+  }
+  sequence->kv = -1;
+}
+
+SeqId Scheduler::remove_pinned(Sequence* sequence) {
+  if (!sequence->running()) throw std::logic_error("scheduler: pinning a sequence not running");
+  std::erase(running_, sequence);
+  kv_.pin(sequence->kv);
+  const SeqId id = sequence->kv;
+  sequence->kv = -1;
+  return id;
+}
+
+void Scheduler::preempt(Sequence* sequence) {
+  std::erase(running_, sequence);
+  kv_.release(sequence->kv);
+  sequence->kv = -1;
+  sequence->computed = 0;
+  ++sequence->preemptions;
+  ++preemptions_;
+  insert_in_order(waiting_, sequence);
+}
+
+bool Scheduler::preempt_youngest() {
+  if (running_.size() < 2) return false;
+  preempt(running_.back());
+  return true;
+}
+
+}  // namespace relay::engine

@@ -1,0 +1,88 @@
+// Decides, step by step, which rows are computed: who is admitted, who waits for whose prefix, how
+// large a piece of a prompt goes beside the decode rows, and who gives way when cells run out.
+//
+// A sequence that decodes is one whose pending part is a single token; nothing else tells prefill
+// from decode. Order of service is (priority, arrival) throughout.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "engine/kv_memory.h"
+#include "engine/model.h"
+#include "engine/sequence.h"
+
+namespace relay::engine {
+
+struct SchedulerOptions {
+  int32_t parallel = 64;        ///< most sequences running
+  int32_t batch_tokens = 2048;  ///< most rows of a step
+  /// A sequence waits for another that is computing a prefix of its prompt if that saves it at
+  /// least so many tokens. Waiting costs a step; below this, computing them again costs less.
+  int32_t min_follow_tokens = 32;
+};
+
+/// Rows of one sequence in a step: `count` tokens from its computed length on.
+struct Slice {
+  Sequence* sequence = nullptr;
+  int32_t count = 0;
+  bool samples = false;  ///< the last of them yields its next token
+};
+
+struct StepPlan {
+  std::vector<Slice> slices;         ///< depth-first in the prefix tree
+  std::vector<Sequence*> admitted;   ///< began (or began again) in this step
+  std::vector<Sequence*> exhausted;  ///< cannot go on: the cells are too few even for it alone
+  int32_t rows = 0;
+  int32_t prefill_rows = 0;
+};
+
+class Scheduler {
+ public:
+  Scheduler(KvMemory& kv, const SchedulerOptions& options) : kv_(kv), options_(options) {}
+
+  /// The sequence stays its owner's, who removes it before destroying it.
+  void enqueue(Sequence* sequence);
+
+  /// What to compute next, with at most `prefill_rows` rows of prefill. Cells for all rows are free
+  /// when it returns. May admit and preempt. No slices: nothing to do (or see exhausted).
+  StepPlan plan(int32_t prefill_rows);
+
+  /// The plan's rows are in the cache: books them and publishes prompts.
+  void commit(const StepPlan& plan);
+
+  enum class Keep { kAll, kPrompt, kNothing };
+  /// The sequence leaves, from the queue or from running. keep: what stays in the cache of what it
+  /// has computed.
+  void remove(Sequence* sequence, Keep keep);
+  /// Takes the running sequence out of the books as a pinned path; returns its id.
+  SeqId remove_pinned(Sequence* sequence);
+
+  /// The youngest running sequence gives up its cells and waits again with its tokens. False if
+  /// fewer than two are running.
+  bool preempt_youngest();
+
+  int32_t running() const { return static_cast<int32_t>(running_.size()); }
+  int32_t waiting() const { return static_cast<int32_t>(waiting_.size()); }
+  int64_t preemptions() const { return preemptions_; }
+  const std::vector<Sequence*>& running_sequences() const { return running_; }
+
+ private:
+  bool follows_another(Sequence& sequence) const;
+  int32_t headroom(const Sequence& sequence) const;
+  int32_t promised_cells() const;
+  void plan_decode(StepPlan& plan);
+  void plan_prefill(StepPlan& plan, int32_t& budget);
+  void plan_admissions(StepPlan& plan, int32_t& budget);
+  void add_slice(StepPlan& plan, Sequence* sequence, int32_t count);
+  void order_by_prefix(StepPlan& plan) const;
+  void preempt(Sequence* sequence);
+
+  KvMemory& kv_;
+  SchedulerOptions options_;
+  std::vector<Sequence*> waiting_;  // in order of service
+  std::vector<Sequence*> running_;  // in order of service
+  int64_t preemptions_ = 0;
+};
+
+}  // namespace relay::engine

@@ -1,0 +1,57 @@
+// One chain of tokens being continued: a choice of a request, or a prompt being pinned.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "engine/model.h"
+#include "engine/prefix_tree.h"
+#include "engine/sampler.h"
+#include "engine/text_stream.h"
+
+namespace relay::engine {
+
+struct Request;
+
+struct Sequence {
+  // what is asked
+  uint64_t arrival = 0;  ///< order among all sequences; also its identity
+  int32_t priority = 0;
+  Request* request = nullptr;  ///< the core's business; the scheduler never looks at it
+  int32_t choice = 0;
+  Salt salt;
+  int32_t prompt_length = 0;
+  int32_t max_tokens = 0;  ///< generate at most so many
+  bool generates = true;   ///< false: only the KV of its tokens is wanted (pinning)
+  std::unique_ptr<Sampler> sampler;
+  TextStream text;
+
+  // where it stands
+  std::vector<Token> tokens;  ///< prompt and generated
+  int32_t computed = 0;       ///< so many of them have their KV in the cache
+  SeqId kv = -1;              ///< while it runs
+  bool began = false;         ///< was admitted at least once
+  int32_t cached = 0;         ///< prompt tokens found in the cache when it began
+  int32_t preemptions = 0;
+  uint64_t leader = 0;  ///< arrival of the sequence whose prefill it waits for; 0: none
+  std::chrono::steady_clock::time_point last_token_at{};
+
+  int32_t length() const { return static_cast<int32_t>(tokens.size()); }
+  int32_t generated() const { return length() - prompt_length; }
+  /// Rows still to compute until its next token; 1 when it is decoding.
+  int32_t pending() const { return length() - computed; }
+  bool running() const { return kv >= 0; }
+  std::span<const Token> all() const { return tokens; }
+  /// At least the last token is computed anew: its logits are needed. Pinning needs none.
+  int32_t match_limit() const { return generates ? length() - 1 : length(); }
+};
+
+/// Who is served first.
+inline bool before(const Sequence& a, const Sequence& b) {
+  return a.priority != b.priority ? a.priority < b.priority : a.arrival < b.arrival;
+}
+
+}  // namespace relay::engine

@@ -1,0 +1,114 @@
+#include "server/errors.h"
+
+#include "server/json.h"
+
+namespace relay::server {
+
+namespace {
+
+constexpr size_t kMaxMessageBytes = 1024;
+constexpr const char* kInvalidRequest = "invalid_request_error";
+
+std::string cut(const std::string& text) {
+  if (text.size() <= kMaxMessageBytes) return text;
+  constexpr const char* kEllipsis = "...";
+  size_t end = kMaxMessageBytes - 3;
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
+  return text.substr(0, end) + kEllipsis;
+}
+
+}  // namespace
+
+ApiError::ApiError(int status, std::string type, std::string code, const std::string& message,
+                   std::string param)
+    : status_(status),
+      type_(std::move(type)),
+      code_(std::move(code)),
+      message_(cut(message)),
+      param_(std::move(param)) {}
+
+ApiError& ApiError::header(const std::string& name, const std::string& value) {
+  for (auto& [existing, old_value] : headers_) {
+    if (existing == name) {
+      old_value = value;
+      return *this;
+    }
+  }
+  headers_.emplace_back(name, value);
+  return *this;
+}
+
+std::string ApiError::body() const {
+  Json error;
+  error["message"] = message_;
+  error["type"] = type_;
+  error["param"] = param_.empty() ? Json(nullptr) : Json(param_);
+  error["code"] = code_;
+  return dump(Json{{"error", std::move(error)}});
+}
+
+ApiError invalid_request(const std::string& param, const std::string& message,
+                         const std::string& code) {
+  return ApiError(400, kInvalidRequest, code, message, param);
+}
+
+ApiError unsupported(const std::string& param, const std::string& message) {
+  return ApiError(400, kInvalidRequest, "unsupported_parameter", message, param);
+}
+
+ApiError model_not_found(const std::string& model) {
+  return ApiError(404, kInvalidRequest, "model_not_found",
+                  "The model '" + model + "' does not exist; GET /v1/models lists those served.",
+                  "model");
+}
+
+ApiError unavailable(const std::string& code, const std::string& message, int retry_after) {
+  return ApiError(503, "service_unavailable_error", code, message).retry_after(retry_after);
+}
+
+ApiError payload_too_large(size_t limit) {
+  return ApiError(413, kInvalidRequest, "payload_too_large",
+                  "The request body is larger than " + std::to_string(limit) + " bytes.");
+}
+
+ApiError from_engine(engine::ErrorKind kind, const std::string& message, const std::string& param) {
+  using engine::ErrorKind;
+  const std::string code = engine::to_string(kind);
+  switch (kind) {
+    case ErrorKind::kInvalidRequest:
+      return invalid_request(param, message);
+    case ErrorKind::kContextLengthExceeded:
+    case ErrorKind::kInvalidGrammar:
+    case ErrorKind::kInvalidTemplate:
+      return ApiError(400, kInvalidRequest, code, message, param);
+    case ErrorKind::kQueueFull:
+      return ApiError(429, "rate_limit_error", "rate_limit_exceeded", message).retry_after(1);
+    case ErrorKind::kShuttingDown:
+      return unavailable("shutting_down", message, 5);
+    case ErrorKind::kPinBudgetExceeded:
+      return ApiError(409, kInvalidRequest, code, message, param);
+    case ErrorKind::kNotFound:
+      return ApiError(404, kInvalidRequest, code, message, param);
+    case ErrorKind::kModel:
+    case ErrorKind::kBackend:
+    case ErrorKind::kInternal:
+      break;
+  }
+  return ApiError(500, "server_error", code, message, param);
+}
+
+ApiError from_refusal(const engine::Refusal& refusal) {
+  if (refusal.kind != engine::ErrorKind::kContextLengthExceeded) {
+    ApiError error = from_engine(refusal.kind, refusal.message, refusal.param);
+    if (refusal.retry_after_seconds > 0) error.retry_after(refusal.retry_after_seconds);
+    return error;
+  }
+  std::string message = "This model's context length is " + std::to_string(refusal.context_length) +
+                        " tokens, but the prompt has " + std::to_string(refusal.prompt_tokens);
+  message += refusal.max_tokens >= 0
+                 ? " and max_tokens asks for " + std::to_string(refusal.max_tokens) + " more."
+                 : " and leaves no room for an answer.";
+  return from_engine(refusal.kind, message, refusal.param);
+}
+
+}  // namespace relay::server

@@ -1,0 +1,545 @@
+#include "server/http_session.h"
+
+#include <spdlog/spdlog.h>
+
+#include <boost/asio/as_tuple.hpp>
+#include <boost/asio/bind_cancellation_slot.hpp>
+#include <boost/asio/co_spawn.hpp>
+#include <boost/asio/detached.hpp>
+#include <boost/asio/post.hpp>
+#include <boost/asio/read.hpp>
+#include <boost/asio/use_awaitable.hpp>
+#include <boost/asio/write.hpp>
+#include <boost/beast/http/error.hpp>
+#include <boost/beast/http/read.hpp>
+#include <boost/beast/http/rfc7230.hpp>
+#include <ctime>
+#include <optional>
+
+namespace relay::server {
+
+namespace net = boost::asio;
+namespace http = boost::beast::http;
+using boost::system::error_code;
+
+namespace {
+
+constexpr auto kUse = net::as_tuple(net::use_awaitable);
+/// What a client may send ahead while its answer is being made.
+constexpr size_t kMaxAhead = 32 * 1024;
+constexpr size_t kMaxDiscarded = 64 * 1024 * 1024;
+constexpr std::chrono::milliseconds kLingerTime{3000};
+constexpr size_t kMaxRequestIdBytes = 256;
+
+const char* reason_phrase(int status) {
+  const auto known = http::int_to_status(static_cast<unsigned>(status));
+  return known == http::status::unknown ? "Error" : http::obsolete_reason(known).data();
+}
+
+std::string http_date() {
+  const std::time_t now = std::time(nullptr);
+  std::tm utc{};
+  gmtime_r(&now, &utc);
+  char text[64];
+  const size_t length = std::strftime(text, sizeof(text), "%a, %d %b %Y %H:%M:%S GMT", &utc);
+  return std::string(text, length);
+}
+
+std::string header_line(const std::string& name, const std::string& value) {
+  return name + ": " + value + "\r\n";
+}
+
+/// The client's id where it is fit for a header field, else one of ours.
+std::string request_id_of(std::string_view given) {
+  bool fit = !given.empty() && given.size() <= kMaxRequestIdBytes;
+  for (const char c : given) fit = fit && c > ' ' && c < 0x7f;
+  return fit ? std::string(given) : random_id("req_");
+}
+
+std::string chunk(const std::string& data) {
+  char size[24];
+  const int length = std::snprintf(size, sizeof(size), "%zx\r\n", data.size());
+  return std::string(size, static_cast<size_t>(length)) + data + "\r\n";
+}
+constexpr const char* kLastChunk = "0\r\n\r\n";
+
+std::string_view view(boost::beast::string_view text) { return {text.data(), text.size()}; }
+
+bool is_http_error(const error_code& error) {
+  static const auto& category = http::make_error_code(http::error::bad_method).category();
+  return error.category() == category;
+}
+
+}  // namespace
+
+HttpSession::HttpSession(net::ip::tcp::socket socket, Runtime& runtime)
+    : socket_(std::move(socket)),
+      runtime_(runtime),
+      options_(runtime.service.options()),
+      buffer_(options_.max_header_bytes + 2 * kMaxAhead),
+      deadline_(socket_.get_executor()),
+      notice_timer_(socket_.get_executor()) {}
+
+HttpSession::~HttpSession() { runtime_.remove(this); }
+
+void HttpSession::start() {
+  runtime_.add(this, weak_from_this());
+  net::co_spawn(
+      socket_.get_executor(), [self = shared_from_this()] { return self->run(); },
+      [self = shared_from_this()](std::exception_ptr failure) {
+        self->disarm();
+        self->close_socket();
+        try {
+          if (failure) std::rethrow_exception(failure);
+        } catch (const std::exception& error) {
+          spdlog::error("a connection failed: {}", error.what());
+        }
+      });
+}
+
+void HttpSession::close(bool at_once) {
+  net::post(socket_.get_executor(), [self = shared_from_this(), at_once] {
+    self->closing_ = true;
+    if (!at_once && self->busy_) return;
+    self->on_gone();
+    self->close_socket();
+    self->notify();
+  });
+}
+
+void HttpSession::close_socket() {
+  error_code ignored;
+  socket_.close(ignored);
+}
+
+HttpSession::Awaitable<void> HttpSession::run() {
+  error_code ignored;
+  socket_.set_option(net::ip::tcp::no_delay(true), ignored);
+  while (!closing_ && !gone_) {
+    if (!co_await serve_one()) break;
+  }
+  if (!gone_) co_await linger();
+}
+
+HttpSession::Awaitable<bool> HttpSession::serve_one() {
+  Parser parser;
+  parser.header_limit(static_cast<uint32_t>(options_.max_header_bytes));
+  parser.body_limit(boost::none);  // checked in read_body(), where it can be answered
+  Exchange exchange;
+  body_unread_ = false;
+
+  struct Idle {
+    HttpSession& session;
+    ~Idle() {
+      if (session.busy_) --session.runtime_.busy;
+      session.busy_ = false;
+    }
+  } idle_at_end{*this};
+  std::optional<ApiError> failure;
+  try {
+    if (!co_await read_header(parser, exchange)) co_return false;
+    co_await handle(parser, exchange);
+  } catch (const ApiError& error) {
+    failure = error;
+  } catch (const std::exception& error) {
+    spdlog::error("{} {}: {}", exchange.method, exchange.target, error.what());
+    failure = from_engine(engine::ErrorKind::kInternal, "The server failed on this request.");
+  }
+  disarm();
+  co_await stop_watching();
+  if (body_unread_) exchange.keep_alive = false;
+  if (failure && !gone_ && !exchange.header_sent) {
+    co_await write_answer(answer_error(*failure), exchange);
+  }
+  const std::chrono::duration<double, std::milli> took = Clock::now() - exchange.begin;
+  if (gone_) {
+    spdlog::info("{} {} client left after {:.0f} ms [{}]", exchange.method, exchange.target,
+                 took.count(), exchange.request_id);
+  } else {
+    spdlog::log(exchange.status >= 500 ? spdlog::level::warn : spdlog::level::debug,
+                "{} {} {} {:.0f} ms [{}]", exchange.method, exchange.target, exchange.status,
+                took.count(), exchange.request_id);
+  }
+  co_return exchange.keep_alive && !gone_;
+}
+
+HttpSession::Awaitable<bool> HttpSession::read_header(Parser& parser, Exchange& exchange) {
+  if (buffer_.size() == 0) {
+    arm(options_.idle_timeout, OnExpiry::kClose);
+    const auto [error, count] = co_await socket_.async_read_some(buffer_.prepare(4096), kUse);
+    if (error) co_return false;
+    buffer_.commit(count);
+  }
+  exchange.begin = Clock::now();
+  exchange.request_id = random_id("req_");
+  exchange.keep_alive = false;  // until the header is known to be in order
+  busy_ = true;
+  ++runtime_.busy;
+  arm(options_.header_timeout, OnExpiry::kStopReading);
+  const auto [error, count] = co_await http::async_read_header(socket_, buffer_, parser, kUse);
+  disarm();
+  if (deadline_expired_) {
+    throw ApiError(408, "invalid_request_error", "request_timeout",
+                   "The request's header did not arrive in time.");
+  }
+  if (error == http::error::header_limit || error == http::error::buffer_overflow) {
+    throw ApiError(431, "invalid_request_error", "header_too_large",
+                   "The request's header is larger than " +
+                       std::to_string(options_.max_header_bytes) + " bytes.");
+  }
+  if (error == http::error::end_of_stream || error == http::error::partial_message) {
+    gone_ = true;
+    co_return false;
+  }
+  if (is_http_error(error)) {
+    throw invalid_request("", "This is not a valid HTTP/1.1 request: " + error.message() + ".",
+                          "invalid_http");
+  }
+  if (error) {
+    gone_ = true;
+    co_return false;
+  }
+
+  const auto& request = parser.get();
+  exchange.method = std::string(view(request.method_string()));
+  exchange.target = std::string(view(request.target()).substr(0, 256));
+  exchange.http_1_0 = request.version() < 11;
+  exchange.request_id = request_id_of(view(request["x-request-id"]));
+  exchange.keep_alive = parser.keep_alive();
+  co_return true;
+}
+
+HttpSession::Awaitable<void> HttpSession::handle(Parser& parser, Exchange& exchange) {
+  const auto& request = parser.get();
+  // Everything that can be said without the body is said before it is read.
+  body_unread_ = !parser.is_done();
+  if (request.target().size() > options_.max_target_bytes) {
+    throw ApiError(414, "invalid_request_error", "uri_too_long",
+                   "The request target is longer than " +
+                       std::to_string(options_.max_target_bytes) + " bytes.");
+  }
+  const Route route = find_route(exchange.method, view(request.target()));
+  const Caller caller = runtime_.service.authorize(route, view(request[http::field::authorization]),
+                                                   view(request["x-api-key"]));
+  if (route.takes_body) runtime_.service.require_ready();
+
+  size_t reserved = 0;
+  if (!parser.is_done()) {
+    const auto length = parser.content_length();
+    if (length && *length > options_.max_body_bytes) {
+      throw payload_too_large(options_.max_body_bytes);
+    }
+    reserved = length ? static_cast<size_t>(*length) : options_.max_body_bytes;
+    if (!runtime_.reserve_body(reserved)) {
+      throw ApiError(429, "rate_limit_error", "rate_limit_exceeded",
+                     "Too many large requests are being read.")
+          .retry_after(1);
+    }
+  }
+  struct Release {
+    Runtime& runtime;
+    size_t bytes;
+    ~Release() { runtime.release_body(bytes); }
+  } release{runtime_, reserved};
+  if (!parser.is_done()) {
+    co_await read_body(parser, exchange);
+    if (gone_) co_return;
+  }
+  body_unread_ = false;
+
+  std::string body = std::move(parser.get().body());
+  if (route.endpoint == Endpoint::kChatCompletions || route.endpoint == Endpoint::kCompletions) {
+    co_await answer_generation(route.endpoint, std::move(body), caller, exchange);
+  } else {
+    co_await answer_plain(route, std::move(body), exchange);
+  }
+}
+
+HttpSession::Awaitable<void> HttpSession::read_body(Parser& parser, Exchange& exchange) {
+  parser.body_limit(options_.max_body_bytes);
+  const auto expect = parser.get()[http::field::expect];
+  if (!expect.empty()) {
+    if (!boost::beast::iequals(expect, "100-continue")) {
+      throw ApiError(417, "invalid_request_error", "expectation_failed",
+                     "Only Expect: 100-continue is understood.");
+    }
+    if (!exchange.http_1_0) {
+      co_await write("HTTP/1.1 100 Continue\r\n\r\n");
+      if (gone_) co_return;
+    }
+  }
+  const size_t length = parser.content_length().value_or(options_.max_body_bytes);
+  arm(with_rate(options_.body_timeout, length), OnExpiry::kStopReading);
+  const auto [error, count] = co_await http::async_read(socket_, buffer_, parser, kUse);
+  disarm();
+  if (deadline_expired_) {
+    throw ApiError(408, "invalid_request_error", "request_timeout",
+                   "The request's body did not arrive in time.");
+  }
+  if (error == http::error::body_limit) throw payload_too_large(options_.max_body_bytes);
+  if (error == http::error::partial_message) {
+    gone_ = true;
+    co_return;
+  }
+  if (is_http_error(error)) {
+    throw invalid_request("", "The request's body is malformed: " + error.message() + ".",
+                          "invalid_http");
+  }
+  if (error) gone_ = true;
+}
+
+HttpSession::Awaitable<void> HttpSession::answer_plain(const Route& route, std::string body,
+                                                       Exchange& exchange) {
+  Answer answer;
+  if (route.access != Access::kAdmin) {
+    answer = runtime_.service.answer(route, body);
+  } else {
+    // Pinning computes for as long as the prompt is; it goes on if the client leaves.
+    std::optional<ApiError> failure;
+    co_await run_on(runtime_.waiters, [&] {
+      try {
+        answer = runtime_.service.answer(route, body);
+      } catch (const ApiError& error) {
+        failure = error;
+      } catch (const std::exception& error) {
+        failure = from_engine(engine::ErrorKind::kInternal, error.what());
+      }
+    });
+    if (failure) throw *failure;
+  }
+  co_await write_answer(answer, exchange);
+}
+
+HttpSession::Awaitable<void> HttpSession::answer_generation(Endpoint endpoint, std::string body,
+                                                            const Caller& caller,
+                                                            Exchange& exchange) {
+  auto wake = [weak = weak_from_this(), executor = socket_.get_executor()] {
+    net::post(executor, [weak] {
+      const auto self = weak.lock();
+      if (self == nullptr) return;
+      // A reader that has fallen too far behind is cut off: the write it does not take would wait
+      // for ever, and the engine must not.
+      if (self->generation_ != nullptr && self->generation_->overflowed()) {
+        spdlog::warn("a client reads too slowly; its stream is cut off");
+        self->on_gone();
+        self->close_socket();
+      }
+      self->notify();
+    });
+  };
+
+  start_watching();
+  std::unique_ptr<Generation> generation;
+  std::optional<ApiError> failure;
+  co_await run_on(runtime_.workers, [&] {
+    try {
+      generation = runtime_.service.generate(endpoint, body, caller, wake);
+    } catch (const ApiError& error) {
+      failure = error;
+    } catch (const std::exception& error) {
+      failure = from_engine(engine::ErrorKind::kInternal, error.what());
+    }
+  });
+  body.clear();
+  body.shrink_to_fit();
+  if (failure) throw *failure;
+  if (gone_) co_return;  // ~Generation cancels
+
+  struct Current {
+    Generation*& slot;
+    ~Current() { slot = nullptr; }
+  } current{generation_};
+  generation_ = generation.get();
+  co_await follow(*generation, exchange);
+}
+
+HttpSession::Awaitable<void> HttpSession::follow(Generation& generation, Exchange& exchange) {
+  if (generation.stream()) {
+    co_await follow_stream(generation, exchange);
+    co_return;
+  }
+  std::string unused;
+  for (;;) {
+    const Generation::State state = generation.advance(unused);
+    if (gone_) co_return;
+    if (state == Generation::State::kFailed) throw generation.error();
+    if (state == Generation::State::kDone) break;
+    co_await wait_for_notice();
+  }
+  co_await write_answer(Answer{200, "application/json", generation.body(), {}}, exchange);
+}
+
+HttpSession::Awaitable<void> HttpSession::follow_stream(Generation& generation,
+                                                        Exchange& exchange) {
+  const auto frame = [&](const std::string& data) { return exchange.http_1_0 ? data : chunk(data); };
+  Clock::time_point next_sign = Clock::now() + options_.first_byte_delay;
+  for (;;) {
+    std::string frames;
+    const Generation::State state = generation.advance(frames);
+    if (gone_) co_return;
+    if (state == Generation::State::kFailed) {
+      if (!exchange.header_sent && frames.empty()) throw generation.error();
+      frames += error_frame(generation.error().body());
+      exchange.keep_alive = false;
+    }
+    const bool running = state == Generation::State::kRunning;
+    if (running && frames.empty()) {
+      if (Clock::now() < next_sign) {
+        co_await wait_for_notice(next_sign);
+        continue;
+      }
+      frames = kKeepAliveFrame;
+    }
+    std::string out;
+    if (!exchange.header_sent) out = stream_header(exchange);
+    out += frame(frames);
+    if (!running && !exchange.http_1_0) out += kLastChunk;
+    co_await write(std::move(out));
+    if (!running || gone_) co_return;
+    next_sign = Clock::now() + options_.keep_alive_interval;
+  }
+}
+
+std::string HttpSession::stream_header(Exchange& exchange) {
+  exchange.header_sent = true;
+  exchange.status = 200;
+  if (exchange.http_1_0 || runtime_.service.draining()) exchange.keep_alive = false;
+  std::string out = "HTTP/1.1 200 OK\r\n";
+  out += header_line("Server", "relay");
+  out += header_line("Date", http_date());
+  out += header_line("Content-Type", "text/event-stream; charset=utf-8");
+  out += header_line("Cache-Control", "no-cache");
+  out += header_line("X-Accel-Buffering", "no");  // nginx would gather the events otherwise
+  out += header_line("x-request-id", exchange.request_id);
+  if (!exchange.http_1_0) out += header_line("Transfer-Encoding", "chunked");
+  out += header_line("Connection", exchange.keep_alive ? "keep-alive" : "close");
+  return out + "\r\n";
+}
+
+HttpSession::Awaitable<void> HttpSession::write_answer(const Answer& answer, Exchange& exchange) {
+  exchange.header_sent = true;
+  exchange.status = answer.status;
+  if (body_unread_ || closing_ || runtime_.service.draining()) exchange.keep_alive = false;
+  std::string out =
+      "HTTP/1.1 " + std::to_string(answer.status) + " " + reason_phrase(answer.status) + "\r\n";
+  out += header_line("Server", "relay");
+  out += header_line("Date", http_date());
+  out += header_line("Content-Type", answer.content_type);
+  out += header_line("Content-Length", std::to_string(answer.body.size()));
+  out += header_line("x-request-id", exchange.request_id);
+  for (const auto& [name, value] : answer.headers) out += header_line(name, value);
+  out += header_line("Connection", exchange.keep_alive ? "keep-alive" : "close");
+  out += "\r\n";
+  if (exchange.method != "HEAD") out += answer.body;
+  co_await write(std::move(out));
+}
+
+HttpSession::Awaitable<void> HttpSession::write(std::string bytes) {
+  arm(with_rate(options_.write_timeout, bytes.size()), OnExpiry::kClose);
+  const auto [error, count] = co_await net::async_write(socket_, net::buffer(bytes), kUse);
+  disarm();
+  if (error) on_gone();
+}
+
+HttpSession::Awaitable<void> HttpSession::linger() {
+  if (!socket_.is_open()) co_return;
+  error_code ignored;
+  socket_.shutdown(net::ip::tcp::socket::shutdown_send, ignored);
+  arm(kLingerTime, OnExpiry::kClose);
+  buffer_.clear();
+  for (size_t discarded = 0; discarded < kMaxDiscarded;) {
+    const auto [error, count] = co_await socket_.async_read_some(buffer_.prepare(16384), kUse);
+    if (error) break;
+    discarded += count;
+  }
+  disarm();
+}
+
+HttpSession::Awaitable<void> HttpSession::run_on(net::thread_pool& pool,
+                                                 std::function<void()> work) {
+  bool done = false;
+  net::post(pool, [self = shared_from_this(), &work, &done] {
+    work();
+    net::post(self->socket_.get_executor(), [self, &done] {
+      done = true;
+      self->notify();
+    });
+  });
+  while (!done) co_await wait_for_notice();
+}
+
+void HttpSession::start_watching() {
+  watching_ = true;
+  watch();
+}
+
+void HttpSession::watch() {
+  if (buffer_.size() >= kMaxAhead) return;  // then only a failing write tells
+  watch_idle_ = false;
+  socket_.async_read_some(
+      buffer_.prepare(4096),
+      net::bind_cancellation_slot(
+          watch_cancel_.slot(), [self = shared_from_this()](const error_code& error, size_t count) {
+            self->buffer_.commit(count);
+            self->watch_idle_ = true;
+            if (error && error != net::error::operation_aborted) self->on_gone();
+            if (!error && self->watching_) self->watch();
+            self->notify();
+          }));
+}
+
+HttpSession::Awaitable<void> HttpSession::stop_watching() {
+  watching_ = false;
+  while (!watch_idle_) {
+    watch_cancel_.emit(net::cancellation_type::total);
+    co_await wait_for_notice();
+  }
+}
+
+void HttpSession::on_gone() {
+  gone_ = true;
+  if (generation_ != nullptr) generation_->cancel();
+}
+
+void HttpSession::notify() {
+  noticed_ = true;
+  notice_timer_.cancel();
+}
+
+HttpSession::Awaitable<void> HttpSession::wait_for_notice(Clock::time_point until) {
+  if (!noticed_) {
+    notice_timer_.expires_at(until);
+    co_await notice_timer_.async_wait(kUse);
+  }
+  noticed_ = false;
+}
+
+std::chrono::milliseconds HttpSession::with_rate(std::chrono::milliseconds base,
+                                                 size_t bytes) const {
+  return base + std::chrono::milliseconds(bytes * 1000 / options_.min_body_bytes_per_second);
+}
+
+void HttpSession::arm(std::chrono::milliseconds after, OnExpiry action) {
+  deadline_expired_ = false;
+  const uint64_t turn = ++deadline_turn_;
+  deadline_.expires_after(after);
+  deadline_.async_wait([weak = weak_from_this(), turn, action](const error_code& error) {
+    const auto self = weak.lock();
+    if (error || self == nullptr || turn != self->deadline_turn_) return;
+    self->deadline_expired_ = true;
+    if (action == OnExpiry::kClose) {
+      self->close_socket();
+    } else {
+      // Reading ends, so that the coroutine goes on, and an answer can still be written.
+      error_code ignored;
+      self->socket_.shutdown(net::ip::tcp::socket::shutdown_receive, ignored);
+    }
+  });
+}
+
+void HttpSession::disarm() {
+  ++deadline_turn_;
+  deadline_.cancel();
+}
+
+}  // namespace relay::server

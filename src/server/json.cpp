@@ -1,0 +1,86 @@
+#include "server/json.h"
+
+#include "server/errors.h"
+
+namespace relay::server {
+
+namespace {
+
+ApiError invalid_json(size_t offset, const std::string& why) {
+  return invalid_request(
+      "", "The body is not valid JSON: " + why + " at byte " + std::to_string(offset) + ".",
+      "invalid_json");
+}
+
+/// Byte at which nesting first exceeds the limit: found before parsing, because the parser's own
+/// callback costs more than this scan and knows no offset.
+size_t find_too_deep(std::string_view text) {
+  int depth = 0;
+  bool in_string = false;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (in_string) {
+      if (c == '\\') {
+        ++i;
+      } else if (c == '"') {
+        in_string = false;
+      }
+    } else if (c == '"') {
+      in_string = true;
+    } else if (c == '[' || c == '{') {
+      if (++depth > kMaxJsonDepth) return i;
+    } else if (c == ']' || c == '}') {
+      --depth;
+    }
+  }
+  return std::string_view::npos;
+}
+
+}  // namespace
+
+Json parse_json(std::string_view text) {
+  const size_t too_deep = find_too_deep(text);
+  if (too_deep != std::string_view::npos) {
+    throw invalid_json(too_deep,
+                       "nested deeper than " + std::to_string(kMaxJsonDepth) + " levels");
+  }
+  try {
+    return Json::parse(text);
+  } catch (const Json::parse_error& error) {
+    // The library counts the bytes it has read: the last of them is the one at fault.
+    const size_t offset = error.byte > 0 ? error.byte - 1 : 0;
+    throw invalid_json(offset, offset >= text.size() ? "unexpected end" : "unexpected character");
+  } catch (const Json::exception&) {
+    throw invalid_request("", "The body is not valid JSON: a number is out of range.",
+                          "invalid_json");
+  }
+}
+
+std::string dump(const Json& value) {
+  return value.dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
+bool is_valid_utf8(std::string_view text) {
+  size_t i = 0;
+  while (i < text.size()) {
+    const auto lead = static_cast<unsigned char>(text[i]);
+    if (lead < 0x80) {
+      ++i;
+      continue;
+    }
+    const int extra = lead >= 0xF0 ? 3 : lead >= 0xE0 ? 2 : 1;
+    if (lead < 0xC2 || lead > 0xF4 || i + extra >= text.size()) return false;
+    uint32_t code = lead & (0x3Fu >> extra);
+    for (int k = 1; k <= extra; ++k) {
+      const auto next = static_cast<unsigned char>(text[i + k]);
+      if ((next & 0xC0) != 0x80) return false;
+      code = code << 6 | (next & 0x3Fu);
+    }
+    const uint32_t least = extra == 3 ? 0x10000 : extra == 2 ? 0x800 : 0x80;
+    if (code < least || code > 0x10FFFF || (code >= 0xD800 && code <= 0xDFFF)) return false;
+    i += extra + 1;
+  }
+  return true;
+}
+
+}  // namespace relay::server

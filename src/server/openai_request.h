@@ -1,0 +1,77 @@
+// Requests of the OpenAI API, read strictly: a wrong type or range names its `param`, null counts as
+// absent, unknown fields are accepted, and a known field that asks for what this server cannot do
+// is an error, never dropped in silence.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "engine/engine.h"
+
+namespace relay::server {
+
+/// What request fields are checked against.
+struct RequestLimits {
+  int32_t vocab_size = 0;
+  int32_t max_choices = 128;    ///< n
+  size_t max_prompts = 1024;    ///< of one /v1/completions request
+  size_t max_messages = 16384;  ///< of one chat
+  size_t max_tools = 256;
+  size_t max_stop_strings = 32;
+  size_t max_stop_bytes = 1024;  ///< of each
+  size_t max_logit_bias = 4096;
+  size_t max_schema_bytes = 256 * 1024;  ///< of a JSON schema or grammar
+};
+
+/// What chat and text completions have in common.
+struct CommonRequest {
+  std::string model;  ///< empty: not named
+  bool stream = false;
+  bool include_usage = false;           ///< stream_options
+  bool continuous_usage_stats = false;  ///< stream_options
+  bool logprobs = false;                ///< the choices carry logprobs
+  engine::GenerateRequest generate;     ///< all but prompt, format and the final cache salt
+};
+
+struct ChatCompletionRequest {
+  CommonRequest common;
+  engine::ChatRequest chat;
+};
+
+/// One prompt of a text completion: text or tokens.
+struct Prompt {
+  std::string text;
+  std::vector<engine::Token> tokens;
+  bool is_text = true;
+};
+
+struct CompletionRequest {
+  CommonRequest common;
+  std::vector<Prompt> prompts;
+  bool echo = false;                ///< the answer begins with the prompt
+  bool add_special_tokens = true;   ///< begin-of-text in front of a text prompt
+};
+
+/// POST /v1/cached_prompts.
+struct CachedPromptRequest {
+  std::string model;
+  std::string name;
+  engine::ChatRequest chat;
+  std::string cache_salt;
+  int64_t ttl_seconds = 0;
+};
+
+// All throw ApiError (400); the body is a JSON object.
+ChatCompletionRequest parse_chat_completion(std::string_view body, const RequestLimits& limits);
+CompletionRequest parse_completion(std::string_view body, const RequestLimits& limits);
+CachedPromptRequest parse_cached_prompt(std::string_view body, const RequestLimits& limits);
+/// PATCH /v1/cached_prompts/{id}: the new time to live in seconds, 0 for ever.
+int64_t parse_cached_prompt_ttl(std::string_view body);
+
+/// The messages (an array of chat messages) of a pin file, checked like those of a request. Also
+/// accepts an object {"messages": [...], "tools": [...]}.
+engine::ChatRequest parse_prompt_file_json(std::string_view text, const RequestLimits& limits);
+
+}  // namespace relay::server

@@ -1,0 +1,279 @@
+#include "server/service.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "server/errors.h"
+#include "server/json.h"
+#include "server/openai_request.h"
+
+namespace relay::server {
+
+namespace {
+
+constexpr int kLoadingRetrySeconds = 5;
+constexpr int kDrainingRetrySeconds = 10;
+
+/// Changes with whatever may change the output for the same request and seed.
+std::string make_fingerprint(const engine::ModelInfo& info) {
+  uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a
+  const auto mix = [&](const std::string& text) {
+    for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  };
+  mix(info.description);
+  mix(std::to_string(info.size_bytes) + "/" + std::to_string(info.parameters));
+  mix(info.backend);
+  char text[32];
+  std::snprintf(text, sizeof(text), "fp_relay_%010llx",
+                static_cast<unsigned long long>(hash & 0xffffffffffu));
+  return text;
+}
+
+Json cached_prompt_json(const engine::PinnedPrompt& prompt) {
+  Json json;
+  json["id"] = prompt.id;
+  json["object"] = "cached_prompt";
+  json["status"] = "ready";
+  json["name"] = prompt.name;
+  json["tokens"] = prompt.tokens;
+  json["bytes"] = prompt.bytes;
+  json["prefix_sha256"] = prompt.sha256;
+  json["created"] = prompt.created;
+  json["expires_at"] = prompt.expires_at > 0 ? Json(prompt.expires_at) : Json(nullptr);
+  return json;
+}
+
+Answer ok(const Json& json, int status = 200) {
+  return Answer{status, "application/json", dump(json), {}};
+}
+
+}  // namespace
+
+Answer answer_error(const ApiError& error) {
+  return Answer{error.status(), "application/json", error.body(), error.headers()};
+}
+
+Service::Service(const ServerOptions& options)
+    : options_(options), keys_(options.api_keys, options.admin_keys) {}
+
+void Service::set_progress(double fraction, const std::string& what) {
+  const std::lock_guard lock(mutex_);
+  progress_ = fraction;
+  progress_what_ = what;
+}
+
+void Service::set_engine(std::shared_ptr<engine::Engine> engine) {
+  auto metrics = std::make_shared<Metrics>(model_names(*engine).front());
+  engine->set_observer(metrics);
+  const std::lock_guard lock(mutex_);
+  fingerprint_ = make_fingerprint(engine->info());
+  metrics_ = std::move(metrics);
+  engine_ = std::move(engine);
+  Phase loading = Phase::kLoading;
+  phase_.compare_exchange_strong(loading, Phase::kReady);
+}
+
+void Service::begin_drain() { phase_ = Phase::kDraining; }
+
+std::shared_ptr<engine::Engine> Service::engine_or_null() const {
+  const std::lock_guard lock(mutex_);
+  return engine_;
+}
+
+std::shared_ptr<engine::Engine> Service::engine() const {
+  require_ready();
+  return engine_or_null();
+}
+
+void Service::require_ready() const {
+  switch (phase_.load()) {
+    case Phase::kReady:
+      return;
+    case Phase::kLoading:
+      throw unavailable("loading", "The model is being loaded.", kLoadingRetrySeconds);
+    case Phase::kDraining:
+      throw unavailable("shutting_down", "The server is shutting down.", kDrainingRetrySeconds);
+  }
+}
+
+Caller Service::authorize(const Route& route, std::string_view authorization,
+                          std::string_view x_api_key) const {
+  const Caller caller = keys_.identify(authorization, x_api_key);
+  if (route.access == Access::kAnyone) return caller;
+  if (!caller.allowed) {
+    const bool missing = authorization.empty() && x_api_key.empty();
+    throw ApiError(401, "invalid_request_error", "invalid_api_key",
+                   missing ? "An API key is needed: Authorization: Bearer <key>."
+                           : "The API key is not valid.")
+        .header("WWW-Authenticate", "Bearer");
+  }
+  if (route.access == Access::kAdmin && !caller.admin) {
+    throw ApiError(403, "invalid_request_error", "admin_key_required",
+                   keys_.has_admin_keys()
+                       ? "This endpoint needs an admin key."
+                       : "This endpoint needs an admin key, and the server was started without "
+                         "one (--admin-key-file).");
+  }
+  return caller;
+}
+
+RequestLimits Service::limits(const engine::Engine& engine) const {
+  RequestLimits limits;
+  limits.vocab_size = engine.info().vocab_size;
+  return limits;
+}
+
+std::vector<std::string> Service::model_names(const engine::Engine& engine) const {
+  return options_.model_names.empty() ? std::vector<std::string>{engine.info().name}
+                                      : options_.model_names;
+}
+
+std::string Service::resolve_model(const engine::Engine& engine, const std::string& model) const {
+  const std::vector<std::string> names = model_names(engine);
+  if (model.empty()) return names.front();
+  if (std::find(names.begin(), names.end(), model) == names.end()) throw model_not_found(model);
+  return model;
+}
+
+Answer Service::answer(const Route& route, std::string_view body) {
+  try {
+    switch (route.endpoint) {
+      case Endpoint::kHealth:
+        return health();
+      case Endpoint::kModels:
+      case Endpoint::kModel:
+        return models(route.argument);
+      case Endpoint::kMetrics:
+        return metrics();
+      case Endpoint::kListCachedPrompts:
+        return list_cached_prompts();
+      case Endpoint::kCreateCachedPrompt:
+        return create_cached_prompt(body);
+      case Endpoint::kGetCachedPrompt:
+        return get_cached_prompt(route.argument);
+      case Endpoint::kUpdateCachedPrompt:
+        return update_cached_prompt(route.argument, body);
+      case Endpoint::kDeleteCachedPrompt:
+        return delete_cached_prompt(route.argument);
+      case Endpoint::kChatCompletions:
+      case Endpoint::kCompletions:
+        break;
+    }
+  } catch (const engine::EngineError& error) {
+    throw from_engine(error.kind(), error.what());
+  }
+  throw ApiError(500, "server_error", "internal_error", "This endpoint has no plain answer.");
+}
+
+std::unique_ptr<Generation> Service::generate(Endpoint endpoint, std::string_view body,
+                                              const Caller& caller, std::function<void()> wake) {
+  GenerationContext context;
+  context.engine = engine();
+  context.caller_salt = caller.salt;
+  context.max_queued_bytes = options_.max_queued_bytes;
+  context.wake = std::move(wake);
+  {
+    const std::lock_guard lock(mutex_);
+    context.fingerprint = fingerprint_;
+  }
+  const RequestLimits bounds = limits(*context.engine);
+  if (endpoint == Endpoint::kChatCompletions) {
+    ChatCompletionRequest request = parse_chat_completion(body, bounds);
+    context.model = resolve_model(*context.engine, request.common.model);
+    return Generation::start(std::move(request), std::move(context));
+  }
+  CompletionRequest request = parse_completion(body, bounds);
+  context.model = resolve_model(*context.engine, request.common.model);
+  return Generation::start(std::move(request), std::move(context));
+}
+
+Answer Service::health() const {
+  const Phase phase = phase_;
+  if (phase == Phase::kReady) return ok(Json{{"status", "ok"}});
+  try {
+    require_ready();
+  } catch (const ApiError& error) {
+    Answer answer = answer_error(error);
+    Json json = Json::parse(answer.body);
+    json["status"] = phase == Phase::kLoading ? "loading" : "draining";
+    if (phase == Phase::kLoading) {
+      const std::lock_guard lock(mutex_);
+      json["progress"] = progress_;
+      json["step"] = progress_what_;
+    }
+    answer.body = dump(json);
+    return answer;
+  }
+  return ok(Json{{"status", "ok"}});
+}
+
+Answer Service::models(const std::string& only) const {
+  const std::shared_ptr<engine::Engine> engine = this->engine();
+  const engine::ModelInfo& info = engine->info();
+  Json data = Json::array();
+  for (const std::string& name : model_names(*engine)) {
+    Json model{{"id", name},
+               {"object", "model"},
+               {"created", info.created},
+               {"owned_by", "relay"},
+               {"root", info.path},
+               {"max_model_len", info.context_length}};
+    if (name == only) return ok(model);
+    data.push_back(std::move(model));
+  }
+  if (!only.empty()) throw model_not_found(only);
+  return ok(Json{{"object", "list"}, {"data", std::move(data)}});
+}
+
+Answer Service::metrics() const {
+  std::shared_ptr<engine::Engine> engine;
+  std::shared_ptr<Metrics> metrics;
+  {
+    const std::lock_guard lock(mutex_);
+    engine = engine_;
+    metrics = metrics_;
+  }
+  Answer answer;
+  answer.content_type = "text/plain; version=0.0.4; charset=utf-8";
+  if (metrics != nullptr) answer.body = metrics->render(engine.get());
+  return answer;
+}
+
+Answer Service::create_cached_prompt(std::string_view body) {
+  const std::shared_ptr<engine::Engine> engine = this->engine();
+  const CachedPromptRequest request = parse_cached_prompt(body, limits(*engine));
+  resolve_model(*engine, request.model);
+  engine::PinRequest pin;
+  pin.name = request.name;
+  pin.cache_salt = effective_salt("", request.cache_salt);
+  pin.ttl_seconds = request.ttl_seconds;
+  pin.tokens = engine->render_chat_prefix(request.chat);
+  return ok(cached_prompt_json(engine->pin_prompt(pin)), 201);
+}
+
+Answer Service::list_cached_prompts() const {
+  Json data = Json::array();
+  for (const engine::PinnedPrompt& prompt : engine()->pinned_prompts()) {
+    data.push_back(cached_prompt_json(prompt));
+  }
+  return ok(Json{{"object", "list"}, {"data", std::move(data)}});
+}
+
+Answer Service::get_cached_prompt(const std::string& id) const {
+  for (const engine::PinnedPrompt& prompt : engine()->pinned_prompts()) {
+    if (prompt.id == id) return ok(cached_prompt_json(prompt));
+  }
+  throw from_engine(engine::ErrorKind::kNotFound, "There is no cached prompt '" + id + "'.", "id");
+}
+
+Answer Service::update_cached_prompt(const std::string& id, std::string_view body) {
+  const int64_t ttl = parse_cached_prompt_ttl(body);
+  return ok(cached_prompt_json(engine()->set_pin_ttl(id, ttl)));
+}
+
+Answer Service::delete_cached_prompt(const std::string& id) {
+  engine()->unpin(id);
+  return ok(Json{{"id", id}, {"object", "cached_prompt.deleted"}, {"deleted", true}});
+}
+
+}  // namespace relay::server

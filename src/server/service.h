@@ -1,0 +1,90 @@
+// What the endpoints do, without HTTP: state of the server, models, cached prompts, and the start of
+// generations. Thread-safe.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "engine/engine.h"
+#include "server/auth.h"
+#include "server/generation.h"
+#include "server/metrics.h"
+#include "server/options.h"
+#include "server/router.h"
+
+namespace relay::server {
+
+/// A whole answer.
+struct Answer {
+  int status = 200;
+  std::string content_type = "application/json";
+  std::string body;
+  std::vector<std::pair<std::string, std::string>> headers;
+};
+Answer answer_error(const ApiError& error);
+
+class Service {
+ public:
+  explicit Service(const ServerOptions& options);
+
+  const ServerOptions& options() const { return options_; }
+
+  // --- State: loading -> ready -> draining --------------------------------------------------------
+  /// Shown by /health while loading.
+  void set_progress(double fraction, const std::string& what);
+  /// Ready: requests are taken from now on.
+  void set_engine(std::shared_ptr<engine::Engine> engine);
+  /// New requests are answered with 503 from now on.
+  void begin_drain();
+  bool draining() const { return phase_ == Phase::kDraining; }
+
+  // --- Requests -----------------------------------------------------------------------------------
+  /// Throws ApiError 401, 403.
+  Caller authorize(const Route& route, std::string_view authorization,
+                   std::string_view x_api_key) const;
+  /// Throws ApiError 503 unless ready.
+  void require_ready() const;
+
+  /// Endpoints other than the two completions. May wait for the engine (cached prompts). Throws
+  /// ApiError.
+  Answer answer(const Route& route, std::string_view body);
+  /// The two completions. Throws ApiError.
+  std::unique_ptr<Generation> generate(Endpoint endpoint, std::string_view body,
+                                       const Caller& caller, std::function<void()> wake);
+
+ private:
+  enum class Phase { kLoading, kReady, kDraining };
+
+  std::shared_ptr<engine::Engine> engine() const;
+  std::shared_ptr<engine::Engine> engine_or_null() const;
+  RequestLimits limits(const engine::Engine& engine) const;
+  std::vector<std::string> model_names(const engine::Engine& engine) const;
+  /// The name to answer with; throws ApiError 404.
+  std::string resolve_model(const engine::Engine& engine, const std::string& model) const;
+
+  Answer health() const;
+  Answer models(const std::string& only) const;
+  Answer metrics() const;
+  Answer create_cached_prompt(std::string_view body);
+  Answer list_cached_prompts() const;
+  Answer get_cached_prompt(const std::string& id) const;
+  Answer update_cached_prompt(const std::string& id, std::string_view body);
+  Answer delete_cached_prompt(const std::string& id);
+
+  const ServerOptions options_;
+  const KeyRing keys_;
+  std::atomic<Phase> phase_{Phase::kLoading};
+  mutable std::mutex mutex_;  // guards what follows
+  std::shared_ptr<engine::Engine> engine_;
+  std::shared_ptr<Metrics> metrics_;
+  std::string fingerprint_;
+  double progress_ = 0;
+  std::string progress_what_ = "starting";
+};
+
+}  // namespace relay::server

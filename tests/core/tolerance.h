@@ -1,0 +1,84 @@
+// How far an exact attention kernel may be from the double-precision oracle, derived and not tuned.
+//
+// Notation for one row and query head: slots s = 1..n with logits l_s, weights w_s = softmax(l)_s
+// (a sink is one more weight without a value), m = max l_s, output o = sum_s w_s v_s. u = 2^-24 is
+// the unit roundoff of f32, in which kernels compute; elements of f32, f16, bf16, q8_0 and unpacked
+// custom KV are exact in f32, and products of them are rounded once. Where K (or V) is bf16 and the
+// CPU multiplies bf16 pairs, Q (or the weights P) is first rounded to bf16: u_q, u_p = 2^-8 there
+// and 0 elsewhere.
+//
+// 1. Logits. A dot product of length d in any order of summation errs by at most
+//    d u sum_i |q_i k_i| <= d u |q||k| (Higham 2002, section 3.1; |q|, |k| are 2-norms, the step is
+//    Cauchy-Schwarz); the scale, log2(e) and their product round a few times more, and rounding Q
+//    adds u_q |q||k|. The soft cap's derivative is at most 1, so it passes errors on; tanh itself is
+//    allowed kTanh u absolute, times the cap. Adding a bias rounds it and the sum:
+//      e_s = ((d + 8) u + u_q) |scale| |q||k_s| + kTanh u cap + 4 u (|l_s| + |bias_s|).
+//
+// 2. Weights. p_s = exp(l_s - m) relative to any number m, so the error of m itself does not
+//    matter. Rounding the difference, its product with log2(e), and every later rescaling by
+//    exp(m_old - m_new) acts on exponents that sum up to m - l_s; exp is allowed kExp u relative:
+//      delta_s = e_s + 4 u (m - l_s) + kExp u,   E_s = exp(delta_s) - 1 + u_p
+//    bounds the relative error of p_s. Their sum is then wrong by at most E = sum_s w_s E_s.
+//    Weights below 2^-126 may be flushed to 0: 2^-100 absolute is more than that.
+//
+// 3. Sums. sum_s p_s v_sj and sum_s p_s are sums of n terms, scaled again at each of at most
+//    n/8 + 64 steps of tiles and merges by factors of relative error (kExp + 1) u each: less than
+//    g = (3 n + 640) u relative to sum_s w_s |v_sj|.
+//
+// 4. Together, with u_out for storing the output (and its smallest step for f16):
+//      |o'_j - o_j| <= (sum_s w_s (E_s + E) |v_sj| + (2 g + 4 u) sum_s w_s |v_sj|) / (1 - E)
+//                      + u_out |o_j| + step
+//      |lse' - lse| <= -log(1 - E) + g + kExp u + 4 u (|lse| + |m|).
+//    Where E is not small (logits so large that f32 says little about them) what remains is that o'
+//    is a convex combination too: |o'_j - o_j| <= 2 max_s |v_sj|.
+//
+// These are worst cases: errors all of one sign. Independent roundings add up like sqrt(n), and a
+// bug can hide in the gap. So there is a second, statistical measure: the variance of o'_j when
+// every rounding is an independent error, uniform within its bound (variance bound^2 / 3).
+//    Var(l_s)  = scale^2 |q|^2 |k_s|^2 (u^2 / 3 + u_q^2 / (3 d)) + scale^2 u^2 d (q.k_s)^2 / 9
+//                + (the other terms of delta_s)^2 / 3
+//    Var(o_j)  = sum_s w_s^2 Var(l_s) (v_sj - o_j)^2 + u_p^2/3 (sum_s w_s^2 (v_sj^2 + o_j^2))
+//                + 4 u^2/3 (n/3 o_j^2 + n/2 sum_s w_s^2 v_sj^2) + 16 u^2 o_j^2
+//                + (u_out^2 o_j^2 + step^2) / 3
+// (a partial sum of k of n terms has the mean k/n and a random walk's spread around it, hence the
+// n/3 and n/2; in u_q^2/(3d) |q_i||k_i| is spread evenly over i, which holds for random data only).
+// The mean of squared errors over the elements of a row, relative to that variance, is near 1 or,
+// where the model is generous, below. See checker.h for what is made of it.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/operator_case.h"
+#include "relay/reference.h"
+
+namespace relay::test {
+
+/// The roundings that a kernel set does beyond f32 arithmetic.
+struct Arithmetic {
+  double query_rounding = 0;   ///< u_q
+  double weight_rounding = 0;  ///< u_p
+  bool operator==(const Arithmetic&) const = default;
+};
+
+/// What kernel set `isa` is allowed to round for these KV types.
+Arithmetic arithmetic_of(const std::string& isa, DType k_type, DType v_type);
+
+/// Bounds of one row and head. Those of the output leave out the rounding of storing it.
+struct Bounds {
+  std::vector<double> worst;     ///< [v_dim]
+  std::vector<double> variance;  ///< [v_dim]
+  double lse = 0;
+  bool linear = true;  ///< E is small: the statistical measure means something
+};
+
+Bounds derive_bounds(const Arithmetic& arithmetic, const OperatorCase& op, int64_t row, int64_t head,
+                     int64_t position, std::span<const AttendedSlot> slots,
+                     std::span<const double> logits, std::span<const double> out, double lse);
+
+double unit_roundoff(DType type);
+double smallest_step(DType type);  ///< half the distance of subnormals
+
+}  // namespace relay::test

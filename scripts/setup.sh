@@ -9,7 +9,7 @@ usage: scripts/setup.sh [--no-cross] [--help]
 
 Installs with apt (as root, or through sudo) the compiler, build tools and libraries, and with pip,
 into .venv, the Python packages of scripts/requirements-dev.txt. For Debian 12 and newer and Ubuntu
-22.04 and newer. A second run finds everything in place and takes under a second.
+24.04 and newer. A second run finds everything in place and takes under a second.
 
   --no-cross   without the Arm cross compiler and emulator, which only the tests need
 TEXT
@@ -33,7 +33,7 @@ needs=(
   libgtest-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev libspdlog-dev libssl-dev
   'prometheus-cpp-dev|libprometheus-cpp-dev'
   # Boost.Beast with C++20 coroutines; Debian 12's default, 1.74, is too old for it.
-  'libboost1.88-dev|libboost1.83-dev|libboost1.81-dev|libboost-dev'
+  'libboost1.83-dev|libboost1.81-dev|libboost1.88-dev|libboost1.90-dev|libboost-dev'
 )
 if [ "$cross" = 1 ]; then
   # The Arm kernels are checked on any machine: cross-compiled, with GoogleTest from its sources,
@@ -89,8 +89,10 @@ install_with_apt() {
     for alternative in "${alternatives[@]}"; do
       if available "$alternative"; then chosen="$alternative"; break; fi
     done
-    [ -n "$chosen" ] || fail "no apt source of this system offers ${need//|/ or }. On Ubuntu enable
-  'universe' (add-apt-repository universe), then run scripts/setup.sh again."
+    [ -n "$chosen" ] || fail "no apt source of this system offers ${need//|/ or }.
+  On Ubuntu enable 'universe' (add-apt-repository universe), then run scripts/setup.sh again.
+  Ubuntu 22.04 and Debian 11 lack it: there, the library and the ggml module alone build with
+  -DRELAY_BUILD_APPS=OFF, from g++ cmake ninja-build python3-venv libgtest-dev."
     packages+=("$chosen")
   done
   say "apt-get install ${packages[*]}"

@@ -96,31 +96,53 @@ class Runner {
     std::fill_n(sum_, states, 0.0f);
   }
 
+  /// Where the slots of a tile lie.
+  struct SlotTable {
+    int slots = 0;
+    const uint8_t* k[kTileSlots];
+    const uint8_t* v[kTileSlots];
+    int64_t columns[kTileSlots];
+  };
+
+  /// Walks along a chunk's spans.
+  struct Cursor {
+    uint32_t span;
+    int64_t offset;
+    int64_t left;
+  };
+
   /// Goes over the chunk tile by tile, and over the item's heads within a tile.
   void attend_chunk(const WorkItem& item) {
     const Segment& segment = plan_.forest.segments[item.segment];
-    uint32_t span = item.span;
-    int64_t offset = item.span_offset;
-    for (int64_t left = item.slots; left > 0;) {
-      tile_.slots = static_cast<int>(std::min<int64_t>(left, kTileSlots));
-      for (int n = 0; n < tile_.slots;) {
-        const Span& s = plan_.forest.spans[span];
-        const int count = static_cast<int>(std::min<int64_t>(tile_.slots - n, s.count - offset));
-        locate(s.slot + offset, s.column + offset, count, n);
-        n += count;
-        offset += count;
-        if (offset == s.count) {
-          ++span;
-          offset = 0;
-        }
-      }
-      left -= tile_.slots;
+    Cursor cursor{item.span, item.span_offset, item.slots};
+    now_ = &tables_[0];
+    next_ = &tables_[1];
+    locate_tile(cursor, *now_);
+    while (now_->slots > 0) {
+      locate_tile(cursor, *next_);
       attend_tile(item, segment);
+      std::swap(now_, next_);
     }
   }
 
-  /// Fills entries [n, n + count) of the tile's slot tables.
-  void locate(int64_t slot, int64_t column, int count, int n) {
+  void locate_tile(Cursor& at, SlotTable& table) {
+    table.slots = static_cast<int>(std::min<int64_t>(at.left, kTileSlots));
+    at.left -= table.slots;
+    for (int n = 0; n < table.slots;) {
+      const Span& s = plan_.forest.spans[at.span];
+      const int count = static_cast<int>(std::min<int64_t>(table.slots - n, s.count - at.offset));
+      locate(s.slot + at.offset, s.column + at.offset, count, n, table);
+      n += count;
+      at.offset += count;
+      if (at.offset == s.count) {
+        ++at.span;
+        at.offset = 0;
+      }
+    }
+  }
+
+  /// Fills entries [n, n + count) of a slot table.
+  void locate(int64_t slot, int64_t column, int count, int n, SlotTable& table) const {
     const KvCache& kv = in_.kv;
     const auto* k = static_cast<const uint8_t*>(kv.k.data);
     const auto* v = static_cast<const uint8_t*>(kv.v.data);
@@ -129,14 +151,15 @@ class Runner {
       const int64_t first = (slot + i) % kv.block_size;
       const auto here = static_cast<int>(std::min<int64_t>(count - i, kv.block_size - first));
       for (int j = 0; j < here; ++j, ++i) {
-        k_rows_[n + i] = k + block * kv.k.block_stride + (first + j) * kv.k.slot_stride;
-        v_rows_[n + i] = v + block * kv.v.block_stride + (first + j) * kv.v.slot_stride;
-        columns_[n + i] = column + i;
+        table.k[n + i] = k + block * kv.k.block_stride + (first + j) * kv.k.slot_stride;
+        table.v[n + i] = v + block * kv.v.block_stride + (first + j) * kv.v.slot_stride;
+        table.columns[n + i] = column + i;
       }
     }
   }
 
   void attend_tile(const WorkItem& item, const Segment& segment) {
+    tile_.slots = now_->slots;
     // Rows [first, last) of the item may see something of this tile.
     int64_t first = 0;
     int64_t last = item.rows();
@@ -158,8 +181,8 @@ class Runner {
     tile_.rows = static_cast<int>(m);
     tile_.group = per_head ? 1 : shape_.group();
     tile_.q_stride = q_stride_;
-    tile_.k = k_rows_;
-    tile_.v = v_rows_;
+    tile_.k = now_->k;
+    tile_.v = now_->v;
     for (int32_t h = item.head_begin; h < item.head_end; ++h) {
       const int64_t state =
           (h - item.head_begin) * query_rows(item) + first * shape_.group();
@@ -169,6 +192,7 @@ class Runner {
       tile_.sum = sum_ + state;
       tile_.k_offset = h * in_.kv.k.head_stride;
       tile_.v_offset = h * in_.kv.v.head_stride;
+      foresee(item, h);
       if (per_head) {
         fill_head_bias(item, first, last, h);
         bias_scale_[0] = kLog2e;
@@ -179,17 +203,51 @@ class Runner {
         }
       }
       tile_.bias_scale = bias_scale_;
-      unpack(in_.kv.k, shape_.qk_dim, k_rows_, h, unpacked_k_, unpacked_, tile_.k, tile_.k_offset);
+      unpack(in_.kv.k, shape_.qk_dim, now_->k, h, unpacked_k_, unpacked_, tile_.k, tile_.k_offset);
       float* v_room = unpacked_ + (in_.kv.k.type == DType::kCustom
                                        ? int64_t{kTileSlots} * padded_dim(shape_.qk_dim)
                                        : 0);
-      unpack(in_.kv.v, shape_.v_dim, v_rows_, h, unpacked_v_, v_room, tile_.v, tile_.v_offset);
+      unpack(in_.kv.v, shape_.v_dim, now_->v, h, unpacked_v_, v_room, tile_.v, tile_.v_offset);
       if (item.few) {
         kernels_.attend_few(tile_);
       } else {
         kernels_.attend_many(tile_);
       }
     }
+  }
+
+  /// Tells the kernel what to fetch while it works on head h. Where a slot's heads lie side by side,
+  /// that is this head's share of the next tile's slots, all heads at once, since memory is read
+  /// fastest in long runs; else the next head's vectors.
+  void foresee(const WorkItem& item, int32_t h) {
+    const KvPlane& k = in_.kv.k;
+    const KvPlane& v = in_.kv.v;
+    tile_.next_slots = 0;
+    if (k.type == DType::kCustom || v.type == DType::kCustom) return;  // sizes unknown
+    const auto k_bytes = static_cast<int>(row_bytes(k.type, shape_.qk_dim));
+    const auto v_bytes = static_cast<int>(row_bytes(v.type, shape_.v_dim));
+    const int32_t heads = item.head_end - item.head_begin;
+    const SlotTable* table = next_;
+    int32_t head = item.head_begin;
+    int first = 0;
+    int last = next_->slots;
+    int width = 1;
+    if (k.head_stride == k_bytes && v.head_stride == v_bytes) {
+      width = heads;
+      first = next_->slots * (h - item.head_begin) / heads;
+      last = next_->slots * (h - item.head_begin + 1) / heads;
+    } else if (h + 1 < item.head_end) {
+      table = now_;
+      head = h + 1;
+      last = now_->slots;
+    }
+    tile_.next_slots = last - first;
+    tile_.next_k = table->k + first;
+    tile_.next_v = table->v + first;
+    tile_.next_k_offset = head * k.head_stride;
+    tile_.next_v_offset = head * v.head_stride;
+    tile_.next_k_bytes = k_bytes * width;
+    tile_.next_v_bytes = v_bytes * width;
   }
 
   /// Expands one head's vectors of a kCustom plane to f32; other types stay as they are.
@@ -213,8 +271,8 @@ class Runner {
   /// Narrows [first, last) to the rows that see a column of the tile; true if any of them misses
   /// one. A tile's columns ascend.
   bool trim_rows(const WorkItem& item, int64_t& first, int64_t& last) const {
-    const int64_t low = columns_[0];
-    const int64_t high = columns_[tile_.slots - 1];
+    const int64_t low = now_->columns[0];
+    const int64_t high = now_->columns[tile_.slots - 1];
     const auto position = [&](int64_t i) {
       return plan_.forest.positions[plan_.row_index[item.row_begin + i]];
     };
@@ -244,7 +302,7 @@ class Runner {
       if (alibi) add_distance(row, out);
       if (segment.visibility == Visibility::kPositions) {
         for (int s = 0; s < tile_.slots; ++s) {
-          if (!visible(plan_.forest.positions[row], columns_[s])) out[s] = -kInf;
+          if (!visible(plan_.forest.positions[row], now_->columns[s])) out[s] = -kInf;
         }
       }
     }
@@ -267,7 +325,7 @@ class Runner {
 
   void add_distance(uint32_t row, float* out) const {
     for (int s = 0; s < tile_.slots; ++s) {
-      out[s] += static_cast<float>(columns_[s] - plan_.forest.positions[row]);
+      out[s] += static_cast<float>(now_->columns[s] - plan_.forest.positions[row]);
     }
   }
 
@@ -276,11 +334,11 @@ class Runner {
     const char* bias = at(in_.bias, row, head);
     for (int s = 0; s < tile_.slots;) {
       int end = s + 1;
-      while (end < tile_.slots && columns_[end] == columns_[end - 1] + 1) ++end;
+      while (end < tile_.slots && now_->columns[end] == now_->columns[end - 1] + 1) ++end;
       if (in_.bias.type == DType::kF16) {
-        kernels_.expand_f16(reinterpret_cast<const uint16_t*>(bias) + columns_[s], out + s, end - s);
+        kernels_.expand_f16(reinterpret_cast<const uint16_t*>(bias) + now_->columns[s], out + s, end - s);
       } else {
-        std::memcpy(out + s, reinterpret_cast<const float*>(bias) + columns_[s],
+        std::memcpy(out + s, reinterpret_cast<const float*>(bias) + now_->columns[s],
                     static_cast<size_t>(end - s) * sizeof(float));
       }
       s = end;
@@ -360,11 +418,11 @@ class Runner {
   float* bias_;
   float* unpacked_;
   Tile tile_;
-  const uint8_t* k_rows_[kTileSlots];
-  const uint8_t* v_rows_[kTileSlots];
+  SlotTable tables_[2];
+  SlotTable* now_ = nullptr;
+  SlotTable* next_ = nullptr;
   const uint8_t* unpacked_k_[kTileSlots];
   const uint8_t* unpacked_v_[kTileSlots];
-  int64_t columns_[kTileSlots];
   float bias_scale_[kMaxGroup];
 };
 

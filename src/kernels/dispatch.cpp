@@ -84,7 +84,7 @@ std::atomic<const KernelSet*>& selected() {
 const KernelSet& active() { return *selected().load(std::memory_order_acquire); }
 
 int64_t scratch_floats(int qk_dim, int v_dim) {
-  return int64_t{kTileSlots} * (padded_dim(qk_dim) + padded_dim(v_dim) + kScoreRows);
+  return int64_t{kTileSlots} * (padded_dim(qk_dim) + kScoreRows) + packed_v_floats(v_dim);
 }
 
 }  // namespace kernels

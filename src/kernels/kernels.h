@@ -35,6 +35,16 @@ struct Tile {
   int qk_dim = 0;
   int v_dim = 0;
 
+  /// What will be wanted next, fetched into the cache along the way: k_bytes from each of
+  /// next_k[0, next_slots) on (plus the offset), and the same of V.
+  int next_slots = 0;
+  const uint8_t* const* next_k = nullptr;
+  const uint8_t* const* next_v = nullptr;
+  int64_t next_k_offset = 0;
+  int64_t next_v_offset = 0;
+  int next_k_bytes = 0;
+  int next_v_bytes = 0;
+
   int rows = 0;              ///< query rows
   const void* q = nullptr;   ///< [rows][q_stride], zero beyond qk_dim
   int64_t q_stride = 0;      ///< elements (f32) or pairs (bf16)
@@ -83,6 +93,11 @@ struct KernelSet {
 
 /// Elements of a packed vector: n rounded up to 16, the widest vector of any set.
 inline constexpr int padded_dim(int n) { return (n + 15) & ~15; }
+
+/// Floats of a packed V: whole panels of at most 64 columns.
+inline constexpr int64_t packed_v_floats(int v_dim) {
+  return int64_t{kTileSlots} * ((v_dim + 63) / 64 * 64);
+}
 
 /// Floats of scratch that a tile of these head sizes needs.
 int64_t scratch_floats(int qk_dim, int v_dim);

@@ -34,6 +34,13 @@ inline Vec select_below(Vec x, Vec limit, Vec if_below, Vec otherwise) {
   const __m256 m = _mm256_cmp_ps((__m256)x, (__m256)limit, _CMP_LT_OQ);
   return (Vec)_mm256_blendv_ps((__m256)otherwise, (__m256)if_below, m);
 }
+/// Nearest integer, for |x| < 2^22.
+inline Vec round(Vec x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }  // 1.5 * 2^23
+/// p * 2^n for p in [0.5, 2) and an integer n; 0 where n < -126.
+inline Vec times_power_of_two(Vec p, Vec n) {
+  const VecI exponent = (VecI)(n + splat(12582912.0f)) << 23;  // n in the low bits
+  return select_below(n, splat(-126.0f), splat(0.0f), (Vec)((VecI)p + exponent));
+}
 
 /// The first n (< 8) elements of `size` bytes each, the rest zero; reads nothing beyond them.
 template <typename T>

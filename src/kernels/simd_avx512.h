@@ -28,6 +28,14 @@ inline Vec select_below(Vec x, Vec limit, Vec if_below, Vec otherwise) {
   const __mmask16 m = _mm512_cmp_ps_mask((__m512)x, (__m512)limit, _CMP_LT_OQ);
   return (Vec)_mm512_mask_blend_ps(m, (__m512)otherwise, (__m512)if_below);
 }
+/// Nearest integer.
+inline Vec round(Vec x) {
+  return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+/// p * 2^n; 0 where that is far below the smallest number.
+inline Vec times_power_of_two(Vec p, Vec n) {
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
 
 inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 

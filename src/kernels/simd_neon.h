@@ -26,6 +26,13 @@ inline Vec select_below(Vec x, Vec limit, Vec if_below, Vec otherwise) {
   return (Vec)vbslq_f32(vcltq_f32((float32x4_t)x, (float32x4_t)limit), (float32x4_t)if_below,
                         (float32x4_t)otherwise);
 }
+/// Nearest integer, for |x| < 2^22.
+inline Vec round(Vec x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }  // 1.5 * 2^23
+/// p * 2^n for p in [0.5, 2) and an integer n; 0 where n < -126.
+inline Vec times_power_of_two(Vec p, Vec n) {
+  const VecI exponent = (VecI)(n + splat(12582912.0f)) << 23;  // n in the low bits
+  return select_below(n, splat(-126.0f), splat(0.0f), (Vec)((VecI)p + exponent));
+}
 
 /// The first n (< 4) elements, the rest zero; reads nothing beyond them.
 template <typename T>

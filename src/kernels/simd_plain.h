@@ -34,6 +34,13 @@ inline float reduce_add(Vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 inline Vec select_below(Vec x, Vec limit, Vec if_below, Vec otherwise) {
   return blend((VecI)(x < limit), if_below, otherwise);
 }
+/// Nearest integer, for |x| < 2^22.
+inline Vec round(Vec x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }  // 1.5 * 2^23
+/// p * 2^n for p in [0.5, 2) and an integer n; 0 where n < -126.
+inline Vec times_power_of_two(Vec p, Vec n) {
+  const VecI exponent = (VecI)(n + splat(12582912.0f)) << 23;  // n in the low bits
+  return select_below(n, splat(-126.0f), splat(0.0f), (Vec)((VecI)p + exponent));
+}
 
 inline float bits_to_f32(uint32_t u) {
   float f;

@@ -67,9 +67,9 @@ inline constexpr float kInf = __builtin_inff();
 /// 2^x for x <= 126, relative error below 2e-7 (minimax polynomial of degree 6 on [-0.5, 0.5],
 /// 1.9e-9, plus rounding); 0 below -126, where the result would be subnormal. 2^0 is exactly 1.
 inline Vec exp2(Vec x) {
-  const Vec clamped = max(x, splat(-126.0f));
-  const Vec shifted = clamped + splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer
-  const Vec f = clamped - (shifted - splat(12582912.0f));
+  const Vec clamped = max(x, splat(-200.0f));
+  const Vec n = round(clamped);
+  const Vec f = clamped - n;
   Vec p = splat(0.0001534581242594868f);
   p = fma(p, f, splat(0.0013399930903688073f));
   p = fma(p, f, splat(0.009618489071726799f));
@@ -77,8 +77,7 @@ inline Vec exp2(Vec x) {
   p = fma(p, f, splat(0.24022646248340607f));
   p = fma(p, f, splat(0.6931471824645996f));
   p = fma(p, f, splat(1.0f));
-  const Vec scaled = (Vec)((VecI)p + ((VecI)shifted << 23));
-  return select_below(x, splat(-126.0f), splat(0.0f), scaled);
+  return times_power_of_two(p, n);
 }
 
 inline float exp2_scalar(float x) { return exp2(splat(x))[0]; }
@@ -118,6 +117,41 @@ inline void transpose(V (&v)[kLanes]) {
     for (int i = 0; i < kLanes; ++i) v[i] = w[i];
   }
 }
+
+// --- Prefetch -------------------------------------------------------------------------------------
+
+// A tile's vectors lie a whole slot apart, too far for the hardware's prefetchers, so the kernels ask
+// for what comes next themselves, spread evenly over the work on this tile.
+class Prefetcher {
+ public:
+  Prefetcher(const Tile& tile, int steps)
+      : tile_(tile),
+        lines_per_step_((tile.next_slots * (lines(tile.next_k_bytes) + lines(tile.next_v_bytes)) +
+                         steps - 1) /
+                        steps) {}
+
+  void step() {
+    for (int n = lines_per_step_; n > 0 && slot_ < tile_.next_slots;) {
+      const uint8_t* p = values_ ? tile_.next_v[slot_] + tile_.next_v_offset
+                                 : tile_.next_k[slot_] + tile_.next_k_offset;
+      const int bytes = values_ ? tile_.next_v_bytes : tile_.next_k_bytes;
+      for (; n > 0 && at_ < bytes; --n, at_ += 64) __builtin_prefetch(p + at_, 0, 2);
+      if (at_ < bytes) return;
+      at_ = 0;
+      slot_ += values_;
+      values_ = !values_;
+    }
+  }
+
+ private:
+  static int lines(int bytes) { return (bytes + 63) / 64; }
+
+  const Tile& tile_;
+  const int lines_per_step_;
+  int slot_ = 0;
+  bool values_ = false;
+  int at_ = 0;
+};
 
 // --- Softmax --------------------------------------------------------------------------------------
 
@@ -176,7 +210,8 @@ inline void softmax(const Tile& t, int first, int rows, float* s, float* alpha) 
 
 /// Scores of R rows against the tile: s[R][kTileSlots].
 template <typename E, int R>
-inline void score_few(const Tile& t, const float* q, float* s) {
+inline void score_few(const Tile& t, const float* q, Prefetcher& prefetch,
+                      float* s) {
   constexpr int kSlots = kLanes / R;  // slots at once: kLanes accumulators
   const int full = t.qk_dim / kLanes * kLanes;
   for (int first = 0; first < t.slots; first += kSlots) {
@@ -185,6 +220,7 @@ inline void score_few(const Tile& t, const float* q, float* s) {
       const int slot = first + p < t.slots ? first + p : t.slots - 1;  // surplus is masked later
       k[p] = t.k[slot] + t.k_offset;
     }
+    prefetch.step();
     Vec acc[kLanes];
     for (int i = 0; i < kLanes; ++i) acc[i] = splat(0.0f);
     auto accumulate = [&](int i, auto load_k) {
@@ -217,8 +253,8 @@ inline void score_few(const Tile& t, const float* q, float* s) {
 
 /// o[R][columns] = o * alpha + p[R][slots] V for C vectors of columns from `column` on.
 template <int R, int C, typename LoadV>
-inline void value_panel(const Tile& t, const float* p, const float* alpha, float* o,
-                        LoadV load_v) {
+inline void value_panel(const Tile& t, const float* p, const float* alpha,
+                        Prefetcher& prefetch, float* o, LoadV load_v) {
   Vec acc[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -229,6 +265,7 @@ inline void value_panel(const Tile& t, const float* p, const float* alpha, float
   }
   for (int slot = 0; slot < t.slots; ++slot) {
     const uint8_t* row = t.v[slot] + t.v_offset;
+    prefetch.step();
     Vec value[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) value[c] = load_v(row, c * kLanes);
@@ -248,30 +285,32 @@ inline void value_panel(const Tile& t, const float* p, const float* alpha, float
 
 /// All column panels of R rows, C vectors wide and then narrower.
 template <typename E, int R, int C>
-inline int value_panels(const Tile& t, const float* p, const float* alpha, float* o, int column) {
+inline int value_panels(const Tile& t, const float* p, const float* alpha,
+                        Prefetcher& prefetch, float* o, int column) {
   for (; column + C * kLanes <= t.v_dim; column += C * kLanes) {
-    value_panel<R, C>(t, p, alpha, o + column,
+    value_panel<R, C>(t, p, alpha, prefetch, o + column,
                       [column](const uint8_t* row, int i) { return E::load(row, column + i); });
   }
-  if constexpr (C > 1) return value_panels<E, R, C / 2>(t, p, alpha, o, column);
+  if constexpr (C > 1) return value_panels<E, R, C / 2>(t, p, alpha, prefetch, o, column);
   return column;
 }
 
 template <int R>
-inline void few_block(const Tile& t, int first) {
+inline void few_block(const Tile& t, int first, Prefetcher& prefetch) {
   constexpr int kColumns = 2 * kLanes * kPanel / 8 / R > 8 ? 8 : 2 * kLanes * kPanel / 8 / R;
   alignas(64) float s[R * kTileSlots];
   float alpha[R];
   const float* q = static_cast<const float*>(t.q) + first * t.q_stride;
   float* o = t.o + first * t.o_stride;
-  with_elements(t.k_type, [&](auto e) { score_few<decltype(e), R>(t, q, s); });
+  with_elements(t.k_type, [&](auto e) { score_few<decltype(e), R>(t, q, prefetch, s); });
   softmax(t, first, R, s, alpha);
   with_elements(t.v_type, [&](auto e) {
     using E = decltype(e);
-    const int column = value_panels<E, R, (kColumns < 1 ? 1 : kColumns)>(t, s, alpha, o, 0);
+    const int column = 
+        value_panels<E, R, (kColumns < 1 ? 1 : kColumns)>(t, s, alpha, prefetch, o, 0);
     if (column < t.v_dim) {
       const int n = t.v_dim - column;
-      value_panel<R, 1>(t, s, alpha, o + column, [column, n](const uint8_t* row, int) {
+      value_panel<R, 1>(t, s, alpha, prefetch, o + column, [column, n](const uint8_t* row, int) {
         return E::tail(row, column, n);
       });
     }
@@ -279,16 +318,18 @@ inline void few_block(const Tile& t, int first) {
 }
 
 inline void attend_few(const Tile& t) {
+  // A step for each slot's values; the keys' steps come before, so the fetching ends early.
+  Prefetcher prefetch(t, t.slots);
   int first = 0;
   if constexpr (kFewBlock == 8) {
-    for (; first + 8 <= t.rows; first += 8) few_block<8>(t, first);
+    for (; first + 8 <= t.rows; first += 8) few_block<8>(t, first, prefetch);
   }
-  for (; first + 4 <= t.rows; first += 4) few_block<4>(t, first);
+  for (; first + 4 <= t.rows; first += 4) few_block<4>(t, first, prefetch);
   if (first + 2 <= t.rows) {
-    few_block<2>(t, first);
+    few_block<2>(t, first, prefetch);
     first += 2;
   }
-  if (first < t.rows) few_block<1>(t, first);
+  if (first < t.rows) few_block<1>(t, first, prefetch);
 }
 
 // --- Many query rows ------------------------------------------------------------------------------
@@ -300,19 +341,29 @@ struct F32Product {
   static Vec multiply_add(float a, Vec b, Vec c) { return fma(splat(a), b, c); }
 };
 
-/// c[MR][NV vectors] = c * alpha + a[MR][depth] b[depth][NV vectors]; without alpha, c is set.
+/// What becomes of the former contents of a product's result.
+enum class Former { kDropped, kScaled, kKept };
+
+/// c[MR][NV vectors] = former + a[MR][depth] b[depth][NV vectors], where former is 0, c * alpha (by
+/// row) or c.
 template <typename Product, int MR, int NV>
 void product_block(const typename Product::Element* a, int64_t a_stride,
                    const typename Product::Element* b, int64_t b_stride, float* c,
-                   int64_t c_stride, int depth, const float* alpha) {
+                   int64_t c_stride, int depth, Former former, const float* alpha) {
   using B = decltype(Product::load(b));
   Vec acc[MR][NV];
+  if (former == Former::kDropped) {
 #pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i) {
+    for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) {
-      acc[i][j] = alpha != nullptr ? load(c + i * c_stride + j * kLanes) * splat(alpha[i])
-                                   : splat(0.0f);
+      for (int j = 0; j < NV; ++j) acc[i][j] = splat(0.0f);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const Vec factor = splat(former == Former::kScaled ? alpha[i] : 1.0f);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) acc[i][j] = load(c + i * c_stride + j * kLanes) * factor;
     }
   }
   for (int k = 0; k < depth; ++k) {
@@ -336,10 +387,11 @@ void product_block(const typename Product::Element* a, int64_t a_stride,
 template <typename Product, int NV>
 inline void product_rows(int rows, const typename Product::Element* a, int64_t a_stride,
                          const typename Product::Element* b, int64_t b_stride, float* c,
-                         int64_t c_stride, int depth, const float* alpha) {
+                         int64_t c_stride, int depth, Former former, const float* alpha,
+                         Prefetcher& prefetch) {
   while (rows > 0) {
     auto block = [&]<int MR>() {
-      product_block<Product, MR, NV>(a, a_stride, b, b_stride, c, c_stride, depth, alpha);
+      product_block<Product, MR, NV>(a, a_stride, b, b_stride, c, c_stride, depth, former, alpha);
       return MR;
     };
     // Two even blocks beat a full one and a thin one.
@@ -355,6 +407,7 @@ inline void product_rows(int rows, const typename Product::Element* a, int64_t a
     } else {
       done = block.template operator()<1>();
     }
+    prefetch.step();
     rows -= done;
     a += done * a_stride;
     c += done * c_stride;
@@ -362,23 +415,56 @@ inline void product_rows(int rows, const typename Product::Element* a, int64_t a
   }
 }
 
-/// c[rows][vectors] = c * alpha + a b, in panels of kPanel vectors.
+/// One panel of a product: c[rows][vectors] = former + a b, vectors <= kPanel.
 template <typename Product>
-inline void product(int rows, int vectors, const typename Product::Element* a, int64_t a_stride,
-                    const typename Product::Element* b, int64_t b_stride, float* c,
-                    int64_t c_stride, int depth, const float* alpha) {
-  for (int j = 0; j < vectors; j += kPanel) {
-    const auto* bj = b + j * kLanes;
-    float* cj = c + j * kLanes;
-    auto rows_of = [&]<int NV>() {
-      product_rows<Product, NV>(rows, a, a_stride, bj, b_stride, cj, c_stride, depth, alpha);
-    };
-    switch (vectors - j) {
-      case 1: rows_of.template operator()<1>(); break;
-      case 2: rows_of.template operator()<2>(); break;
-      case 3: rows_of.template operator()<(kPanel < 3 ? kPanel : 3)>(); break;
-      default: rows_of.template operator()<kPanel>(); break;
+inline void product_panel(int rows, int vectors, const typename Product::Element* a,
+                          int64_t a_stride, const typename Product::Element* b, int64_t b_stride,
+                          float* c, int64_t c_stride, int depth, Former former,
+                          const float* alpha, Prefetcher& prefetch) {
+  auto rows_of = [&]<int NV>() {
+    product_rows<Product, NV>(rows, a, a_stride, b, b_stride, c, c_stride, depth, former, alpha,
+                              prefetch);
+  };
+  switch (vectors) {
+    case 1: rows_of.template operator()<1>(); break;
+    case 2: rows_of.template operator()<2>(); break;
+    case 3: rows_of.template operator()<(kPanel < 3 ? kPanel : 3)>(); break;
+    default: rows_of.template operator()<kPanel>(); break;
+  }
+}
+
+/// Rows of a packed K that stay in the first-level cache while all query rows go over them.
+inline constexpr int kDepthBlock = 64;
+
+/// s[rows][kTileSlots] = q k, k packed as by pack_k.
+template <typename Product>
+inline void product_scores(int rows, int slot_vectors, const typename Product::Element* q,
+                           int64_t q_stride, const typename Product::Element* k, int depth,
+                           float* s, Prefetcher& prefetch) {
+  for (int i = 0; i < depth; i += kDepthBlock) {
+    const int here = depth - i < kDepthBlock ? depth - i : kDepthBlock;
+    for (int j = 0; j < slot_vectors; j += kPanel) {
+      product_panel<Product>(rows, slot_vectors - j, q + i, q_stride,
+                             k + i * kTileSlots + j * kLanes, kTileSlots, s + j * kLanes,
+                             kTileSlots, here, i == 0 ? Former::kDropped : Former::kKept, nullptr,
+                             prefetch);
     }
+  }
+}
+
+/// Columns of a panel of packed V, and elements from one panel to the next.
+inline constexpr int kPanelColumns = kPanel * kLanes;
+inline constexpr int kPanelSize = kTileSlots * kPanelColumns;
+
+/// o[rows] = o * alpha + p v, v packed as by pack_v.
+template <typename Product>
+inline void product_values(int rows, int value_vectors, const typename Product::Element* p,
+                           const typename Product::Element* v, int depth, float* o,
+                           int64_t o_stride, const float* alpha, Prefetcher& prefetch) {
+  for (int j = 0; j < value_vectors; j += kPanel) {
+    product_panel<Product>(rows, value_vectors - j, p, kTileSlots, v + j / kPanel * kPanelSize,
+                           kPanelColumns, o + j * kLanes, o_stride, depth, Former::kScaled, alpha,
+                           prefetch);
   }
 }
 
@@ -399,14 +485,19 @@ inline void pack_k(const Tile& t, float* out) {
   }
 }
 
-/// V of the tile: out[slots][padded_dim(v_dim)], zero beyond v_dim.
+/// Where column i (a multiple of kLanes) of slot (or pair of slots) t lies in a packed V: panels of
+/// kPanelColumns columns, so that a panel's rows are adjacent.
+inline int64_t packed_v_index(int t, int i) {
+  return int64_t{i / kPanelColumns} * kPanelSize + t * kPanelColumns + i % kPanelColumns;
+}
+
+/// V of the tile in panels, zero beyond v_dim.
 template <typename E>
 inline void pack_v(const Tile& t, float* out) {
-  const int stride = padded_dim(t.v_dim);
   for (int slot = 0; slot < t.slots; ++slot) {
     const uint8_t* row = t.v[slot] + t.v_offset;
     for (int i = 0; i < t.v_dim; i += kLanes) {
-      store(out + slot * stride + i, load_padded<E>(row, i, t.v_dim));
+      store(out + packed_v_index(slot, i), load_padded<E>(row, i, t.v_dim));
     }
   }
 }
@@ -443,9 +534,8 @@ inline void pack_k_pairs(const Tile& t, uint32_t* out) {
   }
 }
 
-/// As pack_v, in pairs of slots: out[(slots + 1) / 2][padded_dim(v_dim)].
+/// As pack_v, in pairs of slots.
 inline void pack_v_pairs(const Tile& t, uint32_t* out) {
-  const int stride = padded_dim(t.v_dim);
   for (int slot = 0; slot < t.slots; slot += 2) {
     for (int i = 0; i < t.v_dim; i += 16) {
       const int n = t.v_dim - i < 16 ? t.v_dim - i : 16;
@@ -455,7 +545,7 @@ inline void pack_v_pairs(const Tile& t, uint32_t* out) {
       };
       const __m512i low = widen(slot);
       const __m512i high = slot + 1 < t.slots ? widen(slot + 1) : _mm512_setzero_si512();
-      _mm512_storeu_si512(out + (slot / 2) * stride + i,
+      _mm512_storeu_si512(out + packed_v_index(slot / 2, i),
                           _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }
@@ -507,42 +597,43 @@ inline bool pack_values(const Tile& t, float* out) {
 inline void attend_many(const Tile& t) {
   float* keys = t.scratch;
   float* values = keys + padded_dim(t.qk_dim) * kTileSlots;
-  float* s = values + padded_dim(t.v_dim) * kTileSlots;
+  float* s = values + packed_v_floats(t.v_dim);
   float alpha[kScoreRows];
   const int slot_vectors = (t.slots + kLanes - 1) / kLanes;
   const int value_vectors = (t.v_dim + kLanes - 1) / kLanes;
-  const int v_stride = padded_dim(t.v_dim);
   [[maybe_unused]] const bool key_pairs = pack_keys(t, keys);
   [[maybe_unused]] const bool value_pairs = pack_values(t, values);
+  // Roughly one step for each register block of query rows in each product.
+  Prefetcher prefetch(t, 2 * ((t.rows + kBlockRows - 1) / kBlockRows));
 
   for (int first = 0; first < t.rows; first += kScoreRows) {
     const int rows = t.rows - first < kScoreRows ? t.rows - first : kScoreRows;
     float* o = t.o + first * t.o_stride;
 #ifdef RELAY_HAS_BF16_DOT
     if (key_pairs) {
-      product<BF16Product>(rows, slot_vectors,
-                           static_cast<const uint32_t*>(t.q) + first * t.q_stride, t.q_stride,
-                           reinterpret_cast<const uint32_t*>(keys), kTileSlots, s, kTileSlots,
-                           (t.qk_dim + 1) / 2, nullptr);
+      product_scores<BF16Product>(rows, slot_vectors,
+                                  static_cast<const uint32_t*>(t.q) + first * t.q_stride,
+                                  t.q_stride, reinterpret_cast<const uint32_t*>(keys),
+                                  (t.qk_dim + 1) / 2, s, prefetch);
     } else
 #endif
     {
-      product<F32Product>(rows, slot_vectors,
-                          static_cast<const float*>(t.q) + first * t.q_stride, t.q_stride, keys,
-                          kTileSlots, s, kTileSlots, t.qk_dim, nullptr);
+      product_scores<F32Product>(rows, slot_vectors,
+                                 static_cast<const float*>(t.q) + first * t.q_stride, t.q_stride,
+                                 keys, t.qk_dim, s, prefetch);
     }
     softmax(t, first, rows, s, alpha);
 #ifdef RELAY_HAS_BF16_DOT
     if (value_pairs) {
       round_weights(rows, t.slots, s);
-      product<BF16Product>(rows, value_vectors, reinterpret_cast<const uint32_t*>(s), kTileSlots,
-                           reinterpret_cast<const uint32_t*>(values), v_stride, o, t.o_stride,
-                           (t.slots + 1) / 2, alpha);
+      product_values<BF16Product>(rows, value_vectors, reinterpret_cast<const uint32_t*>(s),
+                                  reinterpret_cast<const uint32_t*>(values), (t.slots + 1) / 2, o,
+                                  t.o_stride, alpha, prefetch);
     } else
 #endif
     {
-      product<F32Product>(rows, value_vectors, s, kTileSlots, values, v_stride, o, t.o_stride,
-                          t.slots, alpha);
+      product_values<F32Product>(rows, value_vectors, s, values, t.slots, o, t.o_stride, alpha,
+                                 prefetch);
     }
   }
 }

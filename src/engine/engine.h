@@ -69,6 +69,9 @@ struct EngineOptions {
   double pin_budget = 0.2;     ///< share of kv_cells that pinned prompts may hold (0 to 1)
   bool prefix_caching = true;  ///< false: nothing is shared or kept (the ablation)
   bool mmap = true;            ///< map the model file instead of reading it
+  double step_seconds = 1.0;   ///< prompts are computed in pieces that take about so long; what
+                               ///< runs beside them, and a cancellation, waits no longer. 0: whole
+                               ///< batches
 };
 
 /// Called with a share done (0 to 1) and what is being done ("loading model", "warming up", …),

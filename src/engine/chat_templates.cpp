@@ -1,0 +1,219 @@
+#include "engine/chat_templates.h"
+
+#include <algorithm>
+#include <fstream>
+#include <random>
+#include <sstream>
+
+#include "common.h"
+#include "json.h"
+
+namespace relay::engine {
+
+namespace {
+
+std::string read_file(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  text << file.rdbuf();
+  if (!file) {
+    throw EngineError(ErrorKind::kInvalidRequest, "The chat template " + path + " cannot be read.");
+  }
+  return text.str();
+}
+
+common_json parse_json(const std::string& text, const char* what) {
+  try {
+    return common_json::parse(text);
+  } catch (const std::exception& e) {
+    throw EngineError(ErrorKind::kInvalidRequest, std::string(what) + " is not JSON: " + e.what());
+  }
+}
+
+common_chat_templates_inputs make_inputs(const ChatRequest& chat) {
+  common_chat_templates_inputs inputs;
+  try {
+    inputs.messages = common_chat_msgs_parse_oaicompat(parse_json(chat.messages_json, "messages"));
+    if (!chat.tools_json.empty()) {
+      inputs.tools = common_chat_tools_parse_oaicompat(parse_json(chat.tools_json, "tools"));
+    }
+    inputs.tool_choice = common_chat_tool_choice_parse_oaicompat(chat.tool_choice);
+  } catch (const EngineError&) {
+    throw;
+  } catch (const std::exception& e) {
+    throw EngineError(ErrorKind::kInvalidRequest, e.what());
+  }
+  const auto require = [](bool ok, const char* message) {
+    if (!ok) throw EngineError(ErrorKind::kInvalidRequest, message);
+  };
+  require(!inputs.messages.empty(), "messages must not be empty.");
+  require(chat.grammar.empty() || chat.json_schema.empty(),
+          "Only one of grammar and json_schema can be given.");
+  const bool uses_tools =
+      !inputs.tools.empty() && inputs.tool_choice != COMMON_CHAT_TOOL_CHOICE_NONE;
+  require(!uses_tools || chat.grammar.empty(), "A grammar cannot be combined with tools.");
+  require(!(chat.add_generation_prompt && chat.continue_final_message),
+          "add_generation_prompt and continue_final_message exclude each other.");
+  if (chat.continue_final_message) {
+    const common_chat_msg& last = inputs.messages.back();
+    require(last.role == "assistant" && last.tool_calls.empty(),
+            "continue_final_message needs an assistant's message without tool calls at the end.");
+    inputs.continue_final_message = COMMON_CHAT_CONTINUATION_AUTO;
+  }
+  inputs.json_schema = chat.json_schema;
+  inputs.grammar = chat.grammar;
+  inputs.parallel_tool_calls = chat.parallel_tool_calls;
+  inputs.add_generation_prompt = chat.add_generation_prompt;
+  inputs.reasoning_format = COMMON_REASONING_FORMAT_DEEPSEEK;
+  if (!chat.template_kwargs_json.empty()) {
+    const common_json kwargs = parse_json(chat.template_kwargs_json, "chat_template_kwargs");
+    require(kwargs.is_object(), "chat_template_kwargs must be an object.");
+    for (const auto& item : kwargs.items()) {
+      inputs.chat_template_kwargs[item.key()] = item.value().dump();
+    }
+    if (const auto it = inputs.chat_template_kwargs.find("enable_thinking");
+        it != inputs.chat_template_kwargs.end()) {
+      require(it->second == "true" || it->second == "false", "enable_thinking must be a boolean.");
+      inputs.enable_thinking = it->second == "true";
+    }
+  }
+  if (chat.reasoning_effort == "none") {
+    inputs.enable_thinking = false;
+  } else if (!chat.reasoning_effort.empty()) {
+    inputs.chat_template_kwargs["reasoning_effort"] = common_json(chat.reasoning_effort).dump();
+  }
+  return inputs;
+}
+
+std::string new_call_id() {
+  static thread_local std::mt19937_64 random{std::random_device{}()};
+  static constexpr char kLetters[] = "0123456789abcdefghijklmnopqrstuvwxyz";
+  std::string id = "call_";
+  for (int i = 0; i < 24; ++i) id += kLetters[random() % 36];
+  return id;
+}
+
+common_chat_msg to_common(const ChatMessage& message) {
+  common_chat_msg m;
+  m.role = "assistant";
+  m.content = message.content;
+  m.reasoning_content = message.reasoning;
+  for (const ToolCall& call : message.tool_calls) {
+    m.tool_calls.push_back({call.name, call.arguments, call.id});
+  }
+  return m;
+}
+
+}  // namespace
+
+std::string OutputFormat::call_id(size_t index) const {
+  const std::lock_guard lock(mutex_);
+  while (call_ids_.size() <= index) call_ids_.push_back(new_call_id());
+  return call_ids_[index];
+}
+
+ChatTemplates::ChatTemplates(const LlamaModel& model, const std::string& template_file)
+    : model_(model) {
+  const std::string source = template_file.empty() ? std::string() : read_file(template_file);
+  try {
+    templates_ = common_chat_templates_init(model.model(), source);
+  } catch (const std::exception& e) {
+    throw EngineError(ErrorKind::kModel,
+                      "The chat template " +
+                          (template_file.empty() ? "of " + model.info().path : template_file) +
+                          " does not parse: " + e.what());
+  }
+}
+
+std::string ChatTemplates::source() const { return common_chat_templates_source(templates_.get()); }
+
+common_chat_params ChatTemplates::apply(const common_chat_templates_inputs& inputs) const {
+  try {
+    return common_chat_templates_apply(templates_.get(), inputs);
+  } catch (const std::exception& e) {
+    throw EngineError(ErrorKind::kInvalidTemplate,
+                      std::string("The chat template cannot render this request: ") + e.what());
+  }
+}
+
+ChatPrompt ChatTemplates::render(const ChatRequest& chat) const {
+  const common_chat_templates_inputs inputs = make_inputs(chat);
+  auto format = std::make_shared<OutputFormat>();
+  format->chat = apply(inputs);
+  format->parser = common_chat_parser_params(format->chat);
+  format->parser.reasoning_format = inputs.reasoning_format;
+  format->parser.is_continuation = inputs.continue_final_message != COMMON_CHAT_CONTINUATION_NONE;
+  if (!format->chat.parser.empty()) format->parser.parser.load(format->chat.parser);
+  for (const std::string& text : format->chat.preserved_tokens) {
+    const auto ids = common_tokenize(model_.vocab(), text, false, true);
+    if (ids.size() == 1) format->visible.insert(ids.front());
+  }
+  ChatPrompt prompt;
+  prompt.text = format->chat.prompt;
+  prompt.tokens = model_.tokenize(prompt.text, true, true);
+  prompt.stop = format->chat.additional_stops;
+  prompt.format = std::move(format);
+  return prompt;
+}
+
+std::vector<Token> ChatTemplates::render_prefix(const ChatRequest& chat) const {
+  // Rendering the messages alone would not do: a template may end them differently, or refuse a
+  // chat without a user. So two chats that begin with them and then differ at once.
+  ChatRequest request = chat;
+  request.add_generation_prompt = true;
+  request.continue_final_message = false;
+  common_chat_templates_inputs inputs = make_inputs(request);
+  common_chat_msg turn;
+  turn.role = inputs.messages.back().role == "user" ? "assistant" : "user";
+  std::vector<std::vector<Token>> rendered;
+  inputs.messages.push_back(turn);
+  for (const char* content : {"A", "7"}) {
+    inputs.messages.back().content = content;
+    rendered.push_back(model_.tokenize(apply(inputs).prompt, true, true));
+  }
+  const auto end =
+      std::mismatch(rendered[0].begin(), rendered[0].end(), rendered[1].begin(), rendered[1].end())
+          .first;
+  return {rendered[0].begin(), end};
+}
+
+ChatMessage ChatTemplates::parse(const OutputFormatPtr& format, const std::string& text,
+                                 bool is_partial) const {
+  if (!format) return ChatMessage{text, {}, {}};
+  common_chat_msg m;
+  try {
+    m = common_chat_parse(text, is_partial, format->parser);
+  } catch (const std::exception& e) {
+    throw EngineError(ErrorKind::kInternal, e.what());
+  }
+  ChatMessage message;
+  message.content = m.content.empty() ? m.render_content() : m.content;
+  message.reasoning = m.reasoning_content;
+  for (const common_chat_tool_call& call : m.tool_calls) {
+    const std::string id = call.id.empty() ? format->call_id(message.tool_calls.size()) : call.id;
+    message.tool_calls.push_back({id, call.name, call.arguments});
+  }
+  return message;
+}
+
+std::vector<ChatDelta> ChatTemplates::diff(const ChatMessage& before, const ChatMessage& after) {
+  std::vector<ChatDelta> deltas;
+  try {
+    for (const auto& d : common_chat_msg_diff::compute_diffs(to_common(before), to_common(after))) {
+      ChatDelta delta;
+      delta.content = d.content_delta;
+      delta.reasoning = d.reasoning_content_delta;
+      if (d.tool_call_index != std::string::npos) {
+        delta.tool_call_index = static_cast<int32_t>(d.tool_call_index);
+        delta.tool_call = {d.tool_call_delta.id, d.tool_call_delta.name,
+                           d.tool_call_delta.arguments};
+      }
+      deltas.push_back(std::move(delta));
+    }
+  } catch (const std::exception& e) {
+    throw EngineError(ErrorKind::kInternal, e.what());
+  }
+  return deltas;
+}
+
+}  // namespace relay::engine

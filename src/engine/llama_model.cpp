@@ -1,0 +1,298 @@
+#include "engine/llama_model.h"
+
+#include <algorithm>
+#include <array>
+#include <ctime>
+#include <filesystem>
+#include <map>
+
+#include "common.h"
+#include "engine/backend.h"
+#include "llama.h"
+
+namespace relay::engine {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+ggml_type cache_type(const std::string& name) {
+  static const std::map<std::string, ggml_type> kTypes = {
+      {"f32", GGML_TYPE_F32},   {"f16", GGML_TYPE_F16},   {"bf16", GGML_TYPE_BF16},
+      {"q8_0", GGML_TYPE_Q8_0}, {"q5_1", GGML_TYPE_Q5_1}, {"q5_0", GGML_TYPE_Q5_0},
+      {"q4_1", GGML_TYPE_Q4_1}, {"q4_0", GGML_TYPE_Q4_0}};
+  const auto it = kTypes.find(name);
+  if (it == kTypes.end()) {
+    throw EngineError(ErrorKind::kInvalidRequest,
+                      "Unknown KV cache type '" + name +
+                          "'; one of f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0.");
+  }
+  return it->second;
+}
+
+void check(const EngineOptions& o) {
+  const auto require = [](bool ok, const std::string& message) {
+    if (!ok) throw EngineError(ErrorKind::kInvalidRequest, message);
+  };
+  require(o.parallel >= 1 && o.parallel <= 240, "parallel must be 1 to 240.");
+  require(o.batch_tokens >= o.parallel, "batch_tokens must be at least parallel.");
+  require(o.ubatch_tokens >= 1 && o.ubatch_tokens <= o.batch_tokens,
+          "ubatch_tokens must be 1 to batch_tokens.");
+  require(o.kv_cells >= 0 && o.max_context >= 0, "kv_cells and max_context must not be negative.");
+  require(o.max_queue >= 0, "max_queue must not be negative.");
+  require(o.pin_budget >= 0 && o.pin_budget <= 1, "pin_budget must be 0 to 1.");
+  require(o.threads >= 0, "threads must not be negative.");
+}
+
+}  // namespace
+
+// The arrays llama_batch points into.
+struct LlamaModel::BatchBuffers {
+  std::vector<int32_t> n_seq_id;
+  std::vector<std::array<llama_seq_id, 2>> ids;
+  std::vector<llama_seq_id*> seq_id;
+  std::vector<int8_t> logits;
+  std::vector<llama_token> token;
+  std::vector<llama_pos> position;
+};
+
+std::unique_ptr<LlamaModel> LlamaModel::load(const EngineOptions& options, bool relay_active,
+                                             const ProgressFn& progress) {
+  check(options);
+  std::unique_ptr<LlamaModel> m(new LlamaModel());
+  m->buffers_ = std::make_unique<BatchBuffers>();
+  m->open(options, progress);
+  m->create_context(options, relay_active);
+  if (progress) progress(1.0, "warming up");
+  m->self_check();
+  return m;
+}
+
+LlamaModel::~LlamaModel() {
+  if (context_ != nullptr) llama_free(context_);
+  if (model_ != nullptr) llama_model_free(model_);
+}
+
+void LlamaModel::open(const EngineOptions& options, const ProgressFn& progress) {
+  const std::string& path = options.model_path;
+  if (!fs::exists(path)) {
+    throw EngineError(ErrorKind::kModel, "The model file " + path + " does not exist.");
+  }
+  llama_model_params params = llama_model_default_params();
+  params.load_mode = options.mmap ? LLAMA_LOAD_MODE_AUTO : LLAMA_LOAD_MODE_NONE;
+  if (progress) {
+    params.progress_callback = [](float fraction, void* data) {
+      (*static_cast<const ProgressFn*>(data))(fraction, "loading model");
+      return true;
+    };
+    params.progress_callback_user_data = const_cast<ProgressFn*>(&progress);
+  }
+  take_llama_errors();
+  model_ = llama_model_load_from_file(path.c_str(), params);
+  if (model_ == nullptr) {
+    throw EngineError(ErrorKind::kModel,
+                      "llama.cpp could not load " + path + ".\n" + take_llama_errors());
+  }
+  vocab_ = llama_model_get_vocab(model_);
+  const auto refuse = [&](const char* what) {
+    throw EngineError(ErrorKind::kModel, path + " is " + what +
+                                             ". Relay serves decoder models with attention in all "
+                                             "layers, whose KV cache can be shared by prefix.");
+  };
+  if (llama_model_has_encoder(model_)) refuse("a model with an encoder");
+  if (!llama_model_has_decoder(model_)) refuse("a model without a decoder");
+  if (llama_model_is_recurrent(model_)) refuse("a recurrent model");
+  if (llama_model_is_hybrid(model_)) refuse("a hybrid model with recurrent layers");
+  if (llama_model_is_diffusion(model_)) refuse("a diffusion model");
+  if (llama_vocab_type(vocab_) == LLAMA_VOCAB_TYPE_NONE) refuse("a model without a tokenizer");
+
+  info_.path = path;
+  info_.name = options.model_alias.empty() ? fs::path(path).stem().string() : options.model_alias;
+  info_.created = static_cast<int64_t>(std::time(nullptr));
+  info_.size_bytes = static_cast<int64_t>(llama_model_size(model_));
+  info_.parameters = static_cast<int64_t>(llama_model_n_params(model_));
+  info_.train_context = llama_model_n_ctx_train(model_);
+  info_.vocab_size = llama_vocab_n_tokens(vocab_);
+  info_.parallel = options.parallel;
+  std::array<char, 256> text{};
+  llama_model_desc(model_, text.data(), text.size());
+  info_.description = text.data();
+}
+
+void LlamaModel::create_context(const EngineOptions& options, bool relay_active) {
+  const bool window = llama_model_n_swa(model_) > 0;
+  // Some ids beside those that run, for cached and pinned prefixes. Not simply all 256: llama.cpp
+  // keeps a row of logits for each.
+  const int32_t most = window ? kMaxSequences / 2 : kMaxSequences;
+  max_sequences_ = std::min(most, options.parallel + std::max(32, options.parallel));
+  if (options.parallel >= max_sequences_) {
+    throw EngineError(ErrorKind::kInvalidRequest,
+                      "This model has sliding-window layers: parallel must be below " +
+                          std::to_string(most) + ".");
+  }
+  shadow_ = window ? max_sequences_ : 0;
+  const int32_t ids = window ? 2 * max_sequences_ : max_sequences_;
+
+  llama_context_params params = llama_context_default_params();
+  const int32_t cells = options.kv_cells > 0 ? options.kv_cells : info_.train_context;
+  const int32_t rows = std::min(options.batch_tokens, cells);
+  params.n_ctx = static_cast<uint32_t>(cells);
+  params.n_batch = static_cast<uint32_t>(rows);
+  params.n_ubatch = static_cast<uint32_t>(std::min(options.ubatch_tokens, rows));
+  params.n_seq_max = static_cast<uint32_t>(ids);
+  params.n_outputs_max = static_cast<uint32_t>(ids);
+  params.kv_unified = true;
+  params.swa_full = true;  // else a prefix is there only as far back as the window
+  params.flash_attn_type =
+      relay_active ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_AUTO;
+  params.type_k = cache_type(options.cache_type_k);
+  params.type_v = cache_type(options.cache_type_v);
+  const int32_t threads = options.threads > 0 ? options.threads : common_cpu_get_num_math();
+  params.n_threads = params.n_threads_batch = threads;
+  params.no_perf = true;
+  take_llama_errors();
+  context_ = llama_init_from_model(model_, params);
+  if (context_ == nullptr) {
+    throw EngineError(ErrorKind::kModel, "llama.cpp could not create a context with " +
+                                             std::to_string(cells) + " KV cells.\n" +
+                                             take_llama_errors());
+  }
+  // llama.cpp rounds up to whole blocks; those cells are there to be used.
+  info_.kv_cells = static_cast<int32_t>(llama_n_ctx(context_));
+  const int32_t natural = std::min(info_.train_context, info_.kv_cells);
+  info_.context_length =
+      options.max_context > 0 ? std::min(options.max_context, info_.kv_cells) : natural;
+}
+
+void LlamaModel::self_check() {
+  // Two tokens, the first shared with a second sequence, then given up by the first sequence: the
+  // second must still have it. This is all the engine asks of a KV cache, and a kind of memory that
+  // cannot do it shows here.
+  const auto fail = [&](const std::string& what) {
+    throw EngineError(ErrorKind::kModel, info_.path + ": " + what + ".\n" + take_llama_errors());
+  };
+  llama_memory_t memory = llama_get_memory(context_);
+  if (memory == nullptr) fail("this model keeps no KV cache");
+  Token token = llama_vocab_bos(vocab_);
+  if (token < 0 || token >= info_.vocab_size) token = 0;
+  const auto compute = [&](int32_t position) {
+    Batch batch;
+    batch.add(token, position, 0, true);
+    if (decode(batch) != DecodeStatus::kOk) fail("llama.cpp failed to compute a token");
+    return llama_state_get_size(context_);
+  };
+  const size_t one = compute(0);
+  const size_t two = compute(1);
+  share(0, 1, 0, 1);
+  const size_t shared = llama_state_get_size(context_);
+  const size_t ids = shadow_ > 0 ? 2 : 1;  // of llama.cpp's for one of ours
+  state_per_owner_ = (shared - two) / ids;
+  state_per_cell_ = two - one - ids * state_per_owner_;
+  state_fixed_ = one - state_per_cell_ - ids * state_per_owner_;
+  remove(0, 0, 2);
+  if (state_per_owner_ == 0 || llama_memory_seq_pos_max(memory, 0) != -1 ||
+      llama_memory_seq_pos_min(memory, 1) != 0 || llama_memory_seq_pos_max(memory, 1) != 0 ||
+      count_cells() != 1) {
+    fail("the KV cache of this model cannot be shared by position");
+  }
+  llama_memory_clear(memory, false);
+  // Beside K and V, a cell's state is its position and its number of owners, in each of the caches
+  // (two with a sliding window), and for 2D positions twelve bytes more.
+  const size_t caches = state_per_owner_ / sizeof(llama_seq_id);
+  const llama_rope_type rope = llama_model_rope_type(model_);
+  const bool positions_2d = rope == LLAMA_ROPE_TYPE_MROPE || rope == LLAMA_ROPE_TYPE_IMROPE;
+  info_.kv_bytes_per_token =
+      static_cast<int64_t>(state_per_cell_ - caches * (positions_2d ? 20 : 8));
+}
+
+int32_t LlamaModel::count_cells() const {
+  llama_memory_t memory = llama_get_memory(context_);
+  size_t owners = 0;
+  for (int32_t s = 0; s < static_cast<int32_t>(llama_n_seq_max(context_)); ++s) {
+    const llama_pos last = llama_memory_seq_pos_max(memory, s);
+    if (last >= 0) owners += static_cast<size_t>(last - llama_memory_seq_pos_min(memory, s) + 1);
+  }
+  if (owners == 0) return 0;
+  const size_t bytes = llama_state_get_size(context_) - state_fixed_ - owners * state_per_owner_;
+  if (bytes % state_per_cell_ != 0) {
+    throw EngineError(ErrorKind::kInternal, "The size of llama.cpp's state is not understood.");
+  }
+  return static_cast<int32_t>(bytes / state_per_cell_);
+}
+
+DecodeStatus LlamaModel::decode(const Batch& batch) {
+  BatchBuffers& b = *buffers_;
+  const auto rows = static_cast<size_t>(batch.size());
+  b.n_seq_id.assign(rows, shadow_ > 0 ? 2 : 1);
+  b.ids.resize(rows);
+  b.seq_id.resize(rows);
+  b.token.assign(batch.token.begin(), batch.token.end());
+  b.position.assign(batch.position.begin(), batch.position.end());
+  b.logits.assign(batch.wants_logits.begin(), batch.wants_logits.end());
+  for (size_t i = 0; i < rows; ++i) {
+    b.ids[i] = {batch.seq[i], batch.seq[i] + shadow_};
+    b.seq_id[i] = b.ids[i].data();
+  }
+  llama_batch whole{};
+  whole.n_tokens = batch.size();
+  whole.token = b.token.data();
+  whole.pos = b.position.data();
+  whole.n_seq_id = b.n_seq_id.data();
+  whole.seq_id = b.seq_id.data();
+  whole.logits = b.logits.data();
+  const int32_t status = llama_decode(context_, whole);
+  if (status == 0) return DecodeStatus::kOk;
+  return status == 1 ? DecodeStatus::kNoCells : DecodeStatus::kFailed;
+}
+
+std::span<const float> LlamaModel::logits(int32_t row) {
+  const float* data = llama_get_logits_ith(context_, row);
+  if (data == nullptr) return {};
+  return {data, static_cast<size_t>(info_.vocab_size)};
+}
+
+void LlamaModel::share(SeqId from, SeqId to, int32_t begin, int32_t end) {
+  llama_memory_t memory = llama_get_memory(context_);
+  llama_memory_seq_cp(memory, from, to, begin, end);
+  if (shadow_ > 0) llama_memory_seq_cp(memory, from, to + shadow_, begin, end);
+}
+
+void LlamaModel::remove(SeqId seq, int32_t begin, int32_t end) {
+  llama_memory_t memory = llama_get_memory(context_);
+  llama_memory_seq_rm(memory, seq, begin, end);
+  if (shadow_ > 0) llama_memory_seq_rm(memory, seq + shadow_, begin, end);
+}
+
+std::string LlamaModel::piece(Token token, bool special) const {
+  return common_token_to_piece(vocab_, token, special);
+}
+
+bool LlamaModel::is_end(Token token) const { return llama_vocab_is_eog(vocab_, token); }
+
+std::vector<Token> LlamaModel::tokenize(const std::string& text, bool add_special,
+                                        bool parse_special) const {
+  return common_tokenize(vocab_, text, add_special, parse_special);
+}
+
+std::string LlamaModel::detokenize(const std::vector<Token>& tokens, bool special) const {
+  for (const Token t : tokens) {
+    if (t < 0 || t >= info_.vocab_size) {
+      throw EngineError(ErrorKind::kInvalidRequest, "Token " + std::to_string(t) +
+                                                        " is not in the vocabulary of " +
+                                                        std::to_string(info_.vocab_size) + ".");
+    }
+  }
+  return common_detokenize(vocab_, tokens, special);
+}
+
+std::vector<Token> LlamaModel::excluded_tokens(bool ends) const {
+  int32_t count = 0;
+  const llama_token* suppressed = llama_vocab_get_suppress_tokens(vocab_, &count);
+  std::vector<Token> tokens(suppressed, suppressed + count);
+  for (Token t = 0; ends && t < info_.vocab_size; ++t) {
+    if (llama_vocab_is_eog(vocab_, t)) tokens.push_back(t);
+  }
+  return tokens;
+}
+
+}  // namespace relay::engine

@@ -1,0 +1,78 @@
+// libllama behind the Model interface: one model, one context with one unified KV cache.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "engine/model.h"
+
+struct llama_context;
+struct llama_model;
+struct llama_vocab;
+
+namespace relay::engine {
+
+class LlamaModel : public Model, public Vocabulary {
+ public:
+  /// Backends must be loaded. Checks that this model's KV can be shared by position, which also
+  /// warms it up. Throws EngineError (kModel, kInvalidRequest).
+  static std::unique_ptr<LlamaModel> load(const EngineOptions& options, bool relay_active,
+                                          const ProgressFn& progress);
+  ~LlamaModel() override;
+  LlamaModel(const LlamaModel&) = delete;
+  LlamaModel& operator=(const LlamaModel&) = delete;
+
+  int32_t cells() const override { return info_.kv_cells; }
+  int32_t max_sequences() const override { return max_sequences_; }
+  int32_t vocab_size() const override { return info_.vocab_size; }
+  DecodeStatus decode(const Batch& batch) override;
+  std::span<const float> logits(int32_t row) override;
+  void share(SeqId from, SeqId to, int32_t begin, int32_t end) override;
+  void remove(SeqId seq, int32_t begin, int32_t end) override;
+
+  std::string piece(Token token, bool special) const override;
+  bool is_end(Token token) const override;
+
+  std::vector<Token> tokenize(const std::string& text, bool add_special, bool parse_special) const;
+  std::string detokenize(const std::vector<Token>& tokens, bool special) const;
+  /// Tokens that a generation must not choose: those the model suppresses, and with `ends` those
+  /// that end one.
+  std::vector<Token> excluded_tokens(bool ends) const;
+
+  /// Cells that llama.cpp itself holds, worked out from the size of its saved state. Slow; for
+  /// tests of the books.
+  int32_t count_cells() const;
+
+  ModelInfo& info() { return info_; }
+  const ModelInfo& info() const { return info_; }
+  llama_model* model() const { return model_; }
+  llama_context* context() const { return context_; }
+  const llama_vocab* vocab() const { return vocab_; }
+
+ private:
+  LlamaModel() = default;
+  void open(const EngineOptions& options, const ProgressFn& progress);
+  void create_context(const EngineOptions& options, bool relay_active);
+  void self_check();
+
+  ModelInfo info_;
+  llama_model* model_ = nullptr;
+  llama_context* context_ = nullptr;
+  const llama_vocab* vocab_ = nullptr;
+  int32_t max_sequences_ = 0;
+  // A sliding-window cache reuses cells that lie outside the window and belong to one sequence
+  // only, and would so take apart prefixes that are kept. There, each sequence is two of
+  // llama.cpp's, s and s + shadow_; 0: no window.
+  int32_t shadow_ = 0;
+  // How the saved state grows (self_check finds out); it names the owners of every cell.
+  size_t state_fixed_ = 0;      // bytes however many cells (at least one)
+  size_t state_per_cell_ = 0;   // for each cell, without its owners
+  size_t state_per_owner_ = 0;  // for each owner of a cell
+  struct BatchBuffers;
+  std::unique_ptr<BatchBuffers> buffers_;
+};
+
+}  // namespace relay::engine

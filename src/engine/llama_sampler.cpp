@@ -1,0 +1,170 @@
+#include "engine/llama_sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <set>
+#include <stdexcept>
+
+#include "common.h"
+#include "engine/chat_templates.h"
+#include "json-schema-to-grammar.h"
+#include "json.h"
+#include "sampling.h"
+
+namespace relay::engine {
+
+namespace {
+
+class LlamaSampler : public Sampler {
+ public:
+  LlamaSampler(common_sampler_ptr sampler, llama_context* context)
+      : sampler_(std::move(sampler)), context_(context) {}
+
+  Token sample(Model& /*model*/, int32_t row) override {
+    const Token token = common_sampler_sample(sampler_.get(), context_, row);
+    common_sampler_accept(sampler_.get(), token, true);
+    return token;
+  }
+
+ private:
+  common_sampler_ptr sampler_;
+  llama_context* context_;
+};
+
+void require(bool ok, const std::string& message) {
+  if (!ok) throw EngineError(ErrorKind::kInvalidRequest, message);
+}
+
+void check(const SamplingParams& s, int32_t vocab_size) {
+  // Written so that NaN fails.
+  require(s.temperature >= 0.0f && s.temperature <= 100.0f, "temperature must be 0 to 100.");
+  require(s.top_p > 0.0f && s.top_p <= 1.0f, "top_p must be above 0 and at most 1.");
+  require(s.min_p >= 0.0f && s.min_p <= 1.0f, "min_p must be 0 to 1.");
+  require(std::abs(s.presence_penalty) <= 2.0f, "presence_penalty must be -2 to 2.");
+  require(std::abs(s.frequency_penalty) <= 2.0f, "frequency_penalty must be -2 to 2.");
+  require(s.repetition_penalty > 0.0f && s.repetition_penalty <= 100.0f,
+          "repetition_penalty must be above 0 and at most 100.");
+  require(s.logprobs <= 20, "at most 20 log probabilities can be had per token.");
+  for (const auto& [token, bias] : s.logit_bias) {
+    require(token >= 0 && token < vocab_size, "logit_bias names token " + std::to_string(token) +
+                                                  ", which is not in the vocabulary.");
+    require(!std::isnan(bias), "logit_bias must be numbers.");
+  }
+}
+
+/// Whether the most probable token is all that is asked for.
+bool is_greedy(const SamplingParams& s) {
+  return s.temperature <= 0.0f && s.presence_penalty == 0.0f && s.frequency_penalty == 0.0f &&
+         s.repetition_penalty == 1.0f && s.logit_bias.empty();
+}
+
+void add_grammar(const LlamaModel& model, const GenerateRequest& request,
+                 common_params_sampling& params) {
+  require(request.grammar.empty() || request.json_schema.empty(),
+          "Only one of grammar and json_schema can be given.");
+  if (!request.grammar.empty()) {
+    params.grammar = {COMMON_GRAMMAR_TYPE_USER, request.grammar};
+    return;
+  }
+  if (!request.json_schema.empty()) {
+    try {
+      params.grammar = {COMMON_GRAMMAR_TYPE_OUTPUT_FORMAT,
+                        json_schema_to_grammar(common_json::parse(request.json_schema))};
+    } catch (const std::exception& e) {
+      throw EngineError(ErrorKind::kInvalidGrammar,
+                        std::string("The JSON schema cannot be kept: ") + e.what());
+    }
+    if (request.format) params.generation_prompt = request.format->chat.generation_prompt;
+    return;
+  }
+  if (!request.format) return;
+  const common_chat_params& chat = request.format->chat;
+  params.generation_prompt = chat.generation_prompt;
+  if (chat.grammar.empty()) return;
+  params.grammar = {COMMON_GRAMMAR_TYPE_TOOL_CALLS, chat.grammar};
+  params.grammar_lazy = chat.grammar_lazy;
+  params.preserved_tokens.insert(request.format->visible.begin(), request.format->visible.end());
+  for (const common_grammar_trigger& trigger : chat.grammar_triggers) {
+    common_grammar_trigger t = trigger;
+    if (t.type == COMMON_GRAMMAR_TRIGGER_TYPE_WORD) {
+      const auto ids = common_tokenize(model.vocab(), t.value, false, true);
+      if (ids.size() == 1 && params.preserved_tokens.contains(ids.front())) {
+        t.type = COMMON_GRAMMAR_TRIGGER_TYPE_TOKEN;
+        t.token = ids.front();
+      }
+    }
+    params.grammar_triggers.push_back(t);
+  }
+  // While the model thinks, a lazy grammar must not wake up.
+  if (!chat.thinking_end_tags.empty()) {
+    params.reasoning_budget_start =
+        common_tokenize(model.vocab(), chat.thinking_start_tag, false, true);
+    for (const std::string& tag : chat.thinking_end_tags) {
+      if (!tag.empty()) {
+        params.reasoning_budget_end.push_back(common_tokenize(model.vocab(), tag, false, true));
+      }
+    }
+    if (!params.reasoning_budget_end.empty()) {
+      params.reasoning_budget_forced = params.reasoning_budget_end.front();
+    }
+  }
+}
+
+}  // namespace
+
+std::vector<std::unique_ptr<Sampler>> make_samplers(const LlamaModel& model,
+                                                    const GenerateRequest& request) {
+  const SamplingParams& s = request.sampling;
+  check(s, model.vocab_size());
+  common_params_sampling params;
+  add_grammar(model, request, params);
+
+  std::vector<std::unique_ptr<Sampler>> samplers;
+  if (params.grammar.empty() && is_greedy(s)) {
+    for (int32_t i = 0; i < request.n; ++i) {
+      samplers.push_back(std::make_unique<GreedySampler>(model.excluded_tokens(s.ignore_eos)));
+    }
+    return samplers;
+  }
+
+  params.no_perf = true;
+  params.temp = s.temperature;
+  params.top_k = s.top_k;
+  params.top_p = s.top_p;
+  params.min_p = s.min_p;
+  params.penalty_present = s.presence_penalty;
+  params.penalty_freq = s.frequency_penalty;
+  params.penalty_repeat = s.repetition_penalty;
+  // OpenAI's penalties see the whole completion, a repetition penalty the prompt as well.
+  const bool penalties =
+      s.presence_penalty != 0.0f || s.frequency_penalty != 0.0f || s.repetition_penalty != 1.0f;
+  params.penalty_last_n = penalties ? model.info().context_length : 0;
+  // The temperature first, as OpenAI and vLLM have it: nuclei are of the distribution sampled.
+  params.samplers = {COMMON_SAMPLER_TYPE_PENALTIES, COMMON_SAMPLER_TYPE_TEMPERATURE,
+                     COMMON_SAMPLER_TYPE_TOP_K, COMMON_SAMPLER_TYPE_TOP_P,
+                     COMMON_SAMPLER_TYPE_MIN_P};
+  for (const auto& [token, bias] : s.logit_bias) params.logit_bias.push_back({token, bias});
+  if (s.ignore_eos) {
+    for (const Token t : model.excluded_tokens(true)) params.logit_bias.push_back({t, -INFINITY});
+  }
+  const uint32_t seed = s.seed ? *s.seed : std::random_device{}();
+  for (int32_t i = 0; i < request.n; ++i) {
+    params.seed = seed + static_cast<uint32_t>(i);
+    if (params.seed == LLAMA_DEFAULT_SEED) params.seed = 0;  // llama.cpp takes it for "random"
+    common_sampler_ptr sampler;
+    try {
+      sampler.reset(common_sampler_init(model.model(), params));
+    } catch (const std::exception& e) {
+      throw EngineError(ErrorKind::kInvalidGrammar,
+                        std::string("The grammar does not compile: ") + e.what() + ".");
+    }
+    if (s.repetition_penalty != 1.0f) {
+      for (const Token t : request.prompt) common_sampler_accept(sampler.get(), t, false);
+    }
+    samplers.push_back(std::make_unique<LlamaSampler>(std::move(sampler), model.context()));
+  }
+  return samplers;
+}
+
+}  // namespace relay::engine

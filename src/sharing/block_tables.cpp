@@ -16,13 +16,13 @@ class BlockTableBuilder {
   /// Emits blocks [depth, ...) of `group` (request numbers), which agree on all blocks before.
   void build(std::vector<int32_t> group, int64_t depth) {
     while (!group.empty()) {
-      const int64_t end = common_end(group, depth);
-      emit(group, depth * batch_.block_size, end * batch_.block_size);
-      depth = end;
-      if (group.size() == 1) {  // the rest, a partial last block included
+      if (group.size() == 1) {  // all that is left, a partial last block included
         emit(group, depth * batch_.block_size, batch_.kv_lengths[group[0]]);
         return;
       }
+      const int64_t end = common_end(group, depth);
+      emit(group, depth * batch_.block_size, end * batch_.block_size);
+      depth = end;
       // Requests with no full block left go on alone; the others by the block that comes next.
       std::vector<int32_t> on;
       for (int32_t r : group) {

@@ -38,15 +38,9 @@ void append_columns(Forest& forest, std::span<const Span> spans, std::span<const
   append_segment(forest, part, rows, visibility);
 }
 
-}  // namespace
-
-void append_visible(Forest& forest, std::span<const Span> spans, std::span<const uint32_t> rows,
-                    const PositionRule& rule) {
-  if (spans.empty() || rows.empty()) return;
-  if (!rule.causal) {
-    append_segment(forest, spans, rows, Visibility::kAll);
-    return;
-  }
+/// As append_visible, for rows whose columns form one interval.
+void append_overlapping(Forest& forest, std::span<const Span> spans,
+                        std::span<const uint32_t> rows, const PositionRule& rule) {
   int64_t first = INT64_MAX;  // of the rows' positions
   int64_t last = INT64_MIN;
   for (uint32_t r : rows) {
@@ -59,7 +53,7 @@ void append_visible(Forest& forest, std::span<const Span> spans, std::span<const
     begin = std::min(begin, s.column);
     end = std::max(end, s.column + s.count);
   }
-  end = std::min(end, last + 1);                                       // later: seen by no row
+  end = std::min(end, last + 1);                                          // later: seen by no row
   if (rule.window > 0) begin = std::max(begin, first - rule.window + 1);  // earlier: by no row
   const int64_t all_begin = rule.window > 0 ? std::max(begin, last - rule.window + 1) : begin;
   const int64_t all_end = std::min(end, first + 1);
@@ -70,6 +64,38 @@ void append_visible(Forest& forest, std::span<const Span> spans, std::span<const
   append_columns(forest, spans, rows, begin, all_begin, Visibility::kPositions);
   append_columns(forest, spans, rows, all_begin, all_end, Visibility::kAll);
   append_columns(forest, spans, rows, all_end, end, Visibility::kPositions);
+}
+
+}  // namespace
+
+void append_visible(Forest& forest, std::span<const Span> spans, std::span<const uint32_t> rows,
+                    const PositionRule& rule) {
+  if (spans.empty() || rows.empty()) return;
+  if (!rule.causal) {
+    append_segment(forest, spans, rows, Visibility::kAll);
+    return;
+  }
+  if (rule.window == 0) {
+    append_overlapping(forest, spans, rows, rule);
+    return;
+  }
+  // Rows whose windows lie apart have nothing in common here: each run of overlapping windows is a
+  // segment of its own, so that no column is read that nobody sees.
+  std::vector<uint32_t> by_position(rows.begin(), rows.end());
+  std::stable_sort(by_position.begin(), by_position.end(), [&](uint32_t a, uint32_t b) {
+    return forest.positions[a] < forest.positions[b];
+  });
+  for (size_t first = 0; first < by_position.size();) {
+    size_t last = first + 1;
+    while (last < by_position.size() && forest.positions[by_position[last]] - rule.window <
+                                            forest.positions[by_position[last - 1]]) {
+      ++last;
+    }
+    std::vector<uint32_t> together(by_position.begin() + first, by_position.begin() + last);
+    std::sort(together.begin(), together.end());
+    append_overlapping(forest, spans, together, rule);
+    first = last;
+  }
 }
 
 }  // namespace relay

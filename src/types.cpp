@@ -4,24 +4,32 @@ namespace relay {
 
 const char* to_string(DType type) {
   switch (type) {
-    case DType::kF32: return "f32";
-    case DType::kF16: return "f16";
-    case DType::kBF16: return "bf16";
-    case DType::kQ8_0: return "q8_0";
-    case DType::kCustom: return "custom";
+    case DType::kF32:
+      return "f32";
+    case DType::kF16:
+      return "f16";
+    case DType::kBF16:
+      return "bf16";
+    case DType::kQ8_0:
+      return "q8_0";
+    case DType::kCustom:
+      return "custom";
   }
   return "?";
 }
 
 int64_t row_bytes(DType type, int64_t count) {
   switch (type) {
-    case DType::kF32: return 4 * count;
+    case DType::kF32:
+      return 4 * count;
     case DType::kF16:
-    case DType::kBF16: return 2 * count;
+    case DType::kBF16:
+      return 2 * count;
     case DType::kQ8_0:
       if (count % 32 != 0) throw Error("q8_0 rows hold a multiple of 32 elements");
       return count / 32 * 34;
-    case DType::kCustom: break;
+    case DType::kCustom:
+      break;
   }
   throw Error("the size of a custom row is known to its owner alone");
 }

@@ -33,7 +33,7 @@ struct PlanOptions {
 };
 
 struct AttentionInputs {
-  ConstRows q;      ///< [rows][q_heads][qk_dim], f32, f16 or bf16
+  ConstRows q;  ///< [rows][q_heads][qk_dim], f32, f16 or bf16
   KvCache kv;
   MutableRows out;  ///< [rows][q_heads][v_dim], f32, f16 or bf16; must not overlap the inputs
   float scale = 1.0f;
@@ -41,8 +41,10 @@ struct AttentionInputs {
   int64_t window = 0;             ///< for Visibility::kPositions, 0: none
   const float* slopes = nullptr;  ///< [q_heads] or null
   const float* sinks = nullptr;   ///< [q_heads] logits without a value, or null
-  ConstRows bias;  ///< for Visibility::kBias: f16 or f32, element c is column c; head_stride may be 0
-  float* lse = nullptr;  ///< optional [rows][q_heads], natural log-sum-exp of the logits (with sink)
+  ConstRows
+      bias;  ///< for Visibility::kBias: f16 or f32, element c is column c; head_stride may be 0
+  float* lse =
+      nullptr;  ///< optional [rows][q_heads], natural log-sum-exp of the logits (with sink)
 };
 
 /// How a forest's work is cut into items and where their partial results go. Immutable once made;
@@ -62,13 +64,15 @@ void remake_plan(Plan& plan, const Forest& forest, const PlanOptions& options);
 /// What a plan will do, for reports and tests.
 struct PlanSummary {
   int64_t items = 0;
-  int64_t partials = 0;          ///< (row, query head) partial states that need merging
+  int64_t partials = 0;  ///< (row, query head) partial states that need merging
   int64_t workspace_bytes = 0;
-  int64_t kv_slots_read = 0;     ///< slot reads, each of all KV heads
-  int64_t kv_slots_attended = 0; ///< what they would be without sharing
-  double flops = 0;              ///< multiply-adds counted twice, padding left out
+  int64_t kv_slots_read = 0;      ///< slot reads, each of all KV heads
+  int64_t kv_slots_attended = 0;  ///< what they would be without sharing
+  double flops = 0;               ///< multiply-adds counted twice, padding left out
 };
 PlanSummary summarize(const Plan& plan);
+/// What the plan was made with.
+const PlanOptions& options_of(const Plan& plan);
 
 /// Scratch memory of one running operator: partial states, packed tiles, counters. It fits the plan
 /// that it was last fitted to; reuse it for every layer.
@@ -101,11 +105,13 @@ void attend_forest(const Forest& forest, const PlanOptions& options, const Atten
 /// Throws Error if `inputs` cannot be served with this plan (types, null pointers, strides).
 void validate(const Plan& plan, const AttentionInputs& inputs);
 
-// --- Instruction sets -----------------------------------------------------------------------------
+// --- Instruction sets
+// -----------------------------------------------------------------------------
 
 /// Names of the kernel sets this CPU can run, best first: avx512bf16, avx512, avx2, neon, plain.
 std::vector<std::string> available_isas();
-/// The set in use: the best, or RELAY_ISA. Throws Error if RELAY_ISA names one that cannot run here.
+/// The set in use: the best, or RELAY_ISA. Throws Error if RELAY_ISA names one that cannot run
+/// here.
 std::string current_isa();
 /// Switches the set (tests). Throws Error if it cannot run here.
 void select_isa(const std::string& name);

@@ -19,9 +19,9 @@ struct Span {
 };
 
 enum class Visibility : uint8_t {
-  kAll,       ///< every row of the segment sees every slot of it
-  kPositions, ///< row r sees column c iff c <= position(r) and c > position(r) - window
-  kBias,      ///< bias(row, column) is added to the logit; -inf hides the slot
+  kAll,        ///< every row of the segment sees every slot of it
+  kPositions,  ///< row r sees column c iff c <= position(r) and c > position(r) - window
+  kBias,       ///< bias(row, column) is added to the logit; -inf hides the slot
 };
 
 /// One node: its slots are read once for all of its rows.
@@ -105,8 +105,8 @@ struct TreeNode {
 };
 struct PrefixTreeBatch {
   std::span<const TreeNode> nodes;
-  std::span<const int32_t> leaf_of_row;       ///< -1: attends nothing
-  std::span<const int64_t> position_of_row;   ///< empty: every slot is visible
+  std::span<const int32_t> leaf_of_row;      ///< -1: attends nothing
+  std::span<const int64_t> position_of_row;  ///< empty: every slot is visible
   int64_t window = 0;
 };
 void build_from_tree(const PrefixTreeBatch& batch, Sharing sharing, Forest& forest);

@@ -19,8 +19,7 @@ struct AttendedSlot {
 /// Visibility is the caller's: hidden slots are simply not listed (a bias of -inf also hides).
 /// `position` is used by ALiBi only. Writes out[q_heads * v_dim], lse[q_heads] if not null.
 void reference_row(const HeadShape& shape, const AttentionInputs& inputs, int64_t row,
-                   int64_t position, std::span<const AttendedSlot> slots, double* out,
-                   double* lse);
+                   int64_t position, std::span<const AttendedSlot> slots, double* out, double* lse);
 
 /// Decodes element i of a vector of `type` to double (f32, f16, bf16, q8_0).
 double decode_element(DType type, const void* vector, int64_t i);

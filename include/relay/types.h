@@ -19,9 +19,9 @@ class Error : public std::runtime_error {
 
 enum class DType : uint8_t {
   kF32,
-  kF16,   ///< IEEE binary16
-  kBF16,  ///< upper half of binary32
-  kQ8_0,  ///< blocks of 32: one f16 scale, then 32 int8 (34 bytes); head size a multiple of 32
+  kF16,     ///< IEEE binary16
+  kBF16,    ///< upper half of binary32
+  kQ8_0,    ///< blocks of 32: one f16 scale, then 32 int8 (34 bytes); head size a multiple of 32
   kCustom,  ///< any other; read through KvPlane::unpack
 };
 

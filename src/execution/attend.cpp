@@ -25,7 +25,8 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 template <typename Pointer>
 auto* at(const RowsView<Pointer>& view, int64_t row, int64_t head) {
-  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  using Byte =
+      std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
   return static_cast<Byte*>(view.data) + row / view.rows_per_block * view.block_stride +
          row % view.rows_per_block * view.row_stride + head * view.head_stride;
 }
@@ -78,8 +79,8 @@ class Runner {
   void start(const WorkItem& item) {
     layout_ = item.few ? QueryLayout::kF32 : kernels_.many_layout(tile_.k_type);
     // A pair of bf16 takes the room of one f32.
-    q_stride_ = layout_ == QueryLayout::kF32 ? padded_dim(shape_.qk_dim)
-                                             : padded_dim(shape_.qk_dim) / 2;
+    q_stride_ =
+        layout_ == QueryLayout::kF32 ? padded_dim(shape_.qk_dim) : padded_dim(shape_.qk_dim) / 2;
     float* q = q_;
     for (int32_t h = item.head_begin; h < item.head_end; ++h) {
       for (uint32_t i = item.row_begin; i < item.row_end; ++i) {
@@ -170,8 +171,8 @@ class Runner {
     }
     const bool alibi = in_.slopes != nullptr && in_.bias.data == nullptr;
     const int64_t m = (last - first) * shape_.group();
-    const bool per_head = partly_hidden && segment.visibility == Visibility::kBias &&
-                          in_.bias.head_stride != 0;
+    const bool per_head =
+        partly_hidden && segment.visibility == Visibility::kBias && in_.bias.head_stride != 0;
     if (partly_hidden || alibi) {
       if (!per_head) fill_bias(item, segment, first, last, alibi);
       tile_.bias = bias_;
@@ -184,8 +185,7 @@ class Runner {
     tile_.k = now_->k;
     tile_.v = now_->v;
     for (int32_t h = item.head_begin; h < item.head_end; ++h) {
-      const int64_t state =
-          (h - item.head_begin) * query_rows(item) + first * shape_.group();
+      const int64_t state = (h - item.head_begin) * query_rows(item) + first * shape_.group();
       tile_.q = q_ + state * q_stride_;
       tile_.o = o_ + state * o_stride_;
       tile_.max = max_ + state;
@@ -204,9 +204,9 @@ class Runner {
       }
       tile_.bias_scale = bias_scale_;
       unpack(in_.kv.k, shape_.qk_dim, now_->k, h, unpacked_k_, unpacked_, tile_.k, tile_.k_offset);
-      float* v_room = unpacked_ + (in_.kv.k.type == DType::kCustom
-                                       ? int64_t{kTileSlots} * padded_dim(shape_.qk_dim)
-                                       : 0);
+      float* v_room =
+          unpacked_ +
+          (in_.kv.k.type == DType::kCustom ? int64_t{kTileSlots} * padded_dim(shape_.qk_dim) : 0);
       unpack(in_.kv.v, shape_.v_dim, now_->v, h, unpacked_v_, v_room, tile_.v, tile_.v_offset);
       if (item.few) {
         kernels_.attend_few(tile_);
@@ -216,9 +216,9 @@ class Runner {
     }
   }
 
-  /// Tells the kernel what to fetch while it works on head h. Where a slot's heads lie side by side,
-  /// that is this head's share of the next tile's slots, all heads at once, since memory is read
-  /// fastest in long runs; else the next head's vectors.
+  /// Tells the kernel what to fetch while it works on head h. Where a slot's heads lie side by
+  /// side, that is this head's share of the next tile's slots, all heads at once, since memory is
+  /// read fastest in long runs; else the next head's vectors.
   void foresee(const WorkItem& item, int32_t h) {
     const KvPlane& k = in_.kv.k;
     const KvPlane& v = in_.kv.v;
@@ -336,7 +336,8 @@ class Runner {
       int end = s + 1;
       while (end < tile_.slots && now_->columns[end] == now_->columns[end - 1] + 1) ++end;
       if (in_.bias.type == DType::kF16) {
-        kernels_.expand_f16(reinterpret_cast<const uint16_t*>(bias) + now_->columns[s], out + s, end - s);
+        kernels_.expand_f16(reinterpret_cast<const uint16_t*>(bias) + now_->columns[s], out + s,
+                            end - s);
       } else {
         std::memcpy(out + s, reinterpret_cast<const float*>(bias) + now_->columns[s],
                     static_cast<size_t>(end - s) * sizeof(float));
@@ -366,8 +367,7 @@ class Runner {
           }
         }
         if (partial == Plan::kDirect) continue;
-        std::atomic<uint32_t>& remaining =
-            ws_.remaining[int64_t{row} * shape_.kv_heads + h];
+        std::atomic<uint32_t>& remaining = ws_.remaining[int64_t{row} * shape_.kv_heads + h];
         // acq_rel: the last one sees the partials of all before it.
         if (remaining.fetch_sub(1, std::memory_order_acq_rel) == 1) {
           remaining.store(plan_.partial_begin[row + 1] - plan_.partial_begin[row],
@@ -466,8 +466,7 @@ void validate(const Plan& plan, const AttentionInputs& in) {
   }
 }
 
-void attend(const Plan& plan, const AttentionInputs& inputs, Workspace& workspace,
-            int32_t thread) {
+void attend(const Plan& plan, const AttentionInputs& inputs, Workspace& workspace, int32_t thread) {
   Workspace::State& ws = workspace.state();
   if (ws.plan != &plan) throw Error("attend: the workspace was fitted to another plan");
   if (thread < 0 || thread >= plan.options.threads) throw Error("attend: no such thread");

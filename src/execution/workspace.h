@@ -31,7 +31,7 @@ class FloatBuffer {
 /// starts clean without a barrier of its own.
 struct Workspace::State {
   WorkspaceLayout layout;
-  const Plan* plan = nullptr;  ///< what the counters are set up for
+  const Plan* plan = nullptr;                ///< what the counters are set up for
   FloatBuffer partial_o;                     ///< [partials][q_heads][padded v_dim]
   std::vector<SoftmaxState> partial_states;  ///< [partials][q_heads]
   std::vector<FloatBuffer> threads;

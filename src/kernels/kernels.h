@@ -45,17 +45,17 @@ struct Tile {
   int next_k_bytes = 0;
   int next_v_bytes = 0;
 
-  int rows = 0;              ///< query rows
-  const void* q = nullptr;   ///< [rows][q_stride], zero beyond qk_dim
-  int64_t q_stride = 0;      ///< elements (f32) or pairs (bf16)
-  float* o = nullptr;        ///< [rows][o_stride]; only the first v_dim count
+  int rows = 0;             ///< query rows
+  const void* q = nullptr;  ///< [rows][q_stride], zero beyond qk_dim
+  int64_t q_stride = 0;     ///< elements (f32) or pairs (bf16)
+  float* o = nullptr;       ///< [rows][o_stride]; only the first v_dim count
   int64_t o_stride = 0;
-  float* max = nullptr;      ///< [rows]
-  float* sum = nullptr;      ///< [rows]
+  float* max = nullptr;  ///< [rows]
+  float* sum = nullptr;  ///< [rows]
 
-  float scale = 1.0f;        ///< softmax scale times log2(e); with a soft cap, scale / cap
-  float softcap = 0.0f;      ///< cap times log2(e), 0 for none
-  int group = 1;             ///< consecutive query rows that share a bias row
+  float scale = 1.0f;                 ///< softmax scale times log2(e); with a soft cap, scale / cap
+  float softcap = 0.0f;               ///< cap times log2(e), 0 for none
+  int group = 1;                      ///< consecutive query rows that share a bias row
   const float* bias = nullptr;        ///< [rows / group][kTileSlots] or null; -inf hides
   const float* bias_scale = nullptr;  ///< [group], includes log2(e)
 

@@ -1,5 +1,5 @@
-// Kernel set: AVX-512 (F, BW, VL, DQ). Compiled with the flags of that instruction set, so nothing of the
-// standard library that the linker could share with other files may be instantiated here.
+// Kernel set: AVX-512 (F, BW, VL, DQ). Compiled with the flags of that instruction set, so nothing
+// of the standard library that the linker could share with other files may be instantiated here.
 #include <immintrin.h>
 
 #include <cstdint>

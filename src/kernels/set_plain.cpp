@@ -1,5 +1,5 @@
-// Kernel set: plain C++, for any CPU. Compiled with the flags of that instruction set, so nothing of the
-// standard library that the linker could share with other files may be instantiated here.
+// Kernel set: plain C++, for any CPU. Compiled with the flags of that instruction set, so nothing
+// of the standard library that the linker could share with other files may be instantiated here.
 
 #include <cstdint>
 #include <cstring>

@@ -9,9 +9,9 @@ inline constexpr int kFewBlock = 8;   // query rows that attend_few takes at onc
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t VecI __attribute__((vector_size(64)));
 
-#define RELAY_INTERLEAVE_LO(a, b)                                                            \
+#define RELAY_INTERLEAVE_LO(a, b) \
   __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define RELAY_INTERLEAVE_HI(a, b)                                                            \
+#define RELAY_INTERLEAVE_HI(a, b) \
   __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 
 inline Vec load(const float* p) { return (Vec)_mm512_loadu_ps(p); }
@@ -33,9 +33,7 @@ inline Vec round(Vec x) {
   return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 /// p * 2^n; 0 where that is far below the smallest number.
-inline Vec times_power_of_two(Vec p, Vec n) {
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
-}
+inline Vec times_power_of_two(Vec p, Vec n) { return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n); }
 
 inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 

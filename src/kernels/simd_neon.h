@@ -47,9 +47,7 @@ inline Vec load_f32_tail(const uint8_t* p, int n) {
   float b[4];
   return load_f32(padded_copy(p, n, b));
 }
-inline Vec load_f16(const uint8_t* p) {
-  return (Vec)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p)));
-}
+inline Vec load_f16(const uint8_t* p) { return (Vec)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
 inline Vec load_f16_tail(const uint8_t* p, int n) {
   uint16_t b[4];
   return load_f16(padded_copy(p, n, b));

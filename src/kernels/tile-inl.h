@@ -10,19 +10,24 @@
 // lanes are slots) and runs two register-blocked matrix products, S = Q K^T and O = O*alpha + P V,
 // with the online softmax (Milakov and Gimelshein, 2018) between them.
 
-// --- Elements -------------------------------------------------------------------------------------
+// --- Elements
+// -------------------------------------------------------------------------------------
 
 template <DType T>
 struct Elements;
 template <>
 struct Elements<DType::kF32> {
   static Vec load(const uint8_t* row, int i) { return load_f32(row + 4 * int64_t{i}); }
-  static Vec tail(const uint8_t* row, int i, int n) { return load_f32_tail(row + 4 * int64_t{i}, n); }
+  static Vec tail(const uint8_t* row, int i, int n) {
+    return load_f32_tail(row + 4 * int64_t{i}, n);
+  }
 };
 template <>
 struct Elements<DType::kF16> {
   static Vec load(const uint8_t* row, int i) { return load_f16(row + 2 * int64_t{i}); }
-  static Vec tail(const uint8_t* row, int i, int n) { return load_f16_tail(row + 2 * int64_t{i}, n); }
+  static Vec tail(const uint8_t* row, int i, int n) {
+    return load_f16_tail(row + 2 * int64_t{i}, n);
+  }
 };
 template <>
 struct Elements<DType::kBF16> {
@@ -47,10 +52,18 @@ struct Elements<DType::kQ8_0> {
 template <typename F>
 inline void with_elements(DType type, F f) {
   switch (type) {
-    case DType::kF16: f(Elements<DType::kF16>{}); break;
-    case DType::kBF16: f(Elements<DType::kBF16>{}); break;
-    case DType::kQ8_0: f(Elements<DType::kQ8_0>{}); break;
-    default: f(Elements<DType::kF32>{}); break;
+    case DType::kF16:
+      f(Elements<DType::kF16>{});
+      break;
+    case DType::kBF16:
+      f(Elements<DType::kBF16>{});
+      break;
+    case DType::kQ8_0:
+      f(Elements<DType::kQ8_0>{});
+      break;
+    default:
+      f(Elements<DType::kF32>{});
+      break;
   }
 }
 
@@ -60,7 +73,8 @@ inline Vec load_padded(const uint8_t* row, int i, int n) {
   return i + kLanes <= n ? E::load(row, i) : E::tail(row, i, n - i);
 }
 
-// --- Arithmetic -----------------------------------------------------------------------------------
+// --- Arithmetic
+// -----------------------------------------------------------------------------------
 
 inline constexpr float kInf = __builtin_inff();
 
@@ -118,17 +132,18 @@ inline void transpose(V (&v)[kLanes]) {
   }
 }
 
-// --- Prefetch -------------------------------------------------------------------------------------
+// --- Prefetch
+// -------------------------------------------------------------------------------------
 
-// A tile's vectors lie a whole slot apart, too far for the hardware's prefetchers, so the kernels ask
-// for what comes next themselves, spread evenly over the work on this tile.
+// A tile's vectors lie a whole slot apart, too far for the hardware's prefetchers, so the kernels
+// ask for what comes next themselves, spread evenly over the work on this tile.
 class Prefetcher {
  public:
   Prefetcher(const Tile& tile, int steps)
       : tile_(tile),
-        lines_per_step_((tile.next_slots * (lines(tile.next_k_bytes) + lines(tile.next_v_bytes)) +
-                         steps - 1) /
-                        steps) {}
+        lines_per_step_(
+            (tile.next_slots * (lines(tile.next_k_bytes) + lines(tile.next_v_bytes)) + steps - 1) /
+            steps) {}
 
   void step() {
     for (int n = lines_per_step_; n > 0 && slot_ < tile_.next_slots;) {
@@ -153,7 +168,8 @@ class Prefetcher {
   int at_ = 0;
 };
 
-// --- Softmax --------------------------------------------------------------------------------------
+// --- Softmax
+// --------------------------------------------------------------------------------------
 
 /// Online softmax of `rows` rows of raw scores s[rows][kTileSlots], in place: s becomes
 /// 2^(x - max), alpha[row] the factor by which the row's earlier o shrinks. `first` is the first
@@ -206,12 +222,12 @@ inline void softmax(const Tile& t, int first, int rows, float* s, float* alpha) 
   }
 }
 
-// --- Few query rows -------------------------------------------------------------------------------
+// --- Few query rows
+// -------------------------------------------------------------------------------
 
 /// Scores of R rows against the tile: s[R][kTileSlots].
 template <typename E, int R>
-inline void score_few(const Tile& t, const float* q, Prefetcher& prefetch,
-                      float* s) {
+inline void score_few(const Tile& t, const float* q, Prefetcher& prefetch, float* s) {
   constexpr int kSlots = kLanes / R;  // slots at once: kLanes accumulators
   const int full = t.qk_dim / kLanes * kLanes;
   for (int first = 0; first < t.slots; first += kSlots) {
@@ -253,8 +269,8 @@ inline void score_few(const Tile& t, const float* q, Prefetcher& prefetch,
 
 /// o[R][columns] = o * alpha + p[R][slots] V for C vectors of columns from `column` on.
 template <int R, int C, typename LoadV>
-inline void value_panel(const Tile& t, const float* p, const float* alpha,
-                        Prefetcher& prefetch, float* o, LoadV load_v) {
+inline void value_panel(const Tile& t, const float* p, const float* alpha, Prefetcher& prefetch,
+                        float* o, LoadV load_v) {
   Vec acc[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -285,8 +301,8 @@ inline void value_panel(const Tile& t, const float* p, const float* alpha,
 
 /// All column panels of R rows, C vectors wide and then narrower.
 template <typename E, int R, int C>
-inline int value_panels(const Tile& t, const float* p, const float* alpha,
-                        Prefetcher& prefetch, float* o, int column) {
+inline int value_panels(const Tile& t, const float* p, const float* alpha, Prefetcher& prefetch,
+                        float* o, int column) {
   for (; column + C * kLanes <= t.v_dim; column += C * kLanes) {
     value_panel<R, C>(t, p, alpha, prefetch, o + column,
                       [column](const uint8_t* row, int i) { return E::load(row, column + i); });
@@ -306,13 +322,12 @@ inline void few_block(const Tile& t, int first, Prefetcher& prefetch) {
   softmax(t, first, R, s, alpha);
   with_elements(t.v_type, [&](auto e) {
     using E = decltype(e);
-    const int column = 
+    const int column =
         value_panels<E, R, (kColumns < 1 ? 1 : kColumns)>(t, s, alpha, prefetch, o, 0);
     if (column < t.v_dim) {
       const int n = t.v_dim - column;
-      value_panel<R, 1>(t, s, alpha, prefetch, o + column, [column, n](const uint8_t* row, int) {
-        return E::tail(row, column, n);
-      });
+      value_panel<R, 1>(t, s, alpha, prefetch, o + column,
+                        [column, n](const uint8_t* row, int) { return E::tail(row, column, n); });
     }
   });
 }
@@ -332,7 +347,8 @@ inline void attend_few(const Tile& t) {
   if (first < t.rows) few_block<1>(t, first, prefetch);
 }
 
-// --- Many query rows ------------------------------------------------------------------------------
+// --- Many query rows
+// ------------------------------------------------------------------------------
 
 /// How a matrix product's operands lie: one f32, or (below) a pair of bf16, per element.
 struct F32Product {
@@ -348,8 +364,8 @@ enum class Former { kDropped, kScaled, kKept };
 /// row) or c.
 template <typename Product, int MR, int NV>
 void product_block(const typename Product::Element* a, int64_t a_stride,
-                   const typename Product::Element* b, int64_t b_stride, float* c,
-                   int64_t c_stride, int depth, Former former, const float* alpha) {
+                   const typename Product::Element* b, int64_t b_stride, float* c, int64_t c_stride,
+                   int depth, Former former, const float* alpha) {
   using B = decltype(Product::load(b));
   Vec acc[MR][NV];
   if (former == Former::kDropped) {
@@ -419,17 +435,25 @@ inline void product_rows(int rows, const typename Product::Element* a, int64_t a
 template <typename Product>
 inline void product_panel(int rows, int vectors, const typename Product::Element* a,
                           int64_t a_stride, const typename Product::Element* b, int64_t b_stride,
-                          float* c, int64_t c_stride, int depth, Former former,
-                          const float* alpha, Prefetcher& prefetch) {
+                          float* c, int64_t c_stride, int depth, Former former, const float* alpha,
+                          Prefetcher& prefetch) {
   auto rows_of = [&]<int NV>() {
     product_rows<Product, NV>(rows, a, a_stride, b, b_stride, c, c_stride, depth, former, alpha,
                               prefetch);
   };
   switch (vectors) {
-    case 1: rows_of.template operator()<1>(); break;
-    case 2: rows_of.template operator()<2>(); break;
-    case 3: rows_of.template operator()<(kPanel < 3 ? kPanel : 3)>(); break;
-    default: rows_of.template operator()<kPanel>(); break;
+    case 1:
+      rows_of.template operator()<1>();
+      break;
+    case 2:
+      rows_of.template operator()<2>();
+      break;
+    case 3:
+      rows_of.template operator()<(kPanel < 3 ? kPanel : 3)>();
+      break;
+    default:
+      rows_of.template operator()<kPanel>();
+      break;
   }
 }
 
@@ -475,9 +499,8 @@ inline void pack_k(const Tile& t, float* out) {
     for (int i = 0; i < t.qk_dim; i += kLanes) {
       Vec v[kLanes];
       for (int j = 0; j < kLanes; ++j) {
-        v[j] = first + j < t.slots
-                   ? load_padded<E>(t.k[first + j] + t.k_offset, i, t.qk_dim)
-                   : splat(0.0f);
+        v[j] = first + j < t.slots ? load_padded<E>(t.k[first + j] + t.k_offset, i, t.qk_dim)
+                                   : splat(0.0f);
       }
       transpose(v);
       for (int j = 0; j < kLanes; ++j) store(out + (i + j) * kTileSlots + first, v[j]);
@@ -540,8 +563,8 @@ inline void pack_v_pairs(const Tile& t, uint32_t* out) {
     for (int i = 0; i < t.v_dim; i += 16) {
       const int n = t.v_dim - i < 16 ? t.v_dim - i : 16;
       auto widen = [&](int which) {
-        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(
-            first_lanes(n), t.v[which] + t.v_offset + 2 * int64_t{i}));
+        return _mm512_cvtepu16_epi32(
+            _mm256_maskz_loadu_epi16(first_lanes(n), t.v[which] + t.v_offset + 2 * int64_t{i}));
       };
       const __m512i low = widen(slot);
       const __m512i high = slot + 1 < t.slots ? widen(slot + 1) : _mm512_setzero_si512();
@@ -611,10 +634,9 @@ inline void attend_many(const Tile& t) {
     float* o = t.o + first * t.o_stride;
 #ifdef RELAY_HAS_BF16_DOT
     if (key_pairs) {
-      product_scores<BF16Product>(rows, slot_vectors,
-                                  static_cast<const uint32_t*>(t.q) + first * t.q_stride,
-                                  t.q_stride, reinterpret_cast<const uint32_t*>(keys),
-                                  (t.qk_dim + 1) / 2, s, prefetch);
+      product_scores<BF16Product>(
+          rows, slot_vectors, static_cast<const uint32_t*>(t.q) + first * t.q_stride, t.q_stride,
+          reinterpret_cast<const uint32_t*>(keys), (t.qk_dim + 1) / 2, s, prefetch);
     } else
 #endif
     {
@@ -638,7 +660,8 @@ inline void attend_many(const Tile& t) {
   }
 }
 
-// --- Rows in and out ------------------------------------------------------------------------------
+// --- Rows in and out
+// ------------------------------------------------------------------------------
 
 inline void pack_query(DType type, const void* src, int n, QueryLayout layout, void* dst) {
   const auto* row = static_cast<const uint8_t*>(src);

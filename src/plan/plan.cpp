@@ -56,8 +56,8 @@ class Planner {
     double total = 0;
     for (const Segment& s : plan_.forest.segments) {
       const int64_t m = int64_t{s.rows()} * shape().group();
-      total += static_cast<double>(s.slots) * shape().kv_heads *
-               slot_cost(shape(), m, m <= few_rows_);
+      total +=
+          static_cast<double>(s.slots) * shape().kv_heads * slot_cost(shape(), m, m <= few_rows_);
     }
     target_ = total / (plan_.options.threads * kItemsPerThread);
     for (size_t i = 0; i < plan_.forest.segments.size(); ++i) cut(static_cast<uint32_t>(i));
@@ -97,9 +97,8 @@ class Planner {
     const double wanted = target_ > 0 ? per_head * shape().kv_heads / target_ : 1;
     const int64_t min_chunk = item.few ? kMinChunkFew : kMinChunkMany;
     int64_t head_parts = (shape().kv_heads + heads_that_fit - 1) / heads_that_fit;
-    const int64_t chunks =
-        std::clamp<int64_t>(static_cast<int64_t>(wanted / head_parts + 0.999), 1,
-                            std::max<int64_t>(1, segment.slots / min_chunk));
+    const int64_t chunks = std::clamp<int64_t>(static_cast<int64_t>(wanted / head_parts + 0.999), 1,
+                                               std::max<int64_t>(1, segment.slots / min_chunk));
     head_parts = std::clamp<int64_t>(static_cast<int64_t>(wanted / chunks + 0.5), head_parts,
                                      shape().kv_heads);
     const int64_t chunk = round_up((segment.slots + chunks - 1) / chunks, kTileSlots);
@@ -277,6 +276,8 @@ int64_t WorkspaceLayout::bytes(int32_t threads) const {
          static_cast<int64_t>(sizeof(SoftmaxState)) * partial_states;
 }
 
+const PlanOptions& options_of(const Plan& plan) { return plan.options; }
+
 PlanSummary summarize(const Plan& plan) {
   const HeadShape& s = plan.options.shape;
   PlanSummary summary;
@@ -289,8 +290,8 @@ PlanSummary summarize(const Plan& plan) {
   }
   summary.kv_slots_read = static_cast<int64_t>(head_slots / s.kv_heads + 0.5);
   summary.kv_slots_attended = plan.forest.slots_attended();
-  summary.flops = 2.0 * static_cast<double>(summary.kv_slots_attended) * s.q_heads *
-                  (s.qk_dim + s.v_dim);
+  summary.flops =
+      2.0 * static_cast<double>(summary.kv_slots_attended) * s.q_heads * (s.qk_dim + s.v_dim);
   return summary;
 }
 

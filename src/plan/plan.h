@@ -10,21 +10,22 @@ namespace relay {
 
 inline constexpr int32_t kMaxGroup = 1024;  ///< query heads of one KV head
 
-/// One piece of work: a chunk of one segment's slots, some KV heads, some rows. Its KV is read once.
+/// One piece of work: a chunk of one segment's slots, some KV heads, some rows. Its KV is read
+/// once.
 struct WorkItem {
   static constexpr uint32_t kNoSegment = UINT32_MAX;
 
   uint32_t segment = kNoSegment;  ///< kNoSegment: rows that attend nothing
   uint32_t row_begin = 0;         ///< range of Plan::row_index
   uint32_t row_end = 0;
-  uint32_t span = 0;              ///< the chunk begins in this span, at this offset
+  uint32_t span = 0;  ///< the chunk begins in this span, at this offset
   int64_t span_offset = 0;
   int64_t slots = 0;
-  int32_t head_begin = 0;         ///< KV heads
+  int32_t head_begin = 0;  ///< KV heads
   int32_t head_end = 0;
-  bool few = false;               ///< which kernel: see KernelSet::few_rows
-  uint32_t partials = 0;          ///< Plan::partial_of[partials + i] is row i's partial
-  double cost = 0;                ///< estimated time, arbitrary unit
+  bool few = false;       ///< which kernel: see KernelSet::few_rows
+  uint32_t partials = 0;  ///< Plan::partial_of[partials + i] is row i's partial
+  double cost = 0;        ///< estimated time, arbitrary unit
 
   uint32_t rows() const { return row_end - row_begin; }
 };
@@ -34,15 +35,15 @@ class Plan {
   static constexpr uint32_t kDirect = UINT32_MAX;  ///< a row's only result goes straight out
 
   PlanOptions options;
-  Forest forest;                       ///< what was planned
-  std::vector<uint32_t> row_index;     ///< the forest's, and the rows that attend nothing
-  std::vector<WorkItem> items;         ///< in the order in which threads take them
-  std::vector<uint32_t> partial_of;    ///< per item and row: a partial, or kDirect
-  std::vector<uint32_t> partial_begin; ///< [rows + 1]: row r's partials, in merge order
+  Forest forest;                        ///< what was planned
+  std::vector<uint32_t> row_index;      ///< the forest's, and the rows that attend nothing
+  std::vector<WorkItem> items;          ///< in the order in which threads take them
+  std::vector<uint32_t> partial_of;     ///< per item and row: a partial, or kDirect
+  std::vector<uint32_t> partial_begin;  ///< [rows + 1]: row r's partials, in merge order
 
   int64_t partials = 0;  ///< partials of all rows, each of all query heads
   // Largest needs of any item, for the threads' scratch.
-  int64_t max_states = 0;     ///< (query row, KV head) pairs
+  int64_t max_states = 0;  ///< (query row, KV head) pairs
   int64_t max_bias_rows = 0;
 
   // Scratch of planning, kept to avoid allocation.
@@ -51,10 +52,10 @@ class Plan {
 
 /// Bytes of a workspace that fits `plan`; one place for sizing and for Workspace::fit.
 struct WorkspaceLayout {
-  int64_t partial_floats = 0;   ///< partial o vectors
-  int64_t partial_states = 0;   ///< SoftmaxState each
-  int64_t counters = 0;         ///< [rows][kv_heads]
-  int64_t thread_floats = 0;    ///< scratch of one thread, a multiple of 16
+  int64_t partial_floats = 0;  ///< partial o vectors
+  int64_t partial_states = 0;  ///< SoftmaxState each
+  int64_t counters = 0;        ///< [rows][kv_heads]
+  int64_t thread_floats = 0;   ///< scratch of one thread, a multiple of 16
   // Offsets within a thread's scratch, in floats.
   int64_t q = 0, o = 0, max = 0, sum = 0, bias = 0, unpacked = 0, kernel = 0;
 

@@ -32,9 +32,8 @@ class BlockTableBuilder {
           emit({r}, depth * batch_.block_size, batch_.kv_lengths[r]);
         }
       }
-      std::stable_sort(on.begin(), on.end(), [&](int32_t a, int32_t b) {
-        return block(a, depth) < block(b, depth);
-      });
+      std::stable_sort(on.begin(), on.end(),
+                       [&](int32_t a, int32_t b) { return block(a, depth) < block(b, depth); });
       size_t first = 0;
       while (first < on.size()) {
         size_t last = first + 1;

@@ -39,8 +39,8 @@ void append_columns(Forest& forest, std::span<const Span> spans, std::span<const
 }
 
 /// As append_visible, for rows whose columns form one interval.
-void append_overlapping(Forest& forest, std::span<const Span> spans,
-                        std::span<const uint32_t> rows, const PositionRule& rule) {
+void append_overlapping(Forest& forest, std::span<const Span> spans, std::span<const uint32_t> rows,
+                        const PositionRule& rule) {
   int64_t first = INT64_MAX;  // of the rows' positions
   int64_t last = INT64_MIN;
   for (uint32_t r : rows) {

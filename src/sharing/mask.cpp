@@ -287,7 +287,8 @@ void build_unmasked(const MaskBatch& batch, int32_t stream, Sharing sharing, For
   if (sharing == Sharing::kOn) {
     append_segment(forest, {&span, 1}, rows, Visibility::kAll);
   } else {
-    for (const uint32_t& row : rows) append_segment(forest, {&span, 1}, {&row, 1}, Visibility::kAll);
+    for (const uint32_t& row : rows)
+      append_segment(forest, {&span, 1}, {&row, 1}, Visibility::kAll);
   }
 }
 

@@ -31,8 +31,8 @@ class KeyRing {
   bool open() const { return api_keys_.empty(); }
   bool has_admin_keys() const { return !admin_keys_.empty(); }
 
-  /// `authorization` is the header's value ("Bearer ..."), `x_api_key` that of X-Api-Key; either may
-  /// be empty. An admin key is allowed everything.
+  /// `authorization` is the header's value ("Bearer ..."), `x_api_key` that of X-Api-Key; either
+  /// may be empty. An admin key is allowed everything.
   Caller identify(std::string_view authorization, std::string_view x_api_key) const;
 
  private:

@@ -73,28 +73,29 @@ ApiError payload_too_large(size_t limit) {
 
 ApiError from_engine(engine::ErrorKind kind, const std::string& message, const std::string& param) {
   using engine::ErrorKind;
-  const std::string code = engine::to_string(kind);
   switch (kind) {
     case ErrorKind::kInvalidRequest:
       return invalid_request(param, message);
     case ErrorKind::kContextLengthExceeded:
+      return invalid_request(param, message, "context_length_exceeded");
     case ErrorKind::kInvalidGrammar:
+      return invalid_request(param, message, "invalid_grammar");
     case ErrorKind::kInvalidTemplate:
-      return ApiError(400, kInvalidRequest, code, message, param);
+      return invalid_request(param, message, "invalid_chat_template");
     case ErrorKind::kQueueFull:
       return ApiError(429, "rate_limit_error", "rate_limit_exceeded", message).retry_after(1);
     case ErrorKind::kShuttingDown:
-      return unavailable("shutting_down", message, 5);
+      return unavailable("shutting_down", message, 10);
     case ErrorKind::kPinBudgetExceeded:
-      return ApiError(409, kInvalidRequest, code, message, param);
+      return ApiError(409, kInvalidRequest, "pin_budget_exceeded", message, param);
     case ErrorKind::kNotFound:
-      return ApiError(404, kInvalidRequest, code, message, param);
+      return ApiError(404, kInvalidRequest, "not_found", message, param);
     case ErrorKind::kModel:
     case ErrorKind::kBackend:
     case ErrorKind::kInternal:
       break;
   }
-  return ApiError(500, "server_error", code, message, param);
+  return ApiError(500, "server_error", "internal_error", message, param);
 }
 
 ApiError from_refusal(const engine::Refusal& refusal) {

@@ -1,5 +1,5 @@
-// Errors in OpenAI's form, with the HTTP status that goes with them. The official clients retry 408,
-// 409, 429 and 5xx, so a wrong status multiplies load.
+// Errors in OpenAI's form, with the HTTP status that goes with them. The official clients retry
+// 408, 409, 429 and 5xx, so a wrong status multiplies load.
 #pragma once
 
 #include <exception>

@@ -16,13 +16,13 @@ namespace relay::server {
 struct Event {
   enum class Kind { kTokens, kFinish, kDone, kError };
   Kind kind = Kind::kTokens;
-  int32_t prompt = 0;           ///< which prompt of the HTTP request
-  int32_t choice = 0;           ///< kTokens, kFinish
-  engine::TokensDelta delta;    ///< kTokens
-  engine::FinishReason reason = engine::FinishReason::kStop;       ///< kFinish
-  engine::Usage usage;                                             ///< kDone
-  engine::ErrorKind error_kind = engine::ErrorKind::kInternal;     ///< kError
-  std::string message;                                             ///< kError
+  int32_t prompt = 0;                                         ///< which prompt of the HTTP request
+  int32_t choice = 0;                                         ///< kTokens, kFinish
+  engine::TokensDelta delta;                                  ///< kTokens
+  engine::FinishReason reason = engine::FinishReason::kStop;  ///< kFinish
+  engine::Usage usage;                                        ///< kDone
+  engine::ErrorKind error_kind = engine::ErrorKind::kInternal;  ///< kError
+  std::string message;                                          ///< kError
 };
 
 class EventQueue {

@@ -255,8 +255,7 @@ Json Generation::delta_json(Choice& choice, const engine::ChatDelta& delta) {
     Json call{{"index", delta.tool_call_index}};
     Json function = Json::object();
     if (!delta.tool_call.name.empty()) {
-      call["id"] =
-          call_id(choice, static_cast<size_t>(delta.tool_call_index), delta.tool_call.id);
+      call["id"] = call_id(choice, static_cast<size_t>(delta.tool_call_index), delta.tool_call.id);
       call["type"] = "function";
       function["name"] = delta.tool_call.name;
     }

@@ -22,7 +22,7 @@ std::string effective_salt(const std::string& caller, const std::string& client)
 /// What a generation needs to know of the server.
 struct GenerationContext {
   std::shared_ptr<engine::Engine> engine;
-  std::string model;        ///< the name to answer with
+  std::string model;  ///< the name to answer with
   std::string fingerprint;
   std::string caller_salt;  ///< isolates callers with different keys; may be empty
   size_t max_queued_bytes = 1 << 20;
@@ -36,7 +36,8 @@ class Generation {
 
   // Render, tokenise, compile grammars and submit: milliseconds of work for a long prompt, so not
   // for a thread that others wait for. Throw ApiError; nothing is left running then.
-  static std::unique_ptr<Generation> start(ChatCompletionRequest request, GenerationContext context);
+  static std::unique_ptr<Generation> start(ChatCompletionRequest request,
+                                           GenerationContext context);
   static std::unique_ptr<Generation> start(CompletionRequest request, GenerationContext context);
 
   /// Cancels what is still running.
@@ -63,9 +64,9 @@ class Generation {
 
  private:
   struct Choice {
-    std::string text;             ///< all of it, as far as it is needed
+    std::string text;                            ///< all of it, as far as it is needed
     std::vector<engine::GeneratedToken> tokens;  ///< for logprobs; streaming: not yet sent
-    engine::ChatMessage message;  ///< chat with a format: the last reading of `text`
+    engine::ChatMessage message;                 ///< chat with a format: the last reading of `text`
     std::vector<std::string> call_ids;
     int64_t text_offset = 0;
     bool begun = false;  ///< the chunk with the role is out

@@ -18,6 +18,9 @@
 
 namespace relay::server {
 
+// GCC 12 may destroy a temporary of a `co_await f(Temporary{...})` twice: what a coroutine is given
+// has a name here.
+
 namespace net = boost::asio;
 namespace http = boost::beast::http;
 using boost::system::error_code;
@@ -149,7 +152,8 @@ HttpSession::Awaitable<bool> HttpSession::serve_one() {
   co_await stop_watching();
   if (body_unread_) exchange.keep_alive = false;
   if (failure && !gone_ && !exchange.header_sent) {
-    co_await write_answer(answer_error(*failure), exchange);
+    const Answer answer = answer_error(*failure);
+    co_await write_answer(answer, exchange);
   }
   const std::chrono::duration<double, std::milli> took = Clock::now() - exchange.begin;
   if (gone_) {
@@ -249,9 +253,9 @@ HttpSession::Awaitable<void> HttpSession::handle(Parser& parser, Exchange& excha
 
   std::string body = std::move(parser.get().body());
   if (route.endpoint == Endpoint::kChatCompletions || route.endpoint == Endpoint::kCompletions) {
-    co_await answer_generation(route.endpoint, std::move(body), caller, exchange);
+    co_await answer_generation(route.endpoint, body, caller, exchange);
   } else {
-    co_await answer_plain(route, std::move(body), exchange);
+    co_await answer_plain(route, body, exchange);
   }
 }
 
@@ -264,7 +268,8 @@ HttpSession::Awaitable<void> HttpSession::read_body(Parser& parser, Exchange& ex
                      "Only Expect: 100-continue is understood.");
     }
     if (!exchange.http_1_0) {
-      co_await write("HTTP/1.1 100 Continue\r\n\r\n");
+      std::string go_on = "HTTP/1.1 100 Continue\r\n\r\n";
+      co_await write(std::move(go_on));
       if (gone_) co_return;
     }
   }
@@ -288,7 +293,7 @@ HttpSession::Awaitable<void> HttpSession::read_body(Parser& parser, Exchange& ex
   if (error) gone_ = true;
 }
 
-HttpSession::Awaitable<void> HttpSession::answer_plain(const Route& route, std::string body,
+HttpSession::Awaitable<void> HttpSession::answer_plain(const Route& route, const std::string& body,
                                                        Exchange& exchange) {
   Answer answer;
   if (route.access != Access::kAdmin) {
@@ -296,7 +301,7 @@ HttpSession::Awaitable<void> HttpSession::answer_plain(const Route& route, std::
   } else {
     // Pinning computes for as long as the prompt is; it goes on if the client leaves.
     std::optional<ApiError> failure;
-    co_await run_on(runtime_.waiters, [&] {
+    const std::function<void()> work = [&] {
       try {
         answer = runtime_.service.answer(route, body);
       } catch (const ApiError& error) {
@@ -304,13 +309,14 @@ HttpSession::Awaitable<void> HttpSession::answer_plain(const Route& route, std::
       } catch (const std::exception& error) {
         failure = from_engine(engine::ErrorKind::kInternal, error.what());
       }
-    });
+    };
+    co_await run_on(runtime_.waiters, work);
     if (failure) throw *failure;
   }
   co_await write_answer(answer, exchange);
 }
 
-HttpSession::Awaitable<void> HttpSession::answer_generation(Endpoint endpoint, std::string body,
+HttpSession::Awaitable<void> HttpSession::answer_generation(Endpoint endpoint, std::string& body,
                                                             const Caller& caller,
                                                             Exchange& exchange) {
   auto wake = [weak = weak_from_this(), executor = socket_.get_executor()] {
@@ -331,7 +337,7 @@ HttpSession::Awaitable<void> HttpSession::answer_generation(Endpoint endpoint, s
   start_watching();
   std::unique_ptr<Generation> generation;
   std::optional<ApiError> failure;
-  co_await run_on(runtime_.workers, [&] {
+  const std::function<void()> work = [&] {
     try {
       generation = runtime_.service.generate(endpoint, body, caller, wake);
     } catch (const ApiError& error) {
@@ -339,7 +345,8 @@ HttpSession::Awaitable<void> HttpSession::answer_generation(Endpoint endpoint, s
     } catch (const std::exception& error) {
       failure = from_engine(engine::ErrorKind::kInternal, error.what());
     }
-  });
+  };
+  co_await run_on(runtime_.workers, work);
   body.clear();
   body.shrink_to_fit();
   if (failure) throw *failure;
@@ -366,12 +373,16 @@ HttpSession::Awaitable<void> HttpSession::follow(Generation& generation, Exchang
     if (state == Generation::State::kDone) break;
     co_await wait_for_notice();
   }
-  co_await write_answer(Answer{200, "application/json", generation.body(), {}}, exchange);
+  Answer answer;
+  answer.body = generation.body();
+  co_await write_answer(answer, exchange);
 }
 
 HttpSession::Awaitable<void> HttpSession::follow_stream(Generation& generation,
                                                         Exchange& exchange) {
-  const auto frame = [&](const std::string& data) { return exchange.http_1_0 ? data : chunk(data); };
+  const auto frame = [&](const std::string& data) {
+    return exchange.http_1_0 ? data : chunk(data);
+  };
   Clock::time_point next_sign = Clock::now() + options_.first_byte_delay;
   for (;;) {
     std::string frames;
@@ -456,7 +467,7 @@ HttpSession::Awaitable<void> HttpSession::linger() {
 }
 
 HttpSession::Awaitable<void> HttpSession::run_on(net::thread_pool& pool,
-                                                 std::function<void()> work) {
+                                                 const std::function<void()>& work) {
   bool done = false;
   net::post(pool, [self = shared_from_this(), &work, &done] {
     work();

@@ -59,8 +59,9 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   /// All of a request whose header has been read; throws ApiError for the caller to answer.
   Awaitable<void> handle(Parser& parser, Exchange& exchange);
   Awaitable<void> read_body(Parser& parser, Exchange& exchange);
-  Awaitable<void> answer_plain(const Route& route, std::string body, Exchange& exchange);
-  Awaitable<void> answer_generation(Endpoint endpoint, std::string body, const Caller& caller,
+  Awaitable<void> answer_plain(const Route& route, const std::string& body, Exchange& exchange);
+  /// Frees `body` as soon as it has been read.
+  Awaitable<void> answer_generation(Endpoint endpoint, std::string& body, const Caller& caller,
                                     Exchange& exchange);
   /// Follows a started generation to its end.
   Awaitable<void> follow(Generation& generation, Exchange& exchange);
@@ -74,7 +75,7 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   Awaitable<void> linger();
 
   /// Runs `work` on `pool` and comes back to the strand.
-  Awaitable<void> run_on(boost::asio::thread_pool& pool, std::function<void()> work);
+  Awaitable<void> run_on(boost::asio::thread_pool& pool, const std::function<void()>& work);
 
   // Watching for the client's leaving while it waits for an answer. What it sends meanwhile (the
   // next request) is kept in buffer_.
@@ -106,12 +107,12 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   bool noticed_ = false;
 
   boost::asio::cancellation_signal watch_cancel_;
-  bool watching_ = false;    ///< wanted
-  bool watch_idle_ = true;   ///< no read of the watch is under way
-  bool gone_ = false;        ///< the client left or the connection broke
-  bool busy_ = false;        ///< between a request's header and the end of its answer
-  bool closing_ = false;     ///< end after the answer under way
-  bool body_unread_ = false; ///< the connection cannot be used for another request
+  bool watching_ = false;     ///< wanted
+  bool watch_idle_ = true;    ///< no read of the watch is under way
+  bool gone_ = false;         ///< the client left or the connection broke
+  bool busy_ = false;         ///< between a request's header and the end of its answer
+  bool closing_ = false;      ///< end after the answer under way
+  bool body_unread_ = false;  ///< the connection cannot be used for another request
   Generation* generation_ = nullptr;
 };
 

@@ -41,8 +41,7 @@ size_t find_too_deep(std::string_view text) {
 Json parse_json(std::string_view text) {
   const size_t too_deep = find_too_deep(text);
   if (too_deep != std::string_view::npos) {
-    throw invalid_json(too_deep,
-                       "nested deeper than " + std::to_string(kMaxJsonDepth) + " levels");
+    throw invalid_json(too_deep, "nested deeper than " + std::to_string(kMaxJsonDepth) + " levels");
   }
   try {
     return Json::parse(text);

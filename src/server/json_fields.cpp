@@ -10,9 +10,9 @@ namespace relay::server {
 namespace {
 
 ApiError wrong_type(const std::string& param, const char* expected, const Json& got) {
-  return invalid_request(
-      param, "'" + param + "' must be " + expected + ", not " + got.type_name() + ".",
-      "invalid_type");
+  return invalid_request(param,
+                         "'" + param + "' must be " + expected + ", not " + got.type_name() + ".",
+                         "invalid_type");
 }
 
 template <typename Number>
@@ -28,9 +28,9 @@ JsonFields::JsonFields(const Json& object, std::string path)
     : object_(object), path_(std::move(path)) {
   if (object_.is_object()) return;
   if (path_.empty()) {
-    throw invalid_request("", std::string("The body must be a JSON object, not ") +
-                                  object_.type_name() + ".",
-                          "invalid_type");
+    throw invalid_request(
+        "", std::string("The body must be a JSON object, not ") + object_.type_name() + ".",
+        "invalid_type");
   }
   throw wrong_type(path_, "an object", object_);
 }
@@ -101,8 +101,8 @@ std::optional<std::string> JsonFields::string(const char* name, size_t max_bytes
   if (!value->is_string()) throw wrong_type(param, "a string", *value);
   const auto& text = value->get_ref<const std::string&>();
   if (text.size() > max_bytes) {
-    throw invalid_request(param, "'" + param + "' is longer than " + std::to_string(max_bytes) +
-                                     " bytes.");
+    throw invalid_request(
+        param, "'" + param + "' is longer than " + std::to_string(max_bytes) + " bytes.");
   }
   return text;
 }
@@ -118,8 +118,8 @@ const Json* JsonFields::array(const char* name, size_t max_items) const {
   const std::string param = name_of(name);
   if (!value->is_array()) throw wrong_type(param, "an array", *value);
   if (value->size() > max_items) {
-    throw invalid_request(
-        param, "'" + param + "' has more than " + std::to_string(max_items) + " items.");
+    throw invalid_request(param,
+                          "'" + param + "' has more than " + std::to_string(max_items) + " items.");
   }
   return value;
 }

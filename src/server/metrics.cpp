@@ -19,13 +19,13 @@ using Labels = std::vector<ClientMetric::Label>;
 
 // vLLM's bucket bounds in seconds, so that its dashboards fit.
 const prometheus::Histogram::BucketBoundaries kFirstTokenBounds = {
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5,   0.75,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1,  0.25,  0.5,   0.75,
     1.0,   2.5,   5.0,  7.5,  10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0};
 const prometheus::Histogram::BucketBoundaries kInterTokenBounds = {
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2,  0.3,  0.4, 0.5,
     0.75, 1.0,   2.5,  5.0,   7.5, 10.0, 20.0, 40.0, 80.0};
 const prometheus::Histogram::BucketBoundaries kRequestBounds = {
-    0.3,  0.5,  0.8,  1.0,  1.5,  2.0,   2.5,   5.0,   10.0,   15.0,  20.0,
+    0.3,  0.5,  0.8,  1.0,  1.5,   2.0,   2.5,   5.0,   10.0,   15.0,  20.0,
     30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0};
 
 class FamilyWriter {
@@ -81,8 +81,7 @@ void write_gauges(FamilyWriter& out, const engine::ModelInfo& info,
             stats.shared_group_size);
   out.gauge("relay:shared_prefix_tokens", "Length of that group's prefix.",
             stats.shared_prefix_tokens);
-  out.gauge("relay:kv_bytes_used", "Bytes of KV held.",
-            static_cast<double>(stats.kv_bytes_used));
+  out.gauge("relay:kv_bytes_used", "Bytes of KV held.", static_cast<double>(stats.kv_bytes_used));
   out.gauge("relay:kv_bytes_unshared", "Bytes the running sequences would hold without sharing.",
             static_cast<double>(stats.kv_bytes_unshared));
   out.gauge("relay:active", "1 if attention runs through Relay.", info.relay_active ? 1 : 0);
@@ -136,8 +135,8 @@ struct Metrics::State {
                               "Between two tokens of one sequence.", kInterTokenBounds)),
         total(histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.",
                         kRequestBounds)),
-        queue(histogram("vllm:request_queue_time_seconds", "Waiting in the queue.",
-                        kRequestBounds)),
+        queue(
+            histogram("vllm:request_queue_time_seconds", "Waiting in the queue.", kRequestBounds)),
         prefill(histogram("vllm:request_prefill_time_seconds", "Computing the prompt.",
                           kRequestBounds)),
         decode(histogram("vllm:request_decode_time_seconds", "From the first token to the last.",

@@ -113,8 +113,7 @@ void parse_logit_bias(const JsonFields& body, const RequestLimits& limits,
   }
 }
 
-std::string schema_text(const Json& schema, const std::string& param,
-                        const RequestLimits& limits) {
+std::string schema_text(const Json& schema, const std::string& param, const RequestLimits& limits) {
   if (!schema.is_object() && !schema.is_boolean()) {
     throw invalid_request(param, "'" + param + "' must be a JSON schema.", "invalid_type");
   }
@@ -138,9 +137,9 @@ Constraint parse_constraint(const JsonFields& body, const RequestLimits& limits)
     const std::string type = fields.require_string("type", 64);
     if (type == "json_object") {
       const Json* schema = fields.find("schema");  // llama.cpp's extension
-      constraint.json_schema =
-          schema != nullptr ? schema_text(*schema, "response_format.schema", limits)
-                            : R"({"type":"object"})";
+      constraint.json_schema = schema != nullptr
+                                   ? schema_text(*schema, "response_format.schema", limits)
+                                   : R"({"type":"object"})";
     } else if (type == "json_schema") {
       fields.require("json_schema");
       const JsonFields named(*fields.object("json_schema"), "response_format.json_schema");
@@ -340,8 +339,8 @@ void parse_tools(const JsonFields& body, const RequestLimits& limits, engine::Ch
       if (tool["function"]["name"] == name) only.push_back(tool);
     }
     if (only.empty()) {
-      throw invalid_request("tool_choice", "'tool_choice' names '" + name +
-                                               "', which is not among 'tools'.");
+      throw invalid_request("tool_choice",
+                            "'tool_choice' names '" + name + "', which is not among 'tools'.");
     }
     chosen = std::move(only);
     chat.tool_choice = "required";
@@ -385,7 +384,8 @@ engine::ChatRequest parse_chat_prompt(const JsonFields& body, const RequestLimit
   return chat;
 }
 
-// --- Text completions -----------------------------------------------------------------------------
+// --- Text completions
+// -----------------------------------------------------------------------------
 
 bool is_token_list(const Json& value) {
   return value.is_array() && !value.empty() && value[0].is_number();
@@ -467,8 +467,7 @@ CompletionRequest parse_completion(std::string_view text, const RequestLimits& l
   request.common = parse_common(body, limits);
   for (const char* name : {"messages", "tools"}) {
     if (const Json* value = body.find(name); value != nullptr && !value->empty()) {
-      throw unsupported(name,
-                        std::string("'") + name + "' belongs to /v1/chat/completions.");
+      throw unsupported(name, std::string("'") + name + "' belongs to /v1/chat/completions.");
     }
   }
   request.prompts = parse_prompts(body, limits);

@@ -1,6 +1,6 @@
-// Requests of the OpenAI API, read strictly: a wrong type or range names its `param`, null counts as
-// absent, unknown fields are accepted, and a known field that asks for what this server cannot do
-// is an error, never dropped in silence.
+// Requests of the OpenAI API, read strictly: a wrong type or range names its `param`, null counts
+// as absent, unknown fields are accepted, and a known field that asks for what this server cannot
+// do is an error, never dropped in silence.
 #pragma once
 
 #include <cstdint>
@@ -50,8 +50,8 @@ struct Prompt {
 struct CompletionRequest {
   CommonRequest common;
   std::vector<Prompt> prompts;
-  bool echo = false;                ///< the answer begins with the prompt
-  bool add_special_tokens = true;   ///< begin-of-text in front of a text prompt
+  bool echo = false;               ///< the answer begins with the prompt
+  bool add_special_tokens = true;  ///< begin-of-text in front of a text prompt
 };
 
 /// POST /v1/cached_prompts.

@@ -59,8 +59,8 @@ Json head_json(const ResponseHead& head, bool chunk) {
 }  // namespace
 
 std::string random_id(const std::string& prefix) {
-  thread_local std::mt19937_64 generator{
-      (static_cast<uint64_t>(std::random_device{}()) << 32) ^ std::random_device{}()};
+  thread_local std::mt19937_64 generator{(static_cast<uint64_t>(std::random_device{}()) << 32) ^
+                                         std::random_device{}()};
   std::string id = prefix;
   constexpr const char* kHex = "0123456789abcdef";
   for (int word = 0; word < 2; ++word) {
@@ -71,12 +71,12 @@ std::string random_id(const std::string& prefix) {
 }
 
 Json usage_json(const engine::Usage& usage) {
-  return Json{{"prompt_tokens", usage.prompt_tokens},
-              {"completion_tokens", usage.completion_tokens},
-              {"total_tokens", usage.prompt_tokens + usage.completion_tokens},
-              {"prompt_tokens_details",
-               {{"cached_tokens", usage.cached_tokens},
-                {"cache_write_tokens", usage.cache_write_tokens}}}};
+  return Json{
+      {"prompt_tokens", usage.prompt_tokens},
+      {"completion_tokens", usage.completion_tokens},
+      {"total_tokens", usage.prompt_tokens + usage.completion_tokens},
+      {"prompt_tokens_details",
+       {{"cached_tokens", usage.cached_tokens}, {"cache_write_tokens", usage.cache_write_tokens}}}};
 }
 
 Json chat_logprobs(const std::vector<engine::GeneratedToken>& tokens) {
@@ -125,10 +125,9 @@ Json message_json(const engine::ChatMessage& message) {
   if (!message.tool_calls.empty()) {
     Json calls = Json::array();
     for (const engine::ToolCall& call : message.tool_calls) {
-      calls.push_back(
-          Json{{"id", call.id},
-               {"type", "function"},
-               {"function", {{"name", call.name}, {"arguments", call.arguments}}}});
+      calls.push_back(Json{{"id", call.id},
+                           {"type", "function"},
+                           {"function", {{"name", call.name}, {"arguments", call.arguments}}}});
     }
     json["tool_calls"] = std::move(calls);
   }

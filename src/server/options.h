@@ -24,13 +24,13 @@ struct ServerOptions {
   size_t max_target_bytes = 4096;       ///< path and query
   size_t max_body_bytes = 16 * 1024 * 1024;
   size_t max_buffered_body_bytes = 256 * 1024 * 1024;  ///< of all connections together
-  size_t max_queued_bytes = 1024 * 1024;  ///< events one slow reader may fall behind
+  size_t max_queued_bytes = 1024 * 1024;               ///< events one slow reader may fall behind
 
   std::chrono::milliseconds idle_timeout{75'000};    ///< between requests on one connection
   std::chrono::milliseconds header_timeout{15'000};  ///< for a whole header
   std::chrono::milliseconds body_timeout{30'000};    ///< for a whole body, and longer for long ones
   size_t min_body_bytes_per_second = 16 * 1024;
-  std::chrono::milliseconds write_timeout{30'000};  ///< for one write to be taken by the reader
+  std::chrono::milliseconds write_timeout{30'000};    ///< for one write to be taken by the reader
   std::chrono::milliseconds first_byte_delay{5'000};  ///< a stream that waits longer for its first
                                                       ///< token sends its header before it
   std::chrono::milliseconds keep_alive_interval{15'000};  ///< comments on a silent stream

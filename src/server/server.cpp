@@ -3,6 +3,7 @@
 #include <spdlog/spdlog.h>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
@@ -12,7 +13,6 @@
 #include <boost/asio/steady_timer.hpp>
 #include <boost/asio/strand.hpp>
 #include <boost/asio/use_awaitable.hpp>
-#include <algorithm>
 #include <optional>
 #include <thread>
 
@@ -32,7 +32,8 @@ namespace {
 void raise_file_limit(size_t wanted) {
   rlimit limit{};
   if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= wanted) return;
-  limit.rlim_cur = limit.rlim_max == RLIM_INFINITY ? wanted : std::min<rlim_t>(wanted, limit.rlim_max);
+  limit.rlim_cur =
+      limit.rlim_max == RLIM_INFINITY ? wanted : std::min<rlim_t>(wanted, limit.rlim_max);
   if (setrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur < wanted) {
     spdlog::warn("only {} files may be open: fewer connections than asked for (ulimit -n)",
                  static_cast<size_t>(limit.rlim_cur));
@@ -58,7 +59,8 @@ void refuse_connection(tcp::socket& socket) {
 }  // namespace
 
 struct Server::State {
-  explicit State(ServerOptions options) : runtime(options), acceptor(net::make_strand(runtime.io)) {}
+  explicit State(ServerOptions options)
+      : runtime(options), acceptor(net::make_strand(runtime.io)) {}
 
   net::awaitable<void> accept_loop();
 
@@ -74,8 +76,7 @@ net::awaitable<void> Server::State::accept_loop() {
   net::steady_timer pause(acceptor.get_executor());
   while (!runtime.stopping) {
     tcp::socket socket(net::make_strand(runtime.io));
-    const auto [error] =
-        co_await acceptor.async_accept(socket, net::as_tuple(net::use_awaitable));
+    const auto [error] = co_await acceptor.async_accept(socket, net::as_tuple(net::use_awaitable));
     if (runtime.stopping) break;
     if (error) {
       // Out of file descriptors, mostly: connections will end.
@@ -109,8 +110,8 @@ void Server::listen() {
 
   error_code error;
   tcp::resolver resolver(state.runtime.io);
-  const auto found = resolver.resolve(options.host, std::to_string(options.port),
-                                      tcp::resolver::passive, error);
+  const auto found =
+      resolver.resolve(options.host, std::to_string(options.port), tcp::resolver::passive, error);
   if (error || found.empty()) {
     throw Error("cannot listen on " + where + ": the host is not known (--host)");
   }

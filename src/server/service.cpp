@@ -212,12 +212,8 @@ Answer Service::models(const std::string& only) const {
   const engine::ModelInfo& info = engine->info();
   Json data = Json::array();
   for (const std::string& name : model_names(*engine)) {
-    Json model{{"id", name},
-               {"object", "model"},
-               {"created", info.created},
-               {"owned_by", "relay"},
-               {"root", info.path},
-               {"max_model_len", info.context_length}};
+    Json model{{"id", name},          {"object", "model"}, {"created", info.created},
+               {"owned_by", "relay"}, {"root", info.path}, {"max_model_len", info.context_length}};
     if (name == only) return ok(model);
     data.push_back(std::move(model));
   }

@@ -1,5 +1,5 @@
-// What the endpoints do, without HTTP: state of the server, models, cached prompts, and the start of
-// generations. Thread-safe.
+// What the endpoints do, without HTTP: state of the server, models, cached prompts, and the start
+// of generations. Thread-safe.
 #pragma once
 
 #include <atomic>
@@ -34,7 +34,8 @@ class Service {
 
   const ServerOptions& options() const { return options_; }
 
-  // --- State: loading -> ready -> draining --------------------------------------------------------
+  // --- State: loading -> ready -> draining
+  // --------------------------------------------------------
   /// Shown by /health while loading.
   void set_progress(double fraction, const std::string& what);
   /// Ready: requests are taken from now on.
@@ -43,7 +44,8 @@ class Service {
   void begin_drain();
   bool draining() const { return phase_ == Phase::kDraining; }
 
-  // --- Requests -----------------------------------------------------------------------------------
+  // --- Requests
+  // -----------------------------------------------------------------------------------
   /// Throws ApiError 401, 403.
   Caller authorize(const Route& route, std::string_view authorization,
                    std::string_view x_api_key) const;

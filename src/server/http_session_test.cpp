@@ -1,0 +1,592 @@
+// The server as a client sees it, over real sockets, with an engine that needs no model.
+#include "server/http_session.h"
+
+#include <gtest/gtest.h>
+#include <sys/socket.h>
+
+#include <boost/asio/connect.hpp>
+#include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/read.hpp>
+#include <boost/asio/write.hpp>
+#include <thread>
+
+#include "relay/types.h"
+#include "server/fake_engine.h"
+#include "server/json.h"
+#include "server/server.h"
+
+namespace relay::server {
+namespace {
+
+namespace net = boost::asio;
+using boost::system::error_code;
+using namespace std::chrono_literals;
+
+struct Reply {
+  int status = 0;
+  std::string head;
+  std::string body;  ///< chunks put together
+
+  Json json() const { return Json::parse(body); }
+  std::string code() const { return json()["error"]["code"]; }
+  bool has(const std::string& text) const { return head.find(text) != std::string::npos; }
+};
+
+/// A client that says exactly what it is told.
+class Client {
+ public:
+  explicit Client(uint16_t port) : socket_(io_) {
+    socket_.connect({net::ip::address_v4::loopback(), port});
+    const timeval timeout{20, 0};  // a server that says nothing fails the test, not hangs it
+    setsockopt(socket_.native_handle(), SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout));
+  }
+
+  void send(const std::string& bytes) {
+    error_code error;
+    net::write(socket_, net::buffer(bytes), error);
+  }
+  void close() { socket_.close(); }
+  net::ip::tcp::socket& socket() { return socket_; }
+
+  bool read_more() {
+    char data[4096];
+    const ssize_t count = ::recv(socket_.native_handle(), data, sizeof(data), 0);
+    if (count <= 0) return false;
+    buffer_.append(data, static_cast<size_t>(count));
+    return true;
+  }
+  bool at_end() { return buffer_.empty() && !read_more(); }
+  std::string read_until(const std::string& mark) {
+    size_t at = 0;
+    while ((at = buffer_.find(mark)) == std::string::npos) {
+      if (!read_more()) {
+        ADD_FAILURE() << "the connection ended before " << mark << ": " << buffer_;
+        return "";
+      }
+    }
+    const std::string found = buffer_.substr(0, at + mark.size());
+    buffer_.erase(0, at + mark.size());
+    return found;
+  }
+  std::string read_exactly(size_t count) {
+    while (buffer_.size() < count) {
+      if (!read_more()) {
+        ADD_FAILURE() << "the connection ended too early";
+        break;
+      }
+    }
+    const std::string found = buffer_.substr(0, count);
+    buffer_.erase(0, count);
+    return found;
+  }
+
+  Reply read_reply() {
+    Reply reply;
+    reply.head = read_until("\r\n\r\n");
+    if (reply.head.size() < 12) return reply;
+    reply.status = std::stoi(reply.head.substr(9, 3));
+    const size_t length = reply.head.find("Content-Length: ");
+    if (length != std::string::npos) {
+      reply.body = read_exactly(std::stoul(reply.head.substr(length + 16)));
+    } else if (reply.has("Transfer-Encoding: chunked")) {
+      for (;;) {
+        const std::string line = read_until("\r\n");
+        if (line.empty()) break;
+        const size_t size = std::stoul(line, nullptr, 16);
+        reply.body += read_exactly(size);
+        read_until("\r\n");
+        if (size == 0) break;
+      }
+    }
+    return reply;
+  }
+
+  Reply ask(const std::string& request) {
+    send(request);
+    return read_reply();
+  }
+  Reply get(const std::string& path, const std::string& header = "") {
+    return ask("GET " + path + " HTTP/1.1\r\nHost: x\r\n" + header + "\r\n");
+  }
+  static std::string post_text(const std::string& path, const std::string& body,
+                               const std::string& header = "", const char* method = "POST") {
+    return std::string(method) + " " + path + " HTTP/1.1\r\nHost: x\r\n" + header +
+           "Content-Length: " + std::to_string(body.size()) + "\r\n\r\n" + body;
+  }
+  Reply post(const std::string& path, const std::string& body, const std::string& header = "") {
+    return ask(post_text(path, body, header));
+  }
+
+ private:
+  net::io_context io_;
+  net::ip::tcp::socket socket_;
+  std::string buffer_;
+};
+
+constexpr const char* kChat = "/v1/chat/completions";
+std::string chat(const std::string& fields = "") {
+  return R"({"messages":[{"role":"user","content":"hi"}])" + fields + "}";
+}
+
+class HttpSessionTest : public testing::Test {
+ protected:
+  void start(FakeScript script = {}, ServerOptions options = {}, bool ready = true) {
+    options.port = 0;
+    server_ = std::make_unique<Server>(options);
+    server_->listen();
+    engine_ = std::make_shared<FakeEngine>(std::move(script));
+    if (ready) server_->service().set_engine(engine_);
+  }
+  void TearDown() override {
+    if (engine_) engine_->stop();
+    if (server_) server_->shutdown(1s);
+  }
+  Client connect() { return Client(server_->port()); }
+
+  /// True once nothing runs in the engine.
+  bool idle_within(std::chrono::milliseconds time) { return engine_->drain(time); }
+  void wait_running(int count) {
+    const auto until = std::chrono::steady_clock::now() + 10s;
+    while (engine_->running < count && std::chrono::steady_clock::now() < until) {
+      std::this_thread::sleep_for(1ms);
+    }
+    ASSERT_EQ(engine_->running, count);
+  }
+  static FakeScript endless() {
+    FakeScript script;
+    script.endless = true;
+    script.step = 2ms;
+    return script;
+  }
+
+  std::unique_ptr<Server> server_;
+  std::shared_ptr<FakeEngine> engine_;
+};
+
+TEST_F(HttpSessionTest, HealthAndModels) {
+  start();
+  Client client = connect();
+  EXPECT_EQ(client.get("/health").status, 200);
+  const Reply models = client.get("/v1/models");
+  EXPECT_EQ(models.json()["data"][0]["id"], "fake");
+  EXPECT_EQ(models.json()["data"][0]["root"], "/models/fake.gguf");
+  EXPECT_EQ(models.json()["data"][0]["max_model_len"], 1000);
+  EXPECT_EQ(client.get("/v1/models/fake").json()["id"], "fake");
+  EXPECT_EQ(client.get("/v1/models/nope").code(), "model_not_found");
+  const Reply metrics = client.get("/metrics");
+  EXPECT_NE(metrics.body.find("vllm:num_requests_running"), std::string::npos);
+  EXPECT_TRUE(metrics.has("text/plain; version=0.0.4"));
+}
+
+TEST_F(HttpSessionTest, ChatOnOneConnection) {
+  start();
+  Client client = connect();
+  for (int i = 0; i < 3; ++i) {
+    const Reply whole = client.post(kChat, chat());
+    EXPECT_EQ(whole.status, 200);
+    EXPECT_EQ(whole.json()["choices"][0]["message"]["content"], "Hello, world!");
+    const Reply stream = client.post(kChat, chat(R"(,"stream":true)"));
+    EXPECT_TRUE(stream.has("text/event-stream"));
+    EXPECT_EQ(stream.body.substr(stream.body.size() - 14), "data: [DONE]\n\n");
+  }
+}
+
+TEST_F(HttpSessionTest, RequestIdIsEchoedIfFit) {
+  start();
+  Client client = connect();
+  EXPECT_TRUE(client.get("/health", "X-Request-Id: abc-1\r\n").has("x-request-id: abc-1\r\n"));
+  EXPECT_TRUE(client.get("/health").has("x-request-id: req_"));
+  const std::string odd = "X-Request-Id: " + std::string(300, 'a') + "\r\n";
+  EXPECT_TRUE(client.get("/health", odd).has("x-request-id: req_"));
+}
+
+TEST_F(HttpSessionTest, PipelinedRequestsAreAnsweredInOrder) {
+  start();
+  Client client = connect();
+  client.send(Client::post_text(kChat, chat(R"(,"stream":true)")) +
+              Client::post_text("/v1/completions", R"({"prompt":"a"})") +
+              "GET /health HTTP/1.1\r\nHost: x\r\n\r\n");
+  EXPECT_TRUE(client.read_reply().has("text/event-stream"));
+  EXPECT_EQ(client.read_reply().json()["object"], "text_completion");
+  EXPECT_EQ(client.read_reply().json()["status"], "ok");
+}
+
+TEST_F(HttpSessionTest, RequestInSmallPieces) {
+  start();
+  Client client = connect();
+  client.socket().set_option(net::ip::tcp::no_delay(true));
+  const std::string request = Client::post_text(kChat, chat());
+  for (size_t i = 0; i < request.size(); i += 7) {
+    client.send(request.substr(i, 7));
+    if (i % 70 == 0) std::this_thread::sleep_for(1ms);
+  }
+  EXPECT_EQ(client.read_reply().status, 200);
+}
+
+TEST_F(HttpSessionTest, ChunkedRequestBody) {
+  start();
+  Client client = connect();
+  const std::string body = chat();
+  char size[16];
+  std::snprintf(size, sizeof(size), "%zx\r\n", body.size());
+  EXPECT_EQ(client
+                .ask(std::string("POST ") + kChat +
+                     " HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + size + body +
+                     "\r\n0\r\n\r\n")
+                .status,
+            200);
+}
+
+TEST_F(HttpSessionTest, Expect100Continue) {
+  start();
+  Client client = connect();
+  const std::string body = chat();
+  client.send(std::string("POST ") + kChat + " HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n" +
+              "Content-Length: " + std::to_string(body.size()) + "\r\n\r\n");
+  EXPECT_EQ(client.read_until("\r\n\r\n"), "HTTP/1.1 100 Continue\r\n\r\n");
+  EXPECT_EQ(client.ask(body).status, 200);
+}
+
+TEST_F(HttpSessionTest, Http10) {
+  start();
+  Client client = connect();
+  const std::string body = chat(R"(,"stream":true)");
+  client.send(std::string("POST ") + kChat +
+              " HTTP/1.0\r\nContent-Length: " + std::to_string(body.size()) + "\r\n\r\n" + body);
+  const Reply reply = client.read_reply();
+  EXPECT_EQ(reply.status, 200);
+  EXPECT_FALSE(reply.has("chunked"));
+  EXPECT_NE(client.read_until("data: [DONE]\n\n"), "");
+  EXPECT_TRUE(client.at_end());
+}
+
+TEST_F(HttpSessionTest, ErrorsInOpenAisForm) {
+  ServerOptions options;
+  options.max_body_bytes = 1000;
+  start({}, options);
+  const auto fresh = [&](auto ask) {
+    Client client = connect();
+    return ask(client);
+  };
+  const auto post = [&](const std::string& body) {
+    return fresh([&](Client& client) { return client.post(kChat, body); });
+  };
+  EXPECT_EQ(fresh([](Client& c) { return c.get("/nope"); }).code(), "not_found");
+  const Reply method = fresh([](Client& c) { return c.get(kChat); });
+  EXPECT_EQ(method.status, 405);
+  EXPECT_TRUE(method.has("Allow: POST\r\n"));
+  const Reply malformed = post(R"({"messages": [}])");
+  EXPECT_EQ(malformed.status, 400);
+  EXPECT_EQ(malformed.code(), "invalid_json");
+  EXPECT_NE(malformed.body.find("byte 14"), std::string::npos) << malformed.body;
+  EXPECT_EQ(post(chat(R"(,"model":"gpt")")).status, 404);
+  EXPECT_EQ(post(chat(R"(,"max_tokens":5000)")).code(), "context_length_exceeded");
+  EXPECT_EQ(post(chat(R"(,"temperature":9)")).json()["error"]["param"], "temperature");
+  EXPECT_EQ(post("").code(), "invalid_json");
+  const Reply big = post(std::string(5000, ' '));
+  EXPECT_EQ(big.status, 413);
+  EXPECT_TRUE(big.has("Connection: close"));
+  const Reply garbage = fresh([](Client& c) { return c.ask("\x16\x03\x01 hello\r\n\r\n"); });
+  EXPECT_EQ(garbage.status, 400);
+  const Reply header = fresh(
+      [](Client& c) { return c.get("/health", "X-Long: " + std::string(40000, 'a') + "\r\n"); });
+  EXPECT_EQ(header.status, 431);
+  const Reply target = fresh([](Client& c) { return c.get("/" + std::string(5000, 'a')); });
+  EXPECT_EQ(target.status, 414);
+  const Reply smuggled = fresh([](Client& c) {
+    return c.ask(std::string("POST ") + kChat +
+                 " HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n");
+  });
+  EXPECT_EQ(smuggled.status, 400);
+}
+
+TEST_F(HttpSessionTest, ABodyFarTooLargeStillReadsItsAnswer) {
+  start();
+  Client client = connect();
+  // The client sends all of it before it reads, as most do.
+  std::thread sender([&] { client.send(Client::post_text(kChat, std::string(20 << 20, 'x'))); });
+  const Reply reply = client.read_reply();
+  sender.join();
+  EXPECT_EQ(reply.status, 413);
+}
+
+TEST_F(HttpSessionTest, ChunkedBodyBeyondTheLimit) {
+  ServerOptions options;
+  options.max_body_bytes = 1000;
+  start({}, options);
+  Client client = connect();
+  client.send(std::string("POST ") + kChat +
+              " HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n");
+  for (int i = 0; i < 20; ++i) client.send("64\r\n" + std::string(100, ' ') + "\r\n");
+  EXPECT_EQ(client.read_reply().status, 413);
+}
+
+TEST_F(HttpSessionTest, Keys) {
+  ServerOptions options;
+  options.api_keys = {"k1"};
+  options.admin_keys = {"root"};
+  start({}, options);
+  Client client = connect();
+  EXPECT_EQ(client.get("/health").status, 200);
+  EXPECT_EQ(client.get("/v1/models").code(), "invalid_api_key");
+  EXPECT_EQ(client.get("/metrics").status, 401);
+  EXPECT_EQ(client.get("/v1/models", "Authorization: Bearer nope\r\n").status, 401);
+  EXPECT_EQ(client.get("/v1/models", "Authorization: Bearer k1\r\n").status, 200);
+  EXPECT_EQ(client.get("/v1/cached_prompts", "Authorization: Bearer k1\r\n").status, 403);
+  EXPECT_EQ(client.get("/v1/cached_prompts", "Authorization: Bearer root\r\n").status, 200);
+  const Reply refused = client.post(kChat, chat());
+  EXPECT_EQ(refused.status, 401);
+  EXPECT_EQ(connect().post(kChat, chat(), "Authorization: Bearer k1\r\n").status, 200);
+}
+
+TEST_F(HttpSessionTest, CachedPrompts) {
+  ServerOptions options;
+  options.admin_keys = {"root"};
+  start({}, options);
+  const std::string key = "Authorization: Bearer root\r\n";
+  Client client = connect();
+  const Reply made = client.post("/v1/cached_prompts", chat(R"(,"name":"n","ttl":5)"), key);
+  EXPECT_EQ(made.status, 201) << made.body;
+  EXPECT_EQ(made.json()["object"], "cached_prompt");
+  EXPECT_EQ(client.get("/v1/cached_prompts", key).json()["data"].size(), 1u);
+  EXPECT_EQ(client.get("/v1/cached_prompts/cp_0", key).json()["name"], "n");
+  EXPECT_EQ(client.get("/v1/cached_prompts/cp_9", key).status, 404);
+  const Reply patched =
+      client.ask(Client::post_text("/v1/cached_prompts/cp_0", R"({"ttl":60})", key, "PATCH"));
+  EXPECT_EQ(patched.json()["expires_at"], 1060);
+  EXPECT_EQ(
+      client
+          .post("/v1/cached_prompts",
+                R"({"messages":[{"role":"system","content":")" + std::string(600, 'x') + R"("}]})",
+                key)
+          .code(),
+      "pin_budget_exceeded");
+  EXPECT_EQ(
+      client.ask("DELETE /v1/cached_prompts/cp_0 HTTP/1.1\r\nHost: x\r\n" + key + "\r\n").status,
+      200);
+  EXPECT_EQ(client.get("/v1/cached_prompts", key).json()["data"].size(), 0u);
+}
+
+TEST_F(HttpSessionTest, LoadingAndDraining) {
+  start({}, {}, /*ready=*/false);
+  Client client = connect();
+  server_->service().set_progress(0.5, "loading model");
+  const Reply health = client.get("/health");
+  EXPECT_EQ(health.status, 503);
+  EXPECT_TRUE(health.has("Retry-After: "));
+  EXPECT_EQ(health.json()["status"], "loading");
+  EXPECT_EQ(health.json()["progress"], 0.5);
+  EXPECT_EQ(connect().post(kChat, chat()).code(), "loading");
+  EXPECT_EQ(connect().get("/v1/models").status, 503);
+  EXPECT_EQ(connect().get("/metrics").status, 200);
+  server_->service().set_engine(engine_);
+  EXPECT_EQ(connect().post(kChat, chat()).status, 200);
+  server_->service().begin_drain();
+  const Reply refused = connect().post(kChat, chat());
+  EXPECT_EQ(refused.status, 503);
+  EXPECT_EQ(refused.code(), "shutting_down");
+  EXPECT_EQ(connect().get("/health").json()["status"], "draining");
+}
+
+TEST_F(HttpSessionTest, QueueFull) {
+  FakeScript script = endless();
+  script.max_requests = 1;
+  start(script);
+  Client first = connect();
+  first.send(Client::post_text(kChat, chat()));
+  wait_running(1);
+  const Reply refused = connect().post(kChat, chat());
+  EXPECT_EQ(refused.status, 429);
+  EXPECT_EQ(refused.code(), "rate_limit_exceeded");
+  EXPECT_TRUE(refused.has("Retry-After: 7\r\n"));
+}
+
+TEST_F(HttpSessionTest, AClientThatLeavesIsNoticed) {
+  start(endless());
+  Client streaming = connect();
+  streaming.send(Client::post_text(kChat, chat(R"(,"stream":true)")));
+  streaming.read_until("data: ");
+  streaming.close();
+  EXPECT_TRUE(idle_within(1s));
+
+  Client waiting = connect();
+  waiting.send(Client::post_text(kChat, chat()));
+  wait_running(1);
+  waiting.close();
+  EXPECT_TRUE(idle_within(1s));
+
+  Client pipelining = connect();
+  pipelining.send(Client::post_text(kChat, chat()) + "GET /health HTTP/1.1\r\nHost: x\r\n\r\n");
+  wait_running(1);
+  pipelining.close();
+  EXPECT_TRUE(idle_within(1s));
+  EXPECT_EQ(engine_->cancelled, 3);
+}
+
+TEST_F(HttpSessionTest, AReaderThatStopsReadingIsCutOff) {
+  FakeScript script;
+  script.endless = true;
+  script.pieces = {std::string(1000, 'x')};
+  ServerOptions options;
+  options.max_queued_bytes = 100'000;
+  start(script, options);
+  Client client = connect();
+  client.socket().set_option(net::socket_base::receive_buffer_size(4096));
+  client.send(Client::post_text(kChat, chat(R"(,"stream":true)")));
+  client.read_until("data: ");
+  EXPECT_TRUE(idle_within(10s));  // and reads no more
+  EXPECT_EQ(engine_->cancelled, 1);
+  EXPECT_EQ(connect().get("/health").status, 200);
+}
+
+TEST_F(HttpSessionTest, ErrorInMidStream) {
+  FakeScript script;
+  script.fail_after = 2;
+  script.step = 5ms;
+  start(script);
+  Client client = connect();
+  const Reply reply = client.post(kChat, chat(R"(,"stream":true)"));
+  EXPECT_EQ(reply.status, 200);
+  const size_t error = reply.body.find("data: {\"error\":");
+  ASSERT_NE(error, std::string::npos) << reply.body;
+  EXPECT_EQ(reply.body.find("[DONE]"), std::string::npos);
+  EXPECT_TRUE(client.at_end());
+}
+
+TEST_F(HttpSessionTest, ErrorBeforeTheFirstTokenHasItsStatus) {
+  FakeScript script;
+  script.fail_after = 0;
+  start(script);
+  const Reply reply = connect().post(kChat, chat(R"(,"stream":true)"));
+  EXPECT_EQ(reply.status, 500);
+  EXPECT_EQ(reply.code(), "internal_error");
+}
+
+TEST_F(HttpSessionTest, SilentStreamsShowThatTheyLive) {
+  FakeScript script;
+  script.pieces = {"a"};
+  script.step = 300ms;
+  ServerOptions options;
+  options.first_byte_delay = 20ms;
+  options.keep_alive_interval = 20ms;
+  start(script, options);
+  const Reply reply = connect().post(kChat, chat(R"(,"stream":true)"));
+  EXPECT_NE(reply.body.find(": waiting\n\n"), std::string::npos) << reply.body;
+  EXPECT_NE(reply.body.find("data: [DONE]"), std::string::npos);
+}
+
+TEST_F(HttpSessionTest, SlowSendersAreTimedOut) {
+  ServerOptions options;
+  options.header_timeout = 100ms;
+  options.body_timeout = 100ms;
+  options.idle_timeout = 100ms;
+  options.min_body_bytes_per_second = 1 << 20;
+  start({}, options);
+  Client header = connect();
+  header.send("GET /health HTT");
+  EXPECT_EQ(header.read_reply().status, 408);
+  Client body = connect();
+  body.send(std::string("POST ") + kChat + " HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{");
+  EXPECT_EQ(body.read_reply().status, 408);
+  Client idle = connect();
+  EXPECT_TRUE(idle.at_end());
+}
+
+TEST_F(HttpSessionTest, ConnectionsAreBounded) {
+  ServerOptions options;
+  options.max_connections = 2;
+  start({}, options);
+  Client a = connect();
+  Client b = connect();
+  EXPECT_EQ(a.get("/health").status, 200);
+  EXPECT_EQ(b.get("/health").status, 200);
+  Client c = connect();
+  EXPECT_EQ(c.read_reply().status, 503);
+  a.close();
+  const auto until = std::chrono::steady_clock::now() + 5s;
+  int status = 0;
+  while (status != 200 && std::chrono::steady_clock::now() < until) {
+    status = connect().get("/health").status;
+  }
+  EXPECT_EQ(status, 200);
+}
+
+TEST_F(HttpSessionTest, BuffersForBodiesAreBounded) {
+  ServerOptions options;
+  options.max_buffered_body_bytes = 1000;
+  start({}, options);
+  Client holder = connect();
+  holder.send(std::string("POST ") + kChat +
+              " HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n{");
+  std::this_thread::sleep_for(100ms);
+  const std::string body = chat(",\"user\":\"" + std::string(200, 'u') + "\"");
+  EXPECT_EQ(connect().post(kChat, body).status, 429);
+  holder.close();
+  const auto until = std::chrono::steady_clock::now() + 5s;
+  int status = 0;
+  while (status != 200 && std::chrono::steady_clock::now() < until) {
+    status = connect().post(kChat, body).status;
+  }
+  EXPECT_EQ(status, 200);
+}
+
+TEST_F(HttpSessionTest, ManyStreamsOnFewThreads) {
+  FakeScript script;
+  script.pieces.assign(20, "x");
+  script.step = 2ms;
+  start(script);
+  std::vector<std::unique_ptr<Client>> clients;
+  for (int i = 0; i < 300; ++i) {
+    clients.push_back(std::make_unique<Client>(server_->port()));
+    clients.back()->send(Client::post_text(kChat, chat(R"(,"stream":true)")));
+  }
+  for (const auto& client : clients) {
+    const Reply reply = client->read_reply();
+    EXPECT_EQ(reply.status, 200);
+    EXPECT_EQ(reply.body.substr(reply.body.size() - 14), "data: [DONE]\n\n");
+  }
+}
+
+TEST_F(HttpSessionTest, ShutdownLetsAnswersFinish) {
+  FakeScript script;
+  script.pieces.assign(50, "x");
+  script.step = 5ms;
+  start(script);
+  Client idle = connect();
+  EXPECT_EQ(idle.get("/health").status, 200);
+  Client client = connect();
+  client.send(Client::post_text(kChat, chat(R"(,"stream":true)")));
+  client.read_until("data: ");
+  server_->service().begin_drain();
+  EXPECT_TRUE(engine_->drain(10s));
+  engine_->stop();
+  server_->shutdown(5s);
+  client.read_until("data: [DONE]\n\n");
+  EXPECT_TRUE(idle.at_end());
+}
+
+TEST_F(HttpSessionTest, ShutdownEndsWhatDoesNotFinish) {
+  start(endless());
+  Client client = connect();
+  client.send(Client::post_text(kChat, chat(R"(,"stream":true)")));
+  client.read_until("data: ");
+  engine_->stop();  // cancels: the stream ends with an error
+  server_->shutdown(5s);
+  EXPECT_NE(client.read_until("data: {\"error\""), "");
+}
+
+TEST_F(HttpSessionTest, PortInUseSaysSo) {
+  start();
+  ServerOptions options;
+  options.port = server_->port();
+  Server second(options);
+  try {
+    second.listen();
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("in use"), std::string::npos);
+  }
+}
+
+}  // namespace
+}  // namespace relay::server

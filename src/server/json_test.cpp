@@ -1,0 +1,63 @@
+#include "server/json.h"
+
+#include <gtest/gtest.h>
+
+#include "server/errors.h"
+
+namespace relay::server {
+namespace {
+
+std::string message_of(std::string_view text) {
+  try {
+    parse_json(text);
+  } catch (const ApiError& error) {
+    EXPECT_EQ(error.status(), 400);
+    EXPECT_EQ(error.code(), "invalid_json");
+    return error.what();
+  }
+  return "(parsed)";
+}
+
+TEST(Json, NamesTheByteAtFault) {
+  EXPECT_NE(message_of(R"({"a": tru})").find("byte 9"), std::string::npos)
+      << message_of(R"({"a": tru})");
+  EXPECT_NE(message_of(R"({"a": 1)").find("unexpected end at byte 7"), std::string::npos)
+      << message_of(R"({"a": 1)");
+  EXPECT_NE(message_of("").find("byte 0"), std::string::npos);
+  EXPECT_NE(message_of("{} x").find("byte 3"), std::string::npos) << message_of("{} x");
+}
+
+TEST(Json, RefusesWhatWouldHurtLater) {
+  const std::string deep = std::string(100000, '[') + std::string(100000, ']');
+  EXPECT_NE(message_of(deep).find("nested deeper than 64"), std::string::npos);
+  EXPECT_NE(message_of("\"\xff\""), "(parsed)");
+  EXPECT_NE(message_of("\"\\ud800\""), "(parsed)");
+  EXPECT_NE(message_of("1e999"), "(parsed)");
+  EXPECT_EQ(message_of(std::string(64, '[') + std::string(64, ']')), "(parsed)");
+  EXPECT_EQ(message_of(R"("[[[[\"[[[[")"), "(parsed)");  // brackets in strings do not nest
+}
+
+TEST(Json, Utf8) {
+  for (const char* good : {"", "abc", "\xc3\xa9", "\xe2\x82\xac", "\xf0\x9f\x98\x80"}) {
+    EXPECT_TRUE(is_valid_utf8(good)) << good;
+  }
+  for (const char* bad : {"\x80", "\xc3", "\xe2\x82", "\xf0\x9f\x98", "\xc0\x80", "\xe0\x80\x80",
+                          "\xed\xa0\x80", "\xf4\x90\x80\x80", "\xff", "a\xc3z"}) {
+    EXPECT_FALSE(is_valid_utf8(bad));
+  }
+}
+
+TEST(Json, ErrorMessagesAreBoundedAtACharacter) {
+  std::string text;
+  for (int i = 0; i < 1000; ++i) text += "\xe2\x82\xac";
+  const ApiError error = invalid_request("p", text);
+  EXPECT_LE(std::string(error.what()).size(), 1024u);
+  EXPECT_TRUE(is_valid_utf8(error.what()));
+  const Json body = Json::parse(error.body());
+  EXPECT_EQ(body["error"]["param"], "p");
+  EXPECT_EQ(body["error"]["type"], "invalid_request_error");
+  EXPECT_TRUE(body["error"]["code"].is_string());
+}
+
+}  // namespace
+}  // namespace relay::server

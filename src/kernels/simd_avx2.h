@@ -5,6 +5,7 @@ inline constexpr int kLanes = 8;
 inline constexpr int kPanel = 2;
 inline constexpr int kBlockRows = 6;  // 12 accumulators of 16 registers
 inline constexpr int kFewBlock = 4;
+inline constexpr int kFewAccumulators = 8;
 
 typedef float Vec __attribute__((vector_size(32)));
 typedef int32_t VecI __attribute__((vector_size(32)));

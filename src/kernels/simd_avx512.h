@@ -5,6 +5,7 @@ inline constexpr int kLanes = 16;
 inline constexpr int kPanel = 4;      // vectors of a register block's columns
 inline constexpr int kBlockRows = 6;  // query rows of a register block: 24 accumulators of 32
 inline constexpr int kFewBlock = 8;   // query rows that attend_few takes at once
+inline constexpr int kFewAccumulators = 16;
 
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t VecI __attribute__((vector_size(64)));

@@ -5,6 +5,7 @@ inline constexpr int kLanes = 4;
 inline constexpr int kPanel = 4;
 inline constexpr int kBlockRows = 6;  // 24 accumulators of 32 registers
 inline constexpr int kFewBlock = 4;
+inline constexpr int kFewAccumulators = 16;
 
 typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t VecI __attribute__((vector_size(16)));

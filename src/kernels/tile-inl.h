@@ -10,13 +10,13 @@
 // lanes are slots) and runs two register-blocked matrix products, S = Q K^T and O = O*alpha + P V,
 // with the online softmax (Milakov and Gimelshein, 2018) between them.
 
-// --- Elements
-// -------------------------------------------------------------------------------------
+// --- Elements --------------------------------------------------------------------------------
 
 template <DType T>
 struct Elements;
 template <>
 struct Elements<DType::kF32> {
+  static constexpr int kBytes = 4;  // of one element; 0 where elements have no address
   static Vec load(const uint8_t* row, int i) { return load_f32(row + 4 * int64_t{i}); }
   static Vec tail(const uint8_t* row, int i, int n) {
     return load_f32_tail(row + 4 * int64_t{i}, n);
@@ -24,6 +24,7 @@ struct Elements<DType::kF32> {
 };
 template <>
 struct Elements<DType::kF16> {
+  static constexpr int kBytes = 2;
   static Vec load(const uint8_t* row, int i) { return load_f16(row + 2 * int64_t{i}); }
   static Vec tail(const uint8_t* row, int i, int n) {
     return load_f16_tail(row + 2 * int64_t{i}, n);
@@ -31,6 +32,7 @@ struct Elements<DType::kF16> {
 };
 template <>
 struct Elements<DType::kBF16> {
+  static constexpr int kBytes = 2;
   static Vec load(const uint8_t* row, int i) { return load_bf16(row + 2 * int64_t{i}); }
   static Vec tail(const uint8_t* row, int i, int n) {
     return load_bf16_tail(row + 2 * int64_t{i}, n);
@@ -38,6 +40,7 @@ struct Elements<DType::kBF16> {
 };
 template <>
 struct Elements<DType::kQ8_0> {
+  static constexpr int kBytes = 0;
   static Vec load(const uint8_t* row, int i) {
     const uint8_t* block = row + (i / 32) * 34;
     uint16_t scale;
@@ -73,8 +76,7 @@ inline Vec load_padded(const uint8_t* row, int i, int n) {
   return i + kLanes <= n ? E::load(row, i) : E::tail(row, i, n - i);
 }
 
-// --- Arithmetic
-// -----------------------------------------------------------------------------------
+// --- Arithmetic ------------------------------------------------------------------------------
 
 inline constexpr float kInf = __builtin_inff();
 
@@ -104,36 +106,37 @@ inline Vec tanh(Vec x) {
   return splat(1.0f) - splat(2.0f) / (splat(1.0f) + e);
 }
 
-/// Lane i of the result is the sum of the lanes of v[i].
-inline Vec transposing_sum(Vec (&v)[kLanes]) {
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half >= 1; half /= 2) {
+// Recursion, not loops, over the stages: the compiler then keeps the vectors in registers.
+
+template <int kHalf>
+inline void fold_lanes(Vec (&v)[kLanes]) {
 #pragma GCC unroll 16
-    for (int i = 0; i < half; ++i) {
-      v[i] = RELAY_INTERLEAVE_LO(v[i], v[i + half]) + RELAY_INTERLEAVE_HI(v[i], v[i + half]);
-    }
+  for (int i = 0; i < kHalf; ++i) {
+    v[i] = RELAY_INTERLEAVE_LO(v[i], v[i + kHalf]) + RELAY_INTERLEAVE_HI(v[i], v[i + kHalf]);
   }
+  if constexpr (kHalf > 1) fold_lanes<kHalf / 2>(v);
+}
+/// Lane i of the result is the sum of the lanes of v[i]. Overwrites v.
+inline Vec transposing_sum(Vec (&v)[kLanes]) {
+  fold_lanes<kLanes / 2>(v);
   return v[0];
 }
 
 /// Transposes a kLanes x kLanes block: log2(kLanes) perfect shuffles.
-template <typename V>
+template <int kStage = 1, typename V>
 inline void transpose(V (&v)[kLanes]) {
-#pragma GCC unroll 4
-  for (int stage = 1; stage < kLanes; stage *= 2) {
-    V w[kLanes];
+  V w[kLanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes / 2; ++i) {
-      w[2 * i] = RELAY_INTERLEAVE_LO(v[i], v[i + kLanes / 2]);
-      w[2 * i + 1] = RELAY_INTERLEAVE_HI(v[i], v[i + kLanes / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) v[i] = w[i];
+  for (int i = 0; i < kLanes / 2; ++i) {
+    w[2 * i] = RELAY_INTERLEAVE_LO(v[i], v[i + kLanes / 2]);
+    w[2 * i + 1] = RELAY_INTERLEAVE_HI(v[i], v[i + kLanes / 2]);
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) v[i] = w[i];
+  if constexpr (2 * kStage < kLanes) transpose<2 * kStage>(v);
 }
 
-// --- Prefetch
-// -------------------------------------------------------------------------------------
+// --- Prefetch --------------------------------------------------------------------------------
 
 // A tile's vectors lie a whole slot apart, too far for the hardware's prefetchers, so the kernels
 // ask for what comes next themselves, spread evenly over the work on this tile.
@@ -168,8 +171,7 @@ class Prefetcher {
   int at_ = 0;
 };
 
-// --- Softmax
-// --------------------------------------------------------------------------------------
+// --- Softmax ---------------------------------------------------------------------------------
 
 /// Online softmax of `rows` rows of raw scores s[rows][kTileSlots], in place: s becomes
 /// 2^(x - max), alpha[row] the factor by which the row's earlier o shrinks. `first` is the first
@@ -222,8 +224,7 @@ inline void softmax(const Tile& t, int first, int rows, float* s, float* alpha) 
   }
 }
 
-// --- Few query rows
-// -------------------------------------------------------------------------------
+// --- Few query rows --------------------------------------------------------------------------
 
 /// Scores of R rows against the tile: s[R][kTileSlots].
 template <typename E, int R>
@@ -267,10 +268,13 @@ inline void score_few(const Tile& t, const float* q, Prefetcher& prefetch, float
   }
 }
 
-/// o[R][columns] = o * alpha + p[R][slots] V for C vectors of columns from `column` on.
-template <int R, int C, typename LoadV>
+/// o[R][columns] = o * alpha + p[R][slots] V for C vectors of columns from `column` on; kTail: only
+/// the first `tail` columns exist.
+template <typename E, int R, int C, bool kTail = false>
 inline void value_panel(const Tile& t, const float* p, const float* alpha, Prefetcher& prefetch,
-                        float* o, LoadV load_v) {
+                        int column, float* o, [[maybe_unused]] int tail = 0) {
+  const int64_t base = t.v_offset + int64_t{column} * E::kBytes;
+  const int start = E::kBytes == 0 ? column : 0;
   Vec acc[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -280,11 +284,13 @@ inline void value_panel(const Tile& t, const float* p, const float* alpha, Prefe
     }
   }
   for (int slot = 0; slot < t.slots; ++slot) {
-    const uint8_t* row = t.v[slot] + t.v_offset;
+    const uint8_t* row = t.v[slot] + base;
     prefetch.step();
     Vec value[C];
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) value[c] = load_v(row, c * kLanes);
+    for (int c = 0; c < C; ++c) {
+      value[c] = kTail ? E::tail(row, start, tail) : E::load(row, start + c * kLanes);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec weight = splat(p[r * kTileSlots + slot]);
@@ -299,13 +305,13 @@ inline void value_panel(const Tile& t, const float* p, const float* alpha, Prefe
   }
 }
 
-/// All column panels of R rows, C vectors wide and then narrower.
+/// The whole panels of R rows from `column` on, C vectors wide and then narrower; returns the first
+/// column that is left.
 template <typename E, int R, int C>
 inline int value_panels(const Tile& t, const float* p, const float* alpha, Prefetcher& prefetch,
                         float* o, int column) {
   for (; column + C * kLanes <= t.v_dim; column += C * kLanes) {
-    value_panel<R, C>(t, p, alpha, prefetch, o + column,
-                      [column](const uint8_t* row, int i) { return E::load(row, column + i); });
+    value_panel<E, R, C>(t, p, alpha, prefetch, column, o + column);
   }
   if constexpr (C > 1) return value_panels<E, R, C / 2>(t, p, alpha, prefetch, o, column);
   return column;
@@ -313,7 +319,7 @@ inline int value_panels(const Tile& t, const float* p, const float* alpha, Prefe
 
 template <int R>
 inline void few_block(const Tile& t, int first, Prefetcher& prefetch) {
-  constexpr int kColumns = 2 * kLanes * kPanel / 8 / R > 8 ? 8 : 2 * kLanes * kPanel / 8 / R;
+  constexpr int kColumns = kFewAccumulators / R > 8 ? 8 : kFewAccumulators / R;
   alignas(64) float s[R * kTileSlots];
   float alpha[R];
   const float* q = static_cast<const float*>(t.q) + first * t.q_stride;
@@ -322,12 +328,9 @@ inline void few_block(const Tile& t, int first, Prefetcher& prefetch) {
   softmax(t, first, R, s, alpha);
   with_elements(t.v_type, [&](auto e) {
     using E = decltype(e);
-    const int column =
-        value_panels<E, R, (kColumns < 1 ? 1 : kColumns)>(t, s, alpha, prefetch, o, 0);
+    const int column = value_panels<E, R, kColumns>(t, s, alpha, prefetch, o, 0);
     if (column < t.v_dim) {
-      const int n = t.v_dim - column;
-      value_panel<R, 1>(t, s, alpha, prefetch, o + column,
-                        [column, n](const uint8_t* row, int) { return E::tail(row, column, n); });
+      value_panel<E, R, 1, true>(t, s, alpha, prefetch, column, o + column, t.v_dim - column);
     }
   });
 }
@@ -347,8 +350,7 @@ inline void attend_few(const Tile& t) {
   if (first < t.rows) few_block<1>(t, first, prefetch);
 }
 
-// --- Many query rows
-// ------------------------------------------------------------------------------
+// --- Many query rows -------------------------------------------------------------------------
 
 /// How a matrix product's operands lie: one f32, or (below) a pair of bf16, per element.
 struct F32Product {
@@ -660,8 +662,7 @@ inline void attend_many(const Tile& t) {
   }
 }
 
-// --- Rows in and out
-// ------------------------------------------------------------------------------
+// --- Rows in and out -------------------------------------------------------------------------
 
 inline void pack_query(DType type, const void* src, int n, QueryLayout layout, void* dst) {
   const auto* row = static_cast<const uint8_t*>(src);

@@ -1,12 +1,13 @@
-// How Relay gets to see graphs: every backend that ggml's CPU device creates stays what it is, a CPU
-// backend with its own context, threads and thread pool, but computes its graphs through a
+// How Relay gets to see graphs: every backend that ggml's CPU device creates stays what it is, a
+// CPU backend with its own context, threads and thread pool, but computes its graphs through a
 // GraphRunner.
 //
-// Why not a device of its own, as BLAS has? llama.cpp then (a) finds attention on another device
-// than the layer's and switches flash attention off (`-fa auto`, the default), (b) pins each layer's
-// norm to the CPU device below 32 tokens, so the graph is cut twice a layer and would be planned as
-// often, (c) gives its thread pool (--poll, --prio, --cpu-mask) to the CPU backend only, and (d)
-// switches off pipeline parallelism and the offload of large batches beside a GPU.
+// Why not a device of its own that is scheduled beside the CPU, as BLAS is? That works too, but
+// llama.cpp then (a) finds attention on another device than the layer's and switches flash
+// attention off (`-fa auto`, the default): Relay would be loaded and see nothing; (b) gives its
+// thread pool
+// (--poll, --prio, --cpu-mask) to the CPU backend alone; (c) gives up pipeline parallelism and the
+// offload of large batches beside a GPU.
 //
 // What is touched are function pointers in ggml_backend_device, ggml_backend_reg and ggml_backend:
 // the interface whose version find_cpu_device() has checked.

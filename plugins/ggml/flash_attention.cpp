@@ -56,23 +56,40 @@ bool read_plane(const ggml_tensor& t, KvPlane& plane) {
 
 const char* to_string(Verdict verdict) {
   switch (verdict) {
-    case Verdict::kServed: return "served";
-    case Verdict::kReferenceWanted: return "reference_wanted";
-    case Verdict::kEmpty: return "empty";
-    case Verdict::kQueryType: return "query_type";
-    case Verdict::kResultLayout: return "result_layout";
-    case Verdict::kKvType: return "kv_type";
-    case Verdict::kKvHeads: return "kv_heads";
-    case Verdict::kKvStreams: return "kv_streams";
-    case Verdict::kElementStride: return "element_stride";
-    case Verdict::kMaskType: return "mask_type";
-    case Verdict::kMaskPerHead: return "mask_per_head";
-    case Verdict::kMaskShape: return "mask_shape";
-    case Verdict::kSinks: return "sinks";
-    case Verdict::kSoftcap: return "softcap";
-    case Verdict::kMaskRewritten: return "mask_rewritten";
-    case Verdict::kRefused: return "refused";
-    case Verdict::kCount: break;
+    case Verdict::kServed:
+      return "served";
+    case Verdict::kReferenceWanted:
+      return "reference_wanted";
+    case Verdict::kEmpty:
+      return "empty";
+    case Verdict::kQueryType:
+      return "query_type";
+    case Verdict::kResultLayout:
+      return "result_layout";
+    case Verdict::kKvType:
+      return "kv_type";
+    case Verdict::kKvHeads:
+      return "kv_heads";
+    case Verdict::kKvStreams:
+      return "kv_streams";
+    case Verdict::kElementStride:
+      return "element_stride";
+    case Verdict::kMaskType:
+      return "mask_type";
+    case Verdict::kMaskPerHead:
+      return "mask_per_head";
+    case Verdict::kMaskShape:
+      return "mask_shape";
+    case Verdict::kSinks:
+      return "sinks";
+    case Verdict::kSoftcap:
+      return "softcap";
+    case Verdict::kMaskRewritten:
+      return "mask_rewritten";
+    case Verdict::kRefused:
+      return "refused";
+    case Verdict::kCount:
+      break;
   }
   return "?";
 }
@@ -81,10 +98,9 @@ bool PlanKey::operator==(const PlanKey& other) const {
   return mask.data == other.mask.data && mask_version == other.mask_version &&
          mask.row_stride == other.mask.row_stride &&
          mask.stream_stride == other.mask.stream_stride &&
-         mask.rows_per_stream == other.mask.rows_per_stream &&
-         mask.streams == other.mask.streams && mask.columns == other.mask.columns &&
-         mask.slots_per_block == other.mask.slots_per_block && shape == other.shape &&
-         k_type == other.k_type && v_type == other.v_type;
+         mask.rows_per_stream == other.mask.rows_per_stream && mask.streams == other.mask.streams &&
+         mask.columns == other.mask.columns && mask.slots_per_block == other.mask.slots_per_block &&
+         shape == other.shape && k_type == other.k_type && v_type == other.v_type;
 }
 
 Verdict read_flash_attention(const ggml_tensor& node, FlashAttention& out) {
@@ -131,8 +147,7 @@ Verdict read_flash_attention(const ggml_tensor& node, FlashAttention& out) {
     if (mask->type != GGML_TYPE_F16) return Verdict::kMaskType;
     if (mask->ne[2] != 1) return Verdict::kMaskPerHead;
     if (!elements_contiguous(*mask)) return Verdict::kElementStride;
-    if (mask->ne[0] < slots || mask->ne[1] < rows ||
-        (mask->ne[3] != 1 && mask->ne[3] != streams)) {
+    if (mask->ne[0] < slots || mask->ne[1] < rows || (mask->ne[3] != 1 && mask->ne[3] != streams)) {
       return Verdict::kMaskShape;
     }
     batch.type = DType::kF16;
@@ -192,7 +207,8 @@ std::string describe(const ggml_tensor& node) {
   const ggml_tensor& v = *node.src[2];
   const OpParams params = op_params(node);
   char text[256];
-  std::snprintf(text, sizeof(text), "heads %lld/%lld, dims %lld/%lld, k %s, v %s, streams %lld%s%s%s%s",
+  std::snprintf(text, sizeof(text),
+                "heads %lld/%lld, dims %lld/%lld, k %s, v %s, streams %lld%s%s%s%s",
                 static_cast<long long>(q.ne[2]), static_cast<long long>(k.ne[2]),
                 static_cast<long long>(k.ne[0]), static_cast<long long>(v.ne[0]),
                 ggml_type_name(k.type), ggml_type_name(v.type), static_cast<long long>(q.ne[3]),

@@ -21,8 +21,8 @@ using OpParams = char[sizeof(ggml_tensor::op_params)];
 // The parameters of a custom operation that calls `function(…, userdata)` on all threads. Their
 // layout is ggml's secret, so ggml makes them.
 void custom_op_params(ggml_custom_op_t function, void* userdata, OpParams& params) {
-  ggml_context* const context = ggml_init(
-      {.mem_size = ggml_tensor_overhead(), .mem_buffer = nullptr, .no_alloc = true});
+  ggml_context* const context =
+      ggml_init({.mem_size = ggml_tensor_overhead(), .mem_buffer = nullptr, .no_alloc = true});
   if (context == nullptr) throw std::bad_alloc();
   const ggml_tensor* const node = ggml_custom_4d(context, GGML_TYPE_F32, 1, 1, 1, 1, nullptr, 0,
                                                  function, GGML_N_TASKS_MAX, userdata);
@@ -48,8 +48,7 @@ struct GraphRunner::Job {
 GraphRunner::GraphRunner() : sharing_(sharing_from_env()) {}
 GraphRunner::~GraphRunner() = default;
 
-ggml_status GraphRunner::run(ggml_backend_t backend, ggml_cgraph* graph,
-                             Compute compute) noexcept {
+ggml_status GraphRunner::run(ggml_backend_t backend, ggml_cgraph* graph, Compute compute) noexcept {
   const Clock::time_point start = Clock::now();
   jobs_used_ = groups_used_ = slots_used_ = 0;
   bool attention = false;

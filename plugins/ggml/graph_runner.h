@@ -2,8 +2,8 @@
 //
 // Each GGML_OP_FLASH_ATTN_EXT that Relay serves is turned, in place and for the time of the
 // computation, into a GGML_OP_CUSTOM with the same sources and the same result. The graph then runs
-// in ggml's CPU backend as ever: Relay works on ggml's own threads, between ggml's own barriers, and
-// everything else (matrix products, repacked weights, fusion, abort callbacks) is not touched.
+// in ggml's CPU backend as ever: Relay works on ggml's own threads, between ggml's own barriers,
+// and everything else (matrix products, repacked weights, fusion, abort callbacks) is not touched.
 #pragma once
 
 #include <ggml-backend.h>

@@ -14,7 +14,7 @@ namespace relay::ggml {
 
 struct AttentionNode {
   ggml_tensor* node = nullptr;
-  int mask_version = 0;     ///< nodes before this one that write to its mask's memory
+  int mask_version = 0;         ///< nodes before this one that write to its mask's memory
   bool mask_rewritten = false;  ///< the graph lists the node more than once, with different masks
 };
 

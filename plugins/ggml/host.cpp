@@ -31,7 +31,8 @@ ggml_backend_dev_t find_cpu_device() {
                  "ggml linked in statically cannot use modules.\n");
     return nullptr;
   }
-  const std::string problem = api_version_problem(api_version_of(ggml_backend_dev_backend_reg(device)));
+  const std::string problem =
+      api_version_problem(api_version_of(ggml_backend_dev_backend_reg(device)));
   if (!problem.empty()) {
     std::fprintf(stderr, "relay: not active: %s\n", problem.c_str());
     return nullptr;

@@ -28,6 +28,8 @@ class Statistics {
   void count_planning(Clock::duration spent);
 
   bool verbose() const { return verbose_; }
+  int64_t nodes(Verdict verdict) const { return nodes_[static_cast<size_t>(verdict)]; }
+  int64_t plans() const { return plans_; }
 
   /// The summary of RELAY_VERBOSE=1 and the file of RELAY_STATS_FILE; called once, at the end.
   void report() const;

@@ -142,7 +142,36 @@ TEST_P(Property, MaskWithBias) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Seeds, Property, ::testing::ValuesIn(seeds(60)));
+INSTANTIATE_TEST_SUITE_P(Seeds, Property, ::testing::ValuesIn(seeds(120)));
+
+// --- The largest ----------------------------------------------------------------------------------
+
+class Large : public ::testing::TestWithParam<uint64_t> {};
+
+TEST_P(Large, ForestOfManyRowsAndLongPrefixes) {
+  // Up to 256 rows over up to 8k shared slots: few heads, so that the plain kernels get through.
+  Random random(derive_seed(GetParam(), 3));
+  OperatorConfig config;
+  config.shape = {.q_heads = 2, .kv_heads = 1, .qk_dim = 64, .v_dim = 64};
+  config.k_type = config.v_type =
+      random.pick(std::vector<DType>{DType::kF16, DType::kBF16, DType::kQ8_0});
+  ForestLimits limits;
+  limits.max_attended = static_cast<int64_t>(2e6 * std::min(1.0, scale()));
+  // The first of the drawn forests that is large enough.
+  ForestCase c;
+  for (uint64_t draw = 0; c.rows() < 64 || c.slots() < 4096; ++draw) {
+    ASSERT_LT(draw, 1000u) << "the generator makes no large forests";
+    c = generate_forest(derive_seed(GetParam(), 0x1a0 + draw), limits);
+  }
+  OperatorCase op(config, c.rows(), c.block_size, c.blocks, c.used_slots(), GetParam());
+  SCOPED_TRACE(c.describe() + "\n" + config.describe() + "\n" + repeat_command());
+  const Oracle oracle(op, truth_of(c), arithmetics_for(config), GetParam());
+  Forest forest;
+  build_from_tree(c, Sharing::kOn, GetParam(), forest);
+  check_way(op, oracle, {"tree", &forest, {}, c.window}, GetParam());
+}
+
+INSTANTIATE_TEST_SUITE_P(Seeds, Large, ::testing::ValuesIn(seeds(6)));
 
 // --- Every shape and type by itself ---------------------------------------------------------------
 // Random mixes visit everything in the long run; these visit it in every run.
@@ -274,6 +303,40 @@ TEST(Features, SlidingWindows) {
       check_way(op, oracle, {"block tables", &forest, {}, window}, 500);
       if (::testing::Test::HasFatalFailure()) return;
     }
+  }
+}
+
+// --- Can it fail? ---------------------------------------------------------------------------------
+
+/// One vector of K or V takes its neighbour's place; true if every kernel set's result gives it away.
+void expect_seen(DType type, bool keys, int64_t prefix) {
+  SCOPED_TRACE(std::string(to_string(type)) + (keys ? " keys" : " values"));
+  OperatorConfig config;
+  config.shape = {.q_heads = 4, .kv_heads = 2, .qk_dim = 64, .v_dim = 64};
+  config.k_type = config.v_type = type;
+  const ForestCase c = shared_prefix_case(prefix, {20, 90, 1, 40});
+  OperatorCase op(config, c.rows(), c.block_size, c.blocks, c.used_slots(), 600);
+  const Oracle oracle(op, truth_of(c), arithmetics_for(config), 600);
+  Forest forest;
+  build_from_tree(c, Sharing::kOn, 600, forest);
+  const auto verdict = [&](const std::string& isa) {
+    op.out.reset();
+    attend_forest(forest, op.options(2), op.inputs());
+    return oracle.compare(op, op.out, arithmetic_of(isa, type, type));
+  };
+  for_each_isa([&](const std::string& isa) { EXPECT_EQ(verdict(isa), ""); });
+  KvTensor& tensor = keys ? op.kv.k : op.kv.v;
+  const auto neighbour = tensor.decoded(prefix / 2 + 1, 0);
+  tensor.set(prefix / 2, 0, std::vector<float>(neighbour.begin(), neighbour.end()));
+  for_each_isa([&](const std::string& isa) { EXPECT_NE(verdict(isa), ""); });
+}
+
+TEST(Mutation, OneWrongVectorIsSeenWithEveryKernelSet) {
+  for (DType type : {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0}) {
+    expect_seen(type, false, 700);
+    // A wrong key moves one weight of about 1 / n by its own size: with Q rounded to bf16 that
+    // drowns in the rounding of 700 logits, not of 100.
+    expect_seen(type, true, 100);
   }
 }
 

@@ -31,7 +31,9 @@ std::vector<AttendedSlot> attended_in(const Forest& forest, uint32_t row, int64_
           const int64_t at = forest.positions[row];
           if (slot.column > at || (window > 0 && slot.column <= at - window)) continue;
         }
-        if (segment.visibility == Visibility::kBias && mask->at(row, slot.column) == kHidden) {
+        // A bias without a mask hides everything: the truth will differ.
+        if (segment.visibility == Visibility::kBias &&
+            (mask == nullptr || mask->at(row, slot.column) == kHidden)) {
           continue;
         }
         result.push_back(slot);
@@ -122,6 +124,11 @@ TEST_P(RandomSharing, BuildersTellTheTruth) {
       build_from_tables(c, sharing, forest);
       ASSERT_NO_THROW(validate(forest));
       EXPECT_TRUE(says(forest, c.rows(), c.window, nullptr, truth)) << "block tables";
+      // Only whole blocks are shared: each request may read one partial block again.
+      if (sharing == Sharing::kOn) {
+        const int64_t partial = static_cast<int64_t>(c.requests.size()) * (c.block_size - 1);
+        EXPECT_LE(forest.slots_read(), stored + partial) << "block tables";
+      }
     }
 
     const Mask mask = mask_of(c, DType::kF16, MaskValues::kZero, GetParam());
@@ -130,6 +137,9 @@ TEST_P(RandomSharing, BuildersTellTheTruth) {
     EXPECT_TRUE(says(forest, c.rows(), 0, &mask, [&](int64_t row) { return mask.attended(row); }))
         << "mask";
     EXPECT_TRUE(keeps_bias(forest, mask));
+    if (sharing == Sharing::kOn) {
+      EXPECT_EQ(forest.slots_read(), stored) << "mask";
+    }
   }
 }
 

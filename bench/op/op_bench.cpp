@@ -1,0 +1,245 @@
+#include "bench/op/op_bench.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <random>
+
+#include "relay/forest.h"
+
+namespace relay::bench {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+double quantile(std::vector<double> values, double at) {
+  std::sort(values.begin(), values.end());
+  const double index = at * static_cast<double>(values.size() - 1);
+  const auto below = static_cast<size_t>(index);
+  const size_t above = std::min(below + 1, values.size() - 1);
+  return values[below] + (values[above] - values[below]) * (index - static_cast<double>(below));
+}
+
+Timing timing_of(const std::vector<double>& seconds) {
+  return {.median = quantile(seconds, 0.5),
+          .low = quantile(seconds, 0.25),
+          .high = quantile(seconds, 0.75),
+          .best = *std::min_element(seconds.begin(), seconds.end())};
+}
+
+/// Fills a KV buffer with vectors of moderate random values, whatever the type.
+void fill_random(DType type, std::vector<uint8_t>& bytes, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  auto* words = reinterpret_cast<uint64_t*>(bytes.data());
+  const size_t count = bytes.size() / 8;
+  // Sign and mantissa random, magnitude between 2^-3 and 2: masks keep the exponent in range.
+  for (size_t i = 0; i < count; ++i) {
+    const uint64_t word = random();
+    switch (type) {
+      case DType::kF32:
+        words[i] = (word & 0x81ffffff81ffffff) | 0x3e0000003e000000;
+        break;
+      case DType::kBF16:
+        words[i] = (word & 0x81ff81ff81ff81ff) | 0x3e003e003e003e00;
+        break;
+      case DType::kF16:
+        words[i] = (word & 0x8fff8fff8fff8fff) | 0x3000300030003000;
+        break;
+      default:
+        words[i] = word;
+    }
+  }
+  if (type == DType::kQ8_0) {
+    const uint16_t scale = 0x2000;  // 2^-7: int8 becomes -1 to 1
+    for (size_t block = 0; block + 34 <= bytes.size(); block += 34) {
+      std::memcpy(bytes.data() + block, &scale, sizeof(scale));
+    }
+  }
+}
+
+/// K and V of one layer, [slot][head][dim].
+struct Layer {
+  std::vector<uint8_t> k, v;
+  std::vector<float> out_on, out_off;
+
+  KvCache cache(const OpProblem& p) {
+    const int64_t k_vector = row_bytes(p.kv_type, p.shape.qk_dim);
+    const int64_t v_vector = row_bytes(p.kv_type, p.shape.v_dim);
+    KvCache cache;
+    cache.k = {.type = p.kv_type,
+               .data = k.data(),
+               .block_stride = 0,
+               .slot_stride = k_vector * p.shape.kv_heads,
+               .head_stride = k_vector,
+               .unpack = nullptr};
+    cache.v = {.type = p.kv_type,
+               .data = v.data(),
+               .block_stride = 0,
+               .slot_stride = v_vector * p.shape.kv_heads,
+               .head_stride = v_vector,
+               .unpack = nullptr};
+    return cache;
+  }
+};
+
+/// One way of running: its plan, workspace and the layers' inputs.
+struct Way {
+  PlanPtr plan;
+  Workspace workspace;
+  std::vector<AttentionInputs> inputs;
+  std::vector<double> seconds;
+  std::vector<double> build_seconds;
+  std::vector<double> plan_seconds;
+};
+
+/// The batch as a prefix tree: slots [0, prefix) shared, then the contexts one after the other.
+void build(const OpProblem& p, Sharing sharing, Forest& forest) {
+  std::vector<TreeNode> nodes = {{.parent = -1, .spans = {}}};
+  if (p.prefix > 0) nodes[0].spans = {{.slot = 0, .column = 0, .count = p.prefix}};
+  std::vector<int32_t> leaf_of_row;
+  for (int32_t row = 0; row < p.batch; ++row) {
+    TreeNode leaf{.parent = 0, .spans = {}};
+    if (p.context > 0) {
+      leaf.spans = {
+          {.slot = p.prefix + row * p.context, .column = p.prefix, .count = p.context}};
+    }
+    leaf_of_row.push_back(static_cast<int32_t>(nodes.size()));
+    nodes.push_back(std::move(leaf));
+  }
+  build_from_tree(
+      {.nodes = nodes, .leaf_of_row = leaf_of_row, .position_of_row = {}, .window = 0}, sharing,
+      forest);
+}
+
+/// Builds and plans as for a new batch; a plan is remade in place, as engines do step after step.
+void plan_batch(const OpProblem& p, Sharing sharing, int32_t threads, Way& way) {
+  const PlanOptions options = {
+      .shape = p.shape, .k_type = p.kv_type, .v_type = p.kv_type, .threads = threads};
+  Forest forest;
+  for (int i = 0; i < 8; ++i) {
+    Clock::time_point start = Clock::now();
+    build(p, sharing, forest);
+    way.build_seconds.push_back(seconds_since(start));
+    start = Clock::now();
+    if (way.plan) {
+      remake_plan(*way.plan, forest, options);
+    } else {
+      way.plan = make_plan(forest, options);
+    }
+    way.plan_seconds.push_back(seconds_since(start));
+  }
+  way.workspace.fit(*way.plan);
+}
+
+/// All layers, one after the other; the time of one.
+double run_layers(Way& way, ThreadPool& pool) {
+  const Clock::time_point start = Clock::now();
+  pool.run([&](int32_t thread) {
+    for (const AttentionInputs& inputs : way.inputs) {
+      attend(*way.plan, inputs, way.workspace, thread);
+      pool.barrier().wait();
+    }
+  });
+  return seconds_since(start) / static_cast<double>(way.inputs.size());
+}
+
+OpMeasurement measurement_of(const OpProblem& p, const Way& way) {
+  OpMeasurement m;
+  m.time = timing_of(way.seconds);
+  m.build_seconds = quantile(way.build_seconds, 0.5);
+  m.plan_seconds = quantile(way.plan_seconds, 0.5);
+  m.plan = summarize(*way.plan);
+  m.flops = m.plan.flops;
+  const int64_t slot_bytes = p.shape.kv_heads * (row_bytes(p.kv_type, p.shape.qk_dim) +
+                                                 row_bytes(p.kv_type, p.shape.v_dim));
+  m.bytes_read = static_cast<double>(m.plan.kv_slots_read) * static_cast<double>(slot_bytes);
+  return m;
+}
+
+}  // namespace
+
+OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds) {
+  if (p.batch < 1 || p.prefix < 0 || p.context < 0 || p.prefix + p.context < 1) {
+    throw Error("bench op: needs a batch of at least 1 and at least one slot to attend");
+  }
+  if (rounds < 1) throw Error("bench op: needs at least one round");
+  const int64_t slots = p.prefix + p.context * p.batch;
+  const int64_t k_bytes = slots * p.shape.kv_heads * row_bytes(p.kv_type, p.shape.qk_dim);
+  const int64_t v_bytes = slots * p.shape.kv_heads * row_bytes(p.kv_type, p.shape.v_dim);
+
+  OpResult result;
+  result.problem = p;
+  result.rounds = rounds;
+  result.ideal_bytes = static_cast<double>(k_bytes + v_bytes);
+  result.layers = static_cast<int>(
+      std::clamp<int64_t>(4 * last_level_cache_bytes() / (k_bytes + v_bytes) + 1, 2, 64));
+  const auto b = static_cast<double>(p.batch);
+  const auto s = static_cast<double>(p.prefix);
+  const auto c = static_cast<double>(p.context);
+  result.predicted = b * (s + c) / (s + b * c);
+
+  std::vector<float> q(static_cast<int64_t>(p.batch) * p.shape.q_heads * p.shape.qk_dim);
+  std::mt19937_64 random(1);
+  std::normal_distribution<float> normal;
+  for (float& value : q) value = normal(random);
+
+  std::vector<Layer> layers(result.layers);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    layers[i].k.resize((k_bytes + 7) / 8 * 8);
+    layers[i].v.resize((v_bytes + 7) / 8 * 8);
+    fill_random(p.kv_type, layers[i].k, 2 * i + 1);
+    fill_random(p.kv_type, layers[i].v, 2 * i + 2);
+    layers[i].out_on.resize(static_cast<int64_t>(p.batch) * p.shape.q_heads * p.shape.v_dim);
+    layers[i].out_off.resize(layers[i].out_on.size());
+  }
+
+  Way on, off;
+  plan_batch(p, Sharing::kOn, pool.size(), on);
+  plan_batch(p, Sharing::kOff, pool.size(), off);
+  for (Layer& layer : layers) {
+    AttentionInputs inputs;
+    inputs.q = {.type = DType::kF32,
+                .data = q.data(),
+                .row_stride = int64_t{4} * p.shape.q_heads * p.shape.qk_dim,
+                .head_stride = int64_t{4} * p.shape.qk_dim};
+    inputs.kv = layer.cache(p);
+    inputs.scale = 1.0f / std::sqrt(static_cast<float>(p.shape.qk_dim));
+    inputs.out = {.type = DType::kF32,
+                  .data = layer.out_on.data(),
+                  .row_stride = int64_t{4} * p.shape.q_heads * p.shape.v_dim,
+                  .head_stride = int64_t{4} * p.shape.v_dim};
+    on.inputs.push_back(inputs);
+    inputs.out.data = layer.out_off.data();
+    off.inputs.push_back(inputs);
+  }
+  validate(*on.plan, on.inputs[0]);
+  validate(*off.plan, off.inputs[0]);
+
+  run_layers(on, pool);  // warm up: page tables, clocks
+  run_layers(off, pool);
+  for (int round = 0; round < rounds; ++round) {
+    // Whoever goes first may find the other's leftovers in the cache: take turns.
+    Way* order[2] = {&on, &off};
+    if (round % 2 == 1) std::swap(order[0], order[1]);
+    for (Way* way : order) way->seconds.push_back(run_layers(*way, pool));
+  }
+
+  double largest = 0, squares = 0;
+  for (size_t i = 0; i < layers[0].out_on.size(); ++i) {
+    const double value = layers[0].out_on[i];
+    largest = std::max(largest, std::fabs(value - layers[0].out_off[i]));
+    squares += value * value;
+  }
+  result.difference = largest / std::sqrt(squares / static_cast<double>(layers[0].out_on.size()));
+  result.on = measurement_of(p, on);
+  result.off = measurement_of(p, off);
+  return result;
+}
+
+}  // namespace relay::bench

@@ -1,0 +1,69 @@
+// Measures the operator as an engine would run it: a batch of decode rows over one shared prefix,
+// each with a context of its own; planned once, then run layer after layer on threads that stay.
+//
+// Every "layer" has KV of its own, together several times the last-level cache, so that KV comes
+// from memory as it does in a model. Sharing on and off alternate round by round.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "bench/op/roofline.h"
+#include "bench/op/thread_pool.h"
+#include "relay/attention.h"
+
+namespace relay::bench {
+
+struct OpProblem {
+  HeadShape shape;
+  DType kv_type = DType::kF16;
+  int64_t prefix = 4096;  ///< shared slots
+  int64_t context = 128;  ///< slots of each request's own
+  int32_t batch = 32;     ///< requests, one row each
+};
+
+/// Seconds of one operator over the rounds.
+struct Timing {
+  double median = 0;
+  double low = 0;   ///< quartiles
+  double high = 0;
+  double best = 0;
+};
+
+/// One way of running a problem, sharing on or off.
+struct OpMeasurement {
+  Timing time;
+  double build_seconds = 0;  ///< finding the sharing, median
+  double plan_seconds = 0;   ///< planning, median
+  double flops = 0;
+  double bytes_read = 0;     ///< of KV, by the plan
+  PlanSummary plan;
+};
+
+struct OpResult {
+  OpProblem problem;
+  int layers = 0;           ///< copies of the KV
+  int rounds = 0;
+  double ideal_bytes = 0;   ///< each KV slot once
+  OpMeasurement on;
+  OpMeasurement off;
+  double predicted = 0;     ///< the paper's b(s+c)/(s+bc)
+  double difference = 0;    ///< largest between the outputs of on and off, relative to their rms
+
+  double speedup() const { return off.time.median / on.time.median; }
+};
+
+OpResult run_op(const OpProblem& problem, ThreadPool& pool, int rounds);
+
+/// The measured machine and build, for reports.
+struct OpReport {
+  Roofline roofline;
+  std::string isa;
+  std::vector<OpResult> results;
+};
+
+std::string to_table(const OpReport& report);
+std::string to_json(const OpReport& report);
+
+}  // namespace relay::bench

@@ -1,0 +1,159 @@
+// The two faces of an operator benchmark: a table for people, JSON for machines.
+#include <cstdarg>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+#include "bench/op/op_bench.h"
+#include "relay_commit.h"
+
+namespace relay::bench {
+namespace {
+
+std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
+std::string format(const char* pattern, ...) {
+  char text[512];
+  va_list arguments;
+  va_start(arguments, pattern);
+  std::vsnprintf(text, sizeof(text), pattern, arguments);
+  va_end(arguments);
+  return text;
+}
+
+std::string duration(double seconds) {
+  if (seconds < 1e-3) return format("%.1f us", seconds * 1e6);
+  if (seconds < 1) return format("%.2f ms", seconds * 1e3);
+  return format("%.2f s", seconds);
+}
+
+bool uses_bf16(const OpReport& report, const OpResult& result) {
+  return result.problem.kv_type == DType::kBF16 && report.isa == "avx512bf16";
+}
+
+/// Shares of the rooflines that a measurement reached.
+struct Shares {
+  double gflops, gbytes, compute, memory, floor;
+};
+
+Shares shares_of(const OpReport& report, const OpResult& result, const OpMeasurement& m) {
+  const Roofline& roofline = report.roofline;
+  const bool bf16 = uses_bf16(report, result);
+  const double peak =
+      bf16 && roofline.bf16_flops > 0 ? roofline.bf16_flops : roofline.f32_flops;
+  const double seconds = m.time.median;
+  return {.gflops = m.flops / seconds * 1e-9,
+          .gbytes = m.bytes_read / seconds * 1e-9,
+          .compute = m.flops / seconds / peak,
+          .memory = m.bytes_read / seconds / roofline.read_bytes,
+          // Against the least that the problem needs, not what this way of running it reads.
+          .floor = roofline.time_floor(m.flops, result.ideal_bytes, bf16) / seconds};
+}
+
+std::string row(const OpReport& report, const OpResult& result, const OpMeasurement& m,
+                const char* name) {
+  const Shares shares = shares_of(report, result, m);
+  const double spread = (m.time.high - m.time.low) / m.time.median;
+  return format("  %-8s %11s %5.1f%% %8.1f %7.2f %9.1f %6.2fx %7.0f%% %7.0f%% %7.0f%%   %s\n", name,
+                duration(m.time.median).c_str(), 100 * spread, shares.gflops, shares.gbytes,
+                m.bytes_read / 1048576, m.bytes_read / result.ideal_bytes, 100 * shares.compute,
+                100 * shares.memory, 100 * shares.floor,
+                duration(m.build_seconds + m.plan_seconds).c_str());
+}
+
+nlohmann::json json_of(const OpReport& report, const OpResult& result, const OpMeasurement& m) {
+  const Shares shares = shares_of(report, result, m);
+  return {{"seconds_median", m.time.median},
+          {"seconds_quartile_low", m.time.low},
+          {"seconds_quartile_high", m.time.high},
+          {"seconds_best", m.time.best},
+          {"build_seconds", m.build_seconds},
+          {"plan_seconds", m.plan_seconds},
+          {"flops", m.flops},
+          {"kv_bytes_read", m.bytes_read},
+          {"kv_bytes_read_per_ideal", m.bytes_read / result.ideal_bytes},
+          {"gflops_per_second", shares.gflops},
+          {"gbytes_per_second", shares.gbytes},
+          {"share_of_compute_peak", shares.compute},
+          {"share_of_read_peak", shares.memory},
+          {"share_of_roofline", shares.floor},
+          {"items", m.plan.items},
+          {"partials", m.plan.partials},
+          {"workspace_bytes", m.plan.workspace_bytes},
+          {"kv_slots_read", m.plan.kv_slots_read},
+          {"kv_slots_attended", m.plan.kv_slots_attended}};
+}
+
+}  // namespace
+
+std::string to_table(const OpReport& report) {
+  const Roofline& roofline = report.roofline;
+  std::string text = format("%s, %d threads, kernels %s, commit %s\n", cpu_model().c_str(),
+                            roofline.threads, report.isa.c_str(), kCommit);
+  text += format("roofline of this run: f32 %.0f GFLOP/s", roofline.f32_flops * 1e-9);
+  if (roofline.bf16_flops > 0) text += format(", bf16 %.0f GFLOP/s", roofline.bf16_flops * 1e-9);
+  text += format(", read %.1f GB/s (%lld MiB streamed, cache %lld MiB)\n",
+                 roofline.read_bytes * 1e-9,
+                 static_cast<long long>(roofline.buffer_bytes >> 20),
+                 static_cast<long long>(roofline.cache_bytes >> 20));
+  for (const OpResult& result : report.results) {
+    const OpProblem& p = result.problem;
+    text += format("\n%d/%d heads of %d", p.shape.q_heads, p.shape.kv_heads, p.shape.qk_dim);
+    if (p.shape.v_dim != p.shape.qk_dim) text += format("/%d", p.shape.v_dim);
+    text += format(", %s KV, prefix %lld, context %lld, batch %d; KV %.1f MiB a layer, %d layers, "
+                   "%d rounds\n",
+                   to_string(p.kv_type), static_cast<long long>(p.prefix),
+                   static_cast<long long>(p.context), p.batch, result.ideal_bytes / 1048576,
+                   result.layers, result.rounds);
+    text += format("  %-8s %11s %6s %8s %7s %9s %7s %8s %8s %8s   %s\n", "sharing", "median", "iqr",
+                   "GFLOP/s", "GB/s", "KV MiB", "reads", "compute", "memory", "roof",
+                   "build+plan");
+    text += row(report, result, result.on, "on");
+    text += row(report, result, result.off, "off");
+    text += format("  speed-up %.2fx, predicted for memory-bound decode %.2fx; outputs differ by at "
+                   "most %.1e of their rms\n",
+                   result.speedup(), result.predicted, result.difference);
+  }
+  text += "\niqr: quartile distance over median. KV MiB: what the plan reads of the cache, reads: over one "
+          "read of every slot.\ncompute, memory: share of the measured peaks; bf16 KV on bf16 kernels counts "
+          "against the bf16 peak.\nroof: the least time the problem needs on this machine (one "
+          "read, or all flops) over the time taken.\n";
+  return text;
+}
+
+std::string to_json(const OpReport& report) {
+  const Roofline& roofline = report.roofline;
+  nlohmann::json results = nlohmann::json::array();
+  for (const OpResult& result : report.results) {
+    const OpProblem& p = result.problem;
+    results.push_back({{"heads", p.shape.q_heads},
+                       {"kv_heads", p.shape.kv_heads},
+                       {"head_dim", p.shape.qk_dim},
+                       {"v_head_dim", p.shape.v_dim},
+                       {"kv_type", to_string(p.kv_type)},
+                       {"prefix", p.prefix},
+                       {"context", p.context},
+                       {"batch", p.batch},
+                       {"layers", result.layers},
+                       {"rounds", result.rounds},
+                       {"kv_bytes_ideal", result.ideal_bytes},
+                       {"sharing_on", json_of(report, result, result.on)},
+                       {"sharing_off", json_of(report, result, result.off)},
+                       {"speedup", result.speedup()},
+                       {"predicted_speedup", result.predicted},
+                       {"outputs_differ_by", result.difference}});
+  }
+  const nlohmann::json json = {
+      {"benchmark", "op"},
+      {"machine",
+       {{"cpu", cpu_model()}, {"threads", roofline.threads}, {"llc_bytes", roofline.cache_bytes}}},
+      {"isa", report.isa},
+      {"commit", kCommit},
+      {"roofline",
+       {{"f32_flops_per_second", roofline.f32_flops},
+        {"bf16_flops_per_second", roofline.bf16_flops},
+        {"read_bytes_per_second", roofline.read_bytes},
+        {"streamed_bytes", roofline.buffer_bytes}}},
+      {"results", results}};
+  return json.dump(2);
+}
+
+}  // namespace relay::bench

@@ -1,0 +1,104 @@
+// relay bench op: the attention operator by itself, sharing on against off, with its rooflines.
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "bench/op/op_bench.h"
+#include "cli/commands.h"
+
+namespace relay::cli {
+namespace {
+
+struct BenchOpOptions {
+  int32_t heads = 32;
+  int32_t kv_heads = 8;
+  int32_t head_dim = 128;
+  int32_t v_head_dim = 0;  ///< 0: as head_dim
+  std::vector<int64_t> prefix = {4096};
+  std::vector<int64_t> context = {128};
+  std::vector<int32_t> batch = {1, 8, 32};
+  std::vector<std::string> kv_types = {"f16"};
+  int32_t threads = 0;  ///< 0: all
+  int rounds = 10;
+  std::string isa;
+  bool json = false;
+};
+
+DType parse_kv_type(const std::string& name) {
+  for (DType type : {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0}) {
+    if (name == to_string(type)) return type;
+  }
+  throw Error("--kv-type is one of f32, f16, bf16, q8_0, not '" + name + "'");
+}
+
+void run(const BenchOpOptions& options) {
+  if (!options.isa.empty()) select_isa(options.isa);
+  const int32_t threads = options.threads > 0
+                              ? options.threads
+                              : static_cast<int32_t>(std::thread::hardware_concurrency());
+  bench::ThreadPool pool(threads);
+  bench::OpReport report;
+  report.isa = current_isa();
+  if (!options.json) std::fprintf(stderr, "measuring the roofline ...\n");
+  report.roofline = bench::measure_roofline(pool);
+  for (const std::string& kv_type : options.kv_types) {
+    for (int64_t prefix : options.prefix) {
+      for (int64_t context : options.context) {
+        for (int32_t batch : options.batch) {
+          bench::OpProblem problem;
+          problem.shape = {
+              .q_heads = options.heads,
+              .kv_heads = options.kv_heads,
+              .qk_dim = options.head_dim,
+              .v_dim = options.v_head_dim > 0 ? options.v_head_dim : options.head_dim};
+          problem.kv_type = parse_kv_type(kv_type);
+          problem.prefix = prefix;
+          problem.context = context;
+          problem.batch = batch;
+          if (!options.json) {
+            std::fprintf(stderr, "measuring %s, prefix %lld, context %lld, batch %d ...\n",
+                         kv_type.c_str(), static_cast<long long>(prefix),
+                         static_cast<long long>(context), batch);
+          }
+          report.results.push_back(bench::run_op(problem, pool, options.rounds));
+        }
+      }
+    }
+  }
+  std::puts((options.json ? bench::to_json(report) : bench::to_table(report)).c_str());
+}
+
+}  // namespace
+
+void add_bench_op(CLI::App& app) {
+  auto options = std::make_shared<BenchOpOptions>();
+  CLI::App* op = app.add_subcommand(
+      "op", "The attention operator: decode rows over one shared prefix, sharing on against off");
+  op->add_option("--heads", options->heads, "Query heads")->capture_default_str();
+  op->add_option("--kv-heads", options->kv_heads, "KV heads")->capture_default_str();
+  op->add_option("--head-dim", options->head_dim, "Elements of a Q, K and V vector")
+      ->capture_default_str();
+  op->add_option("--v-head-dim", options->v_head_dim, "Elements of a V vector, if others");
+  op->add_option("--prefix", options->prefix, "Shared KV slots; several: a,b,c")
+      ->delimiter(',')
+      ->capture_default_str();
+  op->add_option("--context", options->context, "KV slots of each request's own; several: a,b,c")
+      ->delimiter(',')
+      ->capture_default_str();
+  op->add_option("--batch", options->batch, "Requests, one row each; several: a,b,c")
+      ->delimiter(',')
+      ->capture_default_str();
+  op->add_option("--kv-type", options->kv_types, "f32, f16, bf16, q8_0; several: a,b,c")
+      ->delimiter(',')
+      ->capture_default_str();
+  op->add_option("--threads", options->threads, "Threads (default: all)");
+  op->add_option("--rounds", options->rounds, "Alternating rounds of on and off")
+      ->capture_default_str();
+  op->add_option("--isa", options->isa, "Kernel set, one of `relay isa` (default: the best)");
+  op->add_flag("--json", options->json, "Print JSON");
+  op->callback([options] { run(*options); });
+}
+
+}  // namespace relay::cli

@@ -106,15 +106,13 @@ void build(const OpProblem& p, Sharing sharing, Forest& forest) {
   for (int32_t row = 0; row < p.batch; ++row) {
     TreeNode leaf{.parent = 0, .spans = {}};
     if (p.context > 0) {
-      leaf.spans = {
-          {.slot = p.prefix + row * p.context, .column = p.prefix, .count = p.context}};
+      leaf.spans = {{.slot = p.prefix + row * p.context, .column = p.prefix, .count = p.context}};
     }
     leaf_of_row.push_back(static_cast<int32_t>(nodes.size()));
     nodes.push_back(std::move(leaf));
   }
-  build_from_tree(
-      {.nodes = nodes, .leaf_of_row = leaf_of_row, .position_of_row = {}, .window = 0}, sharing,
-      forest);
+  build_from_tree({.nodes = nodes, .leaf_of_row = leaf_of_row, .position_of_row = {}, .window = 0},
+                  sharing, forest);
 }
 
 /// Builds and plans as for a new batch; a plan is remade in place, as engines do step after step.

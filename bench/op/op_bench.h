@@ -26,7 +26,7 @@ struct OpProblem {
 /// Seconds of one operator over the rounds.
 struct Timing {
   double median = 0;
-  double low = 0;   ///< quartiles
+  double low = 0;  ///< quartiles
   double high = 0;
   double best = 0;
 };
@@ -37,19 +37,19 @@ struct OpMeasurement {
   double build_seconds = 0;  ///< finding the sharing, median
   double plan_seconds = 0;   ///< planning, median
   double flops = 0;
-  double bytes_read = 0;     ///< of KV, by the plan
+  double bytes_read = 0;  ///< of KV, by the plan
   PlanSummary plan;
 };
 
 struct OpResult {
   OpProblem problem;
-  int layers = 0;           ///< copies of the KV
+  int layers = 0;  ///< copies of the KV
   int rounds = 0;
-  double ideal_bytes = 0;   ///< each KV slot once
+  double ideal_bytes = 0;  ///< each KV slot once
   OpMeasurement on;
   OpMeasurement off;
-  double predicted = 0;     ///< the paper's b(s+c)/(s+bc)
-  double difference = 0;    ///< largest between the outputs of on and off, relative to their rms
+  double predicted = 0;   ///< the paper's b(s+c)/(s+bc)
+  double difference = 0;  ///< largest between the outputs of on and off, relative to their rms
 
   double speedup() const { return off.time.median / on.time.median; }
 };

@@ -37,8 +37,7 @@ struct Shares {
 Shares shares_of(const OpReport& report, const OpResult& result, const OpMeasurement& m) {
   const Roofline& roofline = report.roofline;
   const bool bf16 = uses_bf16(report, result);
-  const double peak =
-      bf16 && roofline.bf16_flops > 0 ? roofline.bf16_flops : roofline.f32_flops;
+  const double peak = bf16 && roofline.bf16_flops > 0 ? roofline.bf16_flops : roofline.f32_flops;
   const double seconds = m.time.median;
   return {.gflops = m.flops / seconds * 1e-9,
           .gbytes = m.bytes_read / seconds * 1e-9,
@@ -91,31 +90,33 @@ std::string to_table(const OpReport& report) {
   text += format("roofline of this run: f32 %.0f GFLOP/s", roofline.f32_flops * 1e-9);
   if (roofline.bf16_flops > 0) text += format(", bf16 %.0f GFLOP/s", roofline.bf16_flops * 1e-9);
   text += format(", read %.1f GB/s (%lld MiB streamed, cache %lld MiB)\n",
-                 roofline.read_bytes * 1e-9,
-                 static_cast<long long>(roofline.buffer_bytes >> 20),
+                 roofline.read_bytes * 1e-9, static_cast<long long>(roofline.buffer_bytes >> 20),
                  static_cast<long long>(roofline.cache_bytes >> 20));
   for (const OpResult& result : report.results) {
     const OpProblem& p = result.problem;
     text += format("\n%d/%d heads of %d", p.shape.q_heads, p.shape.kv_heads, p.shape.qk_dim);
     if (p.shape.v_dim != p.shape.qk_dim) text += format("/%d", p.shape.v_dim);
-    text += format(", %s KV, prefix %lld, context %lld, batch %d; KV %.1f MiB a layer, %d layers, "
-                   "%d rounds\n",
-                   to_string(p.kv_type), static_cast<long long>(p.prefix),
-                   static_cast<long long>(p.context), p.batch, result.ideal_bytes / 1048576,
-                   result.layers, result.rounds);
+    text += format(
+        ", %s KV, prefix %lld, context %lld, batch %d; KV %.1f MiB a layer, %d layers, "
+        "%d rounds\n",
+        to_string(p.kv_type), static_cast<long long>(p.prefix), static_cast<long long>(p.context),
+        p.batch, result.ideal_bytes / 1048576, result.layers, result.rounds);
     text += format("  %-8s %11s %6s %8s %7s %9s %7s %8s %8s %8s   %s\n", "sharing", "median", "iqr",
-                   "GFLOP/s", "GB/s", "KV MiB", "reads", "compute", "memory", "roof",
-                   "build+plan");
+                   "GFLOP/s", "GB/s", "KV MiB", "reads", "compute", "memory", "roof", "build+plan");
     text += row(report, result, result.on, "on");
     text += row(report, result, result.off, "off");
-    text += format("  speed-up %.2fx, predicted for memory-bound decode %.2fx; outputs differ by at "
-                   "most %.1e of their rms\n",
-                   result.speedup(), result.predicted, result.difference);
+    text += format(
+        "  speed-up %.2fx, predicted for memory-bound decode %.2fx; outputs differ by at "
+        "most %.1e of their rms\n",
+        result.speedup(), result.predicted, result.difference);
   }
-  text += "\niqr: quartile distance over median. KV MiB: what the plan reads of the cache, reads: over one "
-          "read of every slot.\ncompute, memory: share of the measured peaks; bf16 KV on bf16 kernels counts "
-          "against the bf16 peak.\nroof: the least time the problem needs on this machine (one "
-          "read, or all flops) over the time taken.\n";
+  text +=
+      "\niqr: quartile distance over median. KV MiB: what the plan reads of the cache, reads: over "
+      "one "
+      "read of every slot.\ncompute, memory: share of the measured peaks; bf16 KV on bf16 kernels "
+      "counts "
+      "against the bf16 peak.\nroof: the least time the problem needs on this machine (one "
+      "read, or all flops) over the time taken.\n";
   return text;
 }
 

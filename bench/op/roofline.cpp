@@ -192,8 +192,8 @@ Roofline measure_roofline(ThreadPool& pool) {
   if (const FlopLoop loop = bf16_loop()) roofline.bf16_flops = measure_flops(pool, loop);
   roofline.cache_bytes = last_level_cache_bytes();
   // Eight times the cache: less than an eighth of it can still be there from the last round.
-  roofline.buffer_bytes = std::clamp<int64_t>(8 * roofline.cache_bytes, int64_t{256} << 20,
-                                              int64_t{2} << 30);
+  roofline.buffer_bytes =
+      std::clamp<int64_t>(8 * roofline.cache_bytes, int64_t{256} << 20, int64_t{2} << 30);
   roofline.read_bytes = measure_read(pool, roofline.buffer_bytes);
   return roofline;
 }

@@ -11,9 +11,9 @@ namespace relay::bench {
 
 struct Roofline {
   int32_t threads = 0;
-  double f32_flops = 0;    ///< flop/s of fused multiply-adds on registers, widest vectors
-  double bf16_flops = 0;   ///< flop/s of bf16 dot products (f32 sums); 0 where the CPU has none
-  double read_bytes = 0;   ///< byte/s of a streaming read
+  double f32_flops = 0;      ///< flop/s of fused multiply-adds on registers, widest vectors
+  double bf16_flops = 0;     ///< flop/s of bf16 dot products (f32 sums); 0 where the CPU has none
+  double read_bytes = 0;     ///< byte/s of a streaming read
   int64_t cache_bytes = 0;   ///< last-level cache, as the system tells
   int64_t buffer_bytes = 0;  ///< what was streamed
 

@@ -48,11 +48,10 @@ void run(const BenchOpOptions& options) {
       for (int64_t context : options.context) {
         for (int32_t batch : options.batch) {
           bench::OpProblem problem;
-          problem.shape = {
-              .q_heads = options.heads,
-              .kv_heads = options.kv_heads,
-              .qk_dim = options.head_dim,
-              .v_dim = options.v_head_dim > 0 ? options.v_head_dim : options.head_dim};
+          problem.shape = {.q_heads = options.heads,
+                           .kv_heads = options.kv_heads,
+                           .qk_dim = options.head_dim,
+                           .v_dim = options.v_head_dim > 0 ? options.v_head_dim : options.head_dim};
           problem.kv_type = parse_kv_type(kv_type);
           problem.prefix = prefix;
           problem.context = context;

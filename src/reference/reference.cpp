@@ -101,8 +101,8 @@ std::vector<double> reference_logits(const HeadShape& shape, const AttentionInpu
   for (const AttendedSlot& attended : slots) {
     double bias = 0.0;
     if (inputs.bias.data) {
-      const double mask = decode_element(inputs.bias.type, row_vector(inputs.bias, row, head),
-                                         attended.column);
+      const double mask =
+          decode_element(inputs.bias.type, row_vector(inputs.bias, row, head), attended.column);
       if (mask == -kInfinity) {  // hidden whatever the slope, also if that is 0
         logits.push_back(-kInfinity);
         continue;
@@ -112,8 +112,8 @@ std::vector<double> reference_logits(const HeadShape& shape, const AttentionInpu
       bias = slope * static_cast<double>(attended.column - position);
     }
 
-    const std::vector<double> k = decode_vector(
-        kv.k, kv_vector(kv.k, kv.block_size, attended.slot, kv_head), shape.qk_dim);
+    const std::vector<double> k =
+        decode_vector(kv.k, kv_vector(kv.k, kv.block_size, attended.slot, kv_head), shape.qk_dim);
     double dot = 0.0;
     for (int64_t i = 0; i < shape.qk_dim; ++i) dot += q[i] * k[i];
 
@@ -129,8 +129,7 @@ void reference_row(const HeadShape& shape, const AttentionInputs& inputs, int64_
                    double* lse) {
   const KvCache& kv = inputs.kv;
   for (int64_t head = 0; head < shape.q_heads; ++head) {
-    const std::vector<double> logits =
-        reference_logits(shape, inputs, row, head, position, slots);
+    const std::vector<double> logits = reference_logits(shape, inputs, row, head, position, slots);
     const double sink = inputs.sinks ? inputs.sinks[head] : -kInfinity;
 
     double max = sink;
@@ -148,9 +147,8 @@ void reference_row(const HeadShape& shape, const AttentionInputs& inputs, int64_
       if (logits[s] == -kInfinity) continue;  // its V may be anything
       const double weight = std::exp(logits[s] - max);
       sum += weight;
-      const std::vector<double> v =
-          decode_vector(kv.v, kv_vector(kv.v, kv.block_size, slots[s].slot, head / shape.group()),
-                        shape.v_dim);
+      const std::vector<double> v = decode_vector(
+          kv.v, kv_vector(kv.v, kv.block_size, slots[s].slot, head / shape.group()), shape.v_dim);
       for (int64_t j = 0; j < shape.v_dim; ++j) head_out[j] += weight * v[j];
     }
     for (int64_t j = 0; j < shape.v_dim; ++j) head_out[j] /= sum;

@@ -55,8 +55,8 @@ void check(OperatorCase& op, const ForestCase& c, const Truth& truth, bool stati
       const PlanPtr plan = make_plan(forest, op.options(threads));
       Workspace workspace(*plan);
       run_plan(*plan, inputs, workspace, threads, Threading::kInTurn, c.seed);
-      ASSERT_EQ(oracle.compare(op, op.out,
-                               arithmetic_of(isa, op.config.k_type, op.config.v_type), statistics),
+      ASSERT_EQ(oracle.compare(op, op.out, arithmetic_of(isa, op.config.k_type, op.config.v_type),
+                               statistics),
                 "");
       ASSERT_EQ(op.out.broken_guards(), "");
     });
@@ -75,7 +75,8 @@ void check(OperatorCase& op, const ForestCase& c, bool statistics) {
   check(op, c, truth_of(c), statistics);
 }
 
-// --- Lengths --------------------------------------------------------------------------------------
+// --- Lengths
+// --------------------------------------------------------------------------------------
 
 const std::vector<int64_t> kEdges = {0,  1,  2,  7,  8,  15, 16,  17,  31,  32,
                                      33, 47, 63, 64, 65, 95, 127, 128, 129, 255};
@@ -155,8 +156,7 @@ TEST(Lengths, SixLevelsOfSingleSlots) {
   c.causal = false;
   for (int64_t level = 0; level < 6; ++level) {
     c.nodes.push_back({.parent = static_cast<int32_t>(level) - 1, .slots = {5 - level}});
-    c.requests.push_back(
-        {.node = static_cast<int32_t>(level), .kv_length = level + 1, .rows = 1});
+    c.requests.push_back({.node = static_cast<int32_t>(level), .kv_length = level + 1, .rows = 1});
   }
   c.blocks = 6;
   c.index_rows();
@@ -167,7 +167,8 @@ TEST(Lengths, SixLevelsOfSingleSlots) {
   }
 }
 
-// --- Nothing to attend ----------------------------------------------------------------------------
+// --- Nothing to attend
+// ----------------------------------------------------------------------------
 
 void expect_nothing(OperatorCase& op, const Forest& forest, const Mask* mask) {
   for_each_isa([&](const std::string&) {
@@ -261,7 +262,8 @@ TEST(Nothing, SomeRowsAmongOthers) {
   }
 }
 
-// --- Logits ---------------------------------------------------------------------------------------
+// --- Logits
+// ---------------------------------------------------------------------------------------
 
 TEST(Logits, HugeOnes) {
   // +-1e4: every exponential but the largest ones underflows, and nothing may overflow.
@@ -386,7 +388,8 @@ TEST(Logits, SinksThatTakeAllAndNothing) {
   }
 }
 
-// --- Garbage --------------------------------------------------------------------------------------
+// --- Garbage
+// --------------------------------------------------------------------------------------
 
 TEST(Garbage, HiddenByMaskBetweenVisibleSlots) {
   // Every third slot is NaN and hidden from all rows.
@@ -450,7 +453,8 @@ TEST(Garbage, NanInASlotSpoilsOnlyThoseWhoAttendIt) {
   }
 }
 
-// --- Values ---------------------------------------------------------------------------------------
+// --- Values
+// ---------------------------------------------------------------------------------------
 
 TEST(Values, ExtremeOnesSurvive) {
   // The largest f16 times weights that sum to 1, and the smallest subnormals.

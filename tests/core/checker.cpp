@@ -93,15 +93,16 @@ std::string Oracle::compare(const OperatorCase& op, const OutputTensor& output,
     for (size_t j = 0; j < answer.out.size(); ++j) {
       const double got = output.out(answer.row, answer.head, j);
       const double error = std::fabs(got - answer.out[j]);
-      const double allowed = bounds.worst[j] * (1 + u_out) + u_out * std::fabs(answer.out[j]) + step;
+      const double allowed =
+          bounds.worst[j] * (1 + u_out) + u_out * std::fabs(answer.out[j]) + step;
       if (!(error <= allowed)) {  // also when `got` is NaN
         offend(answer) << "element " << j << " is " << got << ", should be " << answer.out[j]
                        << "; error " << error << ", bound " << allowed;
         return report.str();
       }
       squared_error += error * error;
-      variance += bounds.variance[j] +
-                  (u_out * u_out * answer.out[j] * answer.out[j] + step * step) / 3;
+      variance +=
+          bounds.variance[j] + (u_out * u_out * answer.out[j] * answer.out[j] + step * step) / 3;
     }
     if (output.has_lse()) {
       const double got = output.lse(answer.row, answer.head);
@@ -126,14 +127,15 @@ std::string Oracle::compare(const OperatorCase& op, const OutputTensor& output,
   last_mean_ratio_ = measured > 0 ? ratios / static_cast<double>(measured) : 0;
   if (!statistics || measured == 0) return "";
   if (worst_row > kRowRms * kRowRms) {
-    offend(*worst_answer) << "within the worst case, but its rms error is "
-                          << std::sqrt(worst_row) << " times the modelled one";
+    offend(*worst_answer) << "within the worst case, but its rms error is " << std::sqrt(worst_row)
+                          << " times the modelled one";
     return report.str();
   }
   const double limit = 2 + 12 / std::sqrt(static_cast<double>(measured));
   if (last_mean_ratio_ > limit) {
     report << op.config.describe() << "\n  mean squared error over " << measured
-           << " rows and heads is " << last_mean_ratio_ << " times the modelled one, limit " << limit;
+           << " rows and heads is " << last_mean_ratio_ << " times the modelled one, limit "
+           << limit;
     return report.str();
   }
   return "";

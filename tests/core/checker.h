@@ -2,7 +2,8 @@
 //
 // Three measures (tolerance.h derives the bounds):
 //   1. every element within its worst-case bound, and lse too;
-//   2. each (row, head): mean squared error of its elements below kRowRms^2 of the modelled variance.
+//   2. each (row, head): mean squared error of its elements below kRowRms^2 of the modelled
+//   variance.
 //      Few slots mean that all elements share one rounding, so this is a tail bound for a single
 //      error: six standard deviations, of a distribution with no tail to speak of;
 //   3. the mean of that ratio over all N rows and heads below 2 + 12 / sqrt(N): an average of

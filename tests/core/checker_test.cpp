@@ -1,5 +1,7 @@
 // Can the tests fail? Small faults are planted into correct results; the checker must see each one.
 // This is the check on tolerances: a bound too loose to notice a lost slot is worth nothing.
+#include "core/checker.h"
+
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -8,7 +10,6 @@
 #include <string>
 #include <vector>
 
-#include "core/checker.h"
 #include "core/numeric.h"
 #include "core/test_env.h"
 
@@ -32,13 +33,13 @@ class Checker : public ::testing::TestWithParam<DType> {
 
   /// Dense attention in f32 with the faults of a test's choosing.
   struct Fault {
-    int64_t skipped_slot = -1;      ///< for row 0
-    int64_t swapped_v = -1;         ///< row 0 reads this slot's V from its neighbour
-    double logit_error = 0;         ///< factor 1 + error on all logits
-    bool wrong_kv_head = false;     ///< row 0, head 0 reads the other KV head
-    bool no_max_rescale = false;    ///< row 0 forgets to rescale half of its sum
-    bool round_to_bf16 = false;     ///< Q and P rounded, as the bf16 kernels do
-    bool round_to_8_bits = false;   ///< P rounded to 7 bits: too coarse for any kernel
+    int64_t skipped_slot = -1;     ///< for row 0
+    int64_t swapped_v = -1;        ///< row 0 reads this slot's V from its neighbour
+    double logit_error = 0;        ///< factor 1 + error on all logits
+    bool wrong_kv_head = false;    ///< row 0, head 0 reads the other KV head
+    bool no_max_rescale = false;   ///< row 0 forgets to rescale half of its sum
+    bool round_to_bf16 = false;    ///< Q and P rounded, as the bf16 kernels do
+    bool round_to_8_bits = false;  ///< P rounded to 7 bits: too coarse for any kernel
   };
 
   void compute(const Fault& fault) {
@@ -49,9 +50,9 @@ class Checker : public ::testing::TestWithParam<DType> {
         int64_t kv_head = head / shape.group();
         if (faulty && fault.wrong_kv_head && head == 0) kv_head = 1 - kv_head;
         const AttentionInputs inputs = op_.oracle_inputs();
-        const auto* q = reinterpret_cast<const float*>(static_cast<const char*>(inputs.q.data) +
-                                                       row * inputs.q.row_stride +
-                                                       head * inputs.q.head_stride);
+        const auto* q =
+            reinterpret_cast<const float*>(static_cast<const char*>(inputs.q.data) +
+                                           row * inputs.q.row_stride + head * inputs.q.head_stride);
         std::vector<float> out(shape.v_dim);
         float max = -std::numeric_limits<float>::infinity();
         float sum = 0;
@@ -75,8 +76,7 @@ class Checker : public ::testing::TestWithParam<DType> {
           sum += p;
           if (fault.round_to_bf16) p = rounded(p);
           if (faulty && fault.round_to_8_bits) p = std::nearbyint(p * 128) / 128;
-          const int64_t v_slot =
-              faulty && a.slot == fault.swapped_v ? fault.swapped_v + 1 : a.slot;
+          const int64_t v_slot = faulty && a.slot == fault.swapped_v ? fault.swapped_v + 1 : a.slot;
           const auto v = op_.kv.v.decoded(v_slot, kv_head);
           for (int32_t j = 0; j < shape.v_dim; ++j) out[j] += p * v[j];
         }
@@ -203,7 +203,8 @@ TEST(Guards, SeeOneByteAnywhere) {
     EXPECT_EQ(output.broken_guards(), "");
     if (layout != RowsLayout::kDense) {
       const MutableRows view = output.view();
-      const int64_t gap = layout == RowsLayout::kBlocked ? view.head_stride - 1 : view.head_stride - 1;
+      const int64_t gap =
+          layout == RowsLayout::kBlocked ? view.head_stride - 1 : view.head_stride - 1;
       data[gap] = 0;
       EXPECT_NE(output.broken_guards(), "");
       output.reset();
@@ -250,8 +251,8 @@ TEST(Generator, ReachesItsCorners) {
     }
     shared_stops += c.requests.size() > c.nodes.size();
   }
-  for (int count : {deep, wide, long_prefix, windows, tables, prefill, idle, several_roots,
-                    empty_nodes}) {
+  for (int count :
+       {deep, wide, long_prefix, windows, tables, prefill, idle, several_roots, empty_nodes}) {
     EXPECT_GT(count, kCases / 60);
   }
   EXPECT_EQ(generate_forest(9, {}).describe(), generate_forest(9, {}).describe());

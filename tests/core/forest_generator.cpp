@@ -194,8 +194,8 @@ ForestCase generate_forest(uint64_t seed, const ForestLimits& limits) {
     ForestCase::Request request;
     request.rows = 1;
     if (random.chance(prefill)) {
-      request.rows = static_cast<int32_t>(
-          random.between(1, std::clamp<int64_t>(target_rows - rows, 1, 96)));
+      request.rows =
+          static_cast<int32_t>(random.between(1, std::clamp<int64_t>(target_rows - rows, 1, 96)));
     }
     const int64_t prefix = path_length(c, node);
     const bool stops_inside = c.causal && prefix >= request.rows && random.chance(0.15);
@@ -317,11 +317,12 @@ void build_from_tree(const ForestCase& c, Sharing sharing, uint64_t seed, Forest
                          sharing, forest);
 }
 
-// --- Masks ----------------------------------------------------------------------------------------
+// --- Masks
+// ----------------------------------------------------------------------------------------
 
 float Mask::at(int64_t row, int64_t column) const {
-  const unsigned char* vector = bytes.data() + row / rows_per_stream * stream_stride +
-                                row % rows_per_stream * row_stride;
+  const unsigned char* vector =
+      bytes.data() + row / rows_per_stream * stream_stride + row % rows_per_stream * row_stride;
   return static_cast<float>(decode_element(type, vector, column));
 }
 
@@ -394,8 +395,7 @@ Mask mask_of(const ForestCase& c, DType type, MaskValues values, uint64_t seed) 
 Mask generate_mask(uint64_t seed, int32_t max_rows, int64_t max_columns) {
   Random random(derive_seed(seed, 0x3b));
   const int32_t streams = random.chance(0.5) ? 1 : static_cast<int32_t>(random.between(2, 4));
-  const int32_t rows =
-      static_cast<int32_t>(random.log_between(1, std::max(1, max_rows / streams)));
+  const int32_t rows = static_cast<int32_t>(random.log_between(1, std::max(1, max_rows / streams)));
   const int64_t columns = random.log_between(1, max_columns);
   Mask mask = make_mask(random.chance(0.5) ? DType::kF16 : DType::kF32, rows, streams, columns);
 

@@ -20,11 +20,11 @@ namespace relay::test {
 struct ForestLimits {
   int32_t max_depth = 6;
   int32_t max_rows = 256;
-  int64_t max_prefix = 8192;           ///< tokens of one shared node
-  int64_t max_context = 256;           ///< tokens of a request's own
-  int64_t max_slots = 16384;           ///< stored tokens, the KV cache's size
-  int64_t max_attended = 400'000;      ///< (row, slot) pairs
-  bool tables_possible = false;        ///< only cases that block tables can describe
+  int64_t max_prefix = 8192;       ///< tokens of one shared node
+  int64_t max_context = 256;       ///< tokens of a request's own
+  int64_t max_slots = 16384;       ///< stored tokens, the KV cache's size
+  int64_t max_attended = 400'000;  ///< (row, slot) pairs
+  bool tables_possible = false;    ///< only cases that block tables can describe
 };
 
 struct ForestCase {
@@ -43,8 +43,9 @@ struct ForestCase {
   int64_t blocks = 0;
   bool causal = true;
   int64_t window = 0;
-  bool tables_possible = false;  ///< shared nodes are whole blocks and every request attends something
-  std::vector<Node> nodes;       ///< parents before children
+  bool tables_possible =
+      false;                ///< shared nodes are whole blocks and every request attends something
+  std::vector<Node> nodes;  ///< parents before children
   std::vector<Request> requests;
 
   int32_t rows() const { return static_cast<int32_t>(request_of_row.size()); }
@@ -71,7 +72,8 @@ ForestCase generate_forest(uint64_t seed, const ForestLimits& limits);
 /// all decode rows, one block for all slots. Slots lie in order: prefix first.
 ForestCase shared_prefix_case(int64_t prefix, const std::vector<int64_t>& contexts);
 
-// --- Inputs of the builders -----------------------------------------------------------------------
+// --- Inputs of the builders
+// -----------------------------------------------------------------------
 
 void build_from_tables(const ForestCase& forest_case, Sharing sharing, Forest& forest);
 /// `seed` chooses where runs of slots are cut into spans; the meaning is the same.

@@ -15,7 +15,7 @@
 namespace relay::test {
 namespace {
 
-constexpr unsigned char kNanByte = 0xff;    // all ones is NaN in f32, f16 and bf16
+constexpr unsigned char kNanByte = 0xff;  // all ones is NaN in f32, f16 and bf16
 constexpr unsigned char kGuardByte = 0xa5;
 constexpr int64_t kMargin = 256;  // bytes around tensors, more than any vector register
 
@@ -82,9 +82,9 @@ OperatorConfig random_config(Random& random) {
     int32_t qk, v;
   };
   static const std::vector<Dims> kDims = {
-      {32, 32},   {40, 40},   {64, 64},   {64, 64},   {65, 67},  {67, 65},   {72, 72},  {80, 80},
-      {96, 96},   {112, 112}, {128, 128}, {128, 128}, {192, 128}, {256, 256}, {320, 256}, {576, 512},
-      {64, 128},  {128, 64},  {160, 160}, {32, 576},  {36, 33},
+      {32, 32},   {40, 40},   {64, 64},   {64, 64},   {65, 67},   {67, 65},   {72, 72},
+      {80, 80},   {96, 96},   {112, 112}, {128, 128}, {128, 128}, {192, 128}, {256, 256},
+      {320, 256}, {576, 512}, {64, 128},  {128, 64},  {160, 160}, {32, 576},  {36, 33},
   };
   static const std::vector<int32_t> kGroups = {1, 2, 3, 4, 5, 7, 8, 12, 16, 20, 32};
   OperatorConfig c;
@@ -92,14 +92,11 @@ OperatorConfig random_config(Random& random) {
   const int32_t group = random.pick(kGroups);
   const int32_t kv_heads =
       static_cast<int32_t>(random.log_between(1, std::max<int64_t>(1, 512 / dims.qk / group)));
-  c.shape = {.q_heads = group * kv_heads,
-             .kv_heads = kv_heads,
-             .qk_dim = dims.qk,
-             .v_dim = dims.v};
+  c.shape = {.q_heads = group * kv_heads, .kv_heads = kv_heads, .qk_dim = dims.qk, .v_dim = dims.v};
 
   const auto kv_type = [&](int64_t dim) {
-    std::vector<DType> types = {DType::kF32, DType::kF16, DType::kF16, DType::kBF16, DType::kBF16,
-                                DType::kCustom};
+    std::vector<DType> types = {DType::kF32,  DType::kF16,  DType::kF16,
+                                DType::kBF16, DType::kBF16, DType::kCustom};
     if (dim % 32 == 0) types.insert(types.end(), {DType::kQ8_0, DType::kQ8_0});
     return random.pick(types);
   };
@@ -109,9 +106,9 @@ OperatorConfig random_config(Random& random) {
   c.v_type = v_like_k && random.chance(0.7) ? c.k_type : kv_type(dims.v);
   c.q_type = random.pick(plain);
   c.out_type = random.pick(plain);
-  c.kv_layout = random.pick(std::vector<KvLayout>{
-      KvLayout::kSlotMajor, KvLayout::kHeadMajor, KvLayout::kBlockMajor, KvLayout::kInterleaved,
-      KvLayout::kPadded, KvLayout::kPadded});
+  c.kv_layout = random.pick(std::vector<KvLayout>{KvLayout::kSlotMajor, KvLayout::kHeadMajor,
+                                                  KvLayout::kBlockMajor, KvLayout::kInterleaved,
+                                                  KvLayout::kPadded, KvLayout::kPadded});
   // An interleaved cache of mixed types would need padding between K and V to align the wider one.
   if (c.kv_layout == KvLayout::kInterleaved && c.k_type != c.v_type) {
     c.kv_layout = KvLayout::kPadded;
@@ -129,7 +126,8 @@ OperatorConfig random_config(Random& random) {
   return c;
 }
 
-// --- KV -------------------------------------------------------------------------------------------
+// --- KV
+// -------------------------------------------------------------------------------------------
 
 KvTensor::KvTensor(DType type, int32_t heads, int64_t dim, int64_t slots)
     : type_(type),
@@ -141,8 +139,8 @@ KvTensor::KvTensor(DType type, int32_t heads, int64_t dim, int64_t slots)
 }
 
 unsigned char* KvTensor::vector(int64_t slot, int64_t head) {
-  return base_ + slot / block_size_ * plane_.block_stride + slot % block_size_ * plane_.slot_stride +
-         head * plane_.head_stride;
+  return base_ + slot / block_size_ * plane_.block_stride +
+         slot % block_size_ * plane_.slot_stride + head * plane_.head_stride;
 }
 
 void KvTensor::set(int64_t slot, int64_t head, std::span<const float> values) {
@@ -229,9 +227,8 @@ KvStorage::KvStorage(const OperatorConfig& config, int64_t block_size, int64_t b
   bytes_.assign(v_begin + extent[1] + 3 * kMargin, kNanByte);
   unsigned char* base = bytes_.data() + aligned_base(bytes_, 0);
   k.base_ = base + shift[0];
-  v.base_ = config.kv_layout == KvLayout::kInterleaved
-                ? k.base_ + vector_bytes(k.type_, k.dim_)
-                : base + v_begin - kMargin + shift[1];
+  v.base_ = config.kv_layout == KvLayout::kInterleaved ? k.base_ + vector_bytes(k.type_, k.dim_)
+                                                       : base + v_begin - kMargin + shift[1];
   k.plane_.data = k.base_;
   v.plane_.data = v.base_;
 }
@@ -257,7 +254,8 @@ void KvStorage::fill(const std::vector<bool>& used, Random& random) {
   }
 }
 
-// --- Q and the output -----------------------------------------------------------------------------
+// --- Q and the output
+// -----------------------------------------------------------------------------
 
 QueryTensor::QueryTensor(const OperatorConfig& config, int64_t rows, Random& random)
     : type_(config.q_type),
@@ -380,7 +378,8 @@ std::vector<unsigned char> OutputTensor::bits() const {
   return result;
 }
 
-// --- The whole ------------------------------------------------------------------------------------
+// --- The whole
+// ------------------------------------------------------------------------------------
 
 namespace {
 
@@ -406,18 +405,15 @@ OperatorCase::OperatorCase(const OperatorConfig& config_, int64_t rows_, int64_t
   scale = config.sharpness / std::sqrt(static_cast<float>(config.shape.qk_dim));
   for (int32_t head = 0; head < config.shape.q_heads; ++head) {
     // ALiBi's slopes are 2^-1 to 2^-8; 0 (no bias for this head) happens too.
-    slopes.push_back(random.chance(0.1)
-                         ? 0.0f
-                         : static_cast<float>(std::exp2(-1.0 - 7.0 * random.uniform())));
+    slopes.push_back(
+        random.chance(0.1) ? 0.0f : static_cast<float>(std::exp2(-1.0 - 7.0 * random.uniform())));
     sinks.push_back(2.0f * random.normal());
   }
 }
 
 PlanOptions OperatorCase::options(int32_t threads) const {
-  return {.shape = config.shape,
-          .k_type = config.k_type,
-          .v_type = config.v_type,
-          .threads = threads};
+  return {
+      .shape = config.shape, .k_type = config.k_type, .v_type = config.v_type, .threads = threads};
 }
 
 AttentionInputs OperatorCase::inputs(OutputTensor& output) const {

@@ -169,7 +169,8 @@ TEST_P(Reuse, WorkspaceMoves) {
 
 INSTANTIATE_TEST_SUITE_P(Seeds, Reuse, ::testing::ValuesIn(seeds(6)));
 
-// --- Company --------------------------------------------------------------------------------------
+// --- Company
+// --------------------------------------------------------------------------------------
 
 TEST(Company, ARowDoesNotDependOnWhoSharesBeyondRounding) {
   // Request 0 alone, then with ever more others on its prefix: both within the bound of the oracle,
@@ -191,9 +192,12 @@ TEST(Company, ARowDoesNotDependOnWhoSharesBeyondRounding) {
       }
       Forest forest;
       build_from_tree(some, Sharing::kOn, 1, forest);
-      const Oracle alone(op, [&](int64_t row) {
-        return RowTruth{.position = some.position(row), .slots = some.attended(row)};
-      }, arithmetics_for(config), 17);
+      const Oracle alone(
+          op,
+          [&](int64_t row) {
+            return RowTruth{.position = some.position(row), .slots = some.attended(row)};
+          },
+          arithmetics_for(config), 17);
       for_each_isa([&](const std::string& isa) {
         SCOPED_TRACE(std::to_string(others) + " others");
         op.out.reset();
@@ -230,7 +234,8 @@ TEST(Company, OrderOfRequestsDoesNotMatterBeyondRounding) {
   }
 }
 
-// --- Summaries ------------------------------------------------------------------------------------
+// --- Summaries
+// ------------------------------------------------------------------------------------
 
 TEST(Summary, CountsReadsAndWork) {
   const ForestCase c = shared_prefix_case(1000, {10, 20, 30, 40});

@@ -48,9 +48,8 @@ uint64_t number_of(const std::string& name) {
 void check_way(OperatorCase& op, const Oracle& oracle, const Way& way, uint64_t seed) {
   Random random(derive_seed(seed, number_of(way.name)));
   const int32_t threads = static_cast<int32_t>(random.between(1, 16));
-  const Threading threading =
-      random.pick(std::vector<Threading>{Threading::kInTurn, Threading::kInRandomTurn,
-                                         Threading::kReal});
+  const Threading threading = random.pick(
+      std::vector<Threading>{Threading::kInTurn, Threading::kInRandomTurn, Threading::kReal});
   SCOPED_TRACE(way.name + ", " + std::to_string(threads) + " threads, threading " +
                std::to_string(static_cast<int>(threading)));
   for_each_isa([&](const std::string& isa) {
@@ -144,7 +143,8 @@ TEST_P(Property, MaskWithBias) {
 
 INSTANTIATE_TEST_SUITE_P(Seeds, Property, ::testing::ValuesIn(seeds(120)));
 
-// --- The largest ----------------------------------------------------------------------------------
+// --- The largest
+// ----------------------------------------------------------------------------------
 
 class Large : public ::testing::TestWithParam<uint64_t> {};
 
@@ -173,8 +173,9 @@ TEST_P(Large, ForestOfManyRowsAndLongPrefixes) {
 
 INSTANTIATE_TEST_SUITE_P(Seeds, Large, ::testing::ValuesIn(seeds(6)));
 
-// --- Every shape and type by itself ---------------------------------------------------------------
-// Random mixes visit everything in the long run; these visit it in every run.
+// --- Every shape and type by itself
+// --------------------------------------------------------------- Random mixes visit everything in
+// the long run; these visit it in every run.
 
 /// 5 requests over a prefix of 150, one of them a prefill chunk.
 ForestCase mixed_batch(uint64_t seed) {
@@ -306,9 +307,11 @@ TEST(Features, SlidingWindows) {
   }
 }
 
-// --- Can it fail? ---------------------------------------------------------------------------------
+// --- Can it fail?
+// ---------------------------------------------------------------------------------
 
-/// One vector of K or V takes its neighbour's place; true if every kernel set's result gives it away.
+/// One vector of K or V takes its neighbour's place; true if every kernel set's result gives it
+/// away.
 void expect_seen(DType type, bool keys, int64_t prefix) {
   SCOPED_TRACE(std::string(to_string(type)) + (keys ? " keys" : " values"));
   OperatorConfig config;

@@ -42,7 +42,8 @@ class Random {
   /// cheap enough for millions of elements.
   float normal() {
     const uint64_t word = bits();
-    const double sum = static_cast<double>(word & 0xffff) + static_cast<double>(word >> 16 & 0xffff) +
+    const double sum = static_cast<double>(word & 0xffff) +
+                       static_cast<double>(word >> 16 & 0xffff) +
                        static_cast<double>(word >> 32 & 0xffff) + static_cast<double>(word >> 48);
     constexpr double kSqrt3 = 1.7320508075688772;
     return static_cast<float>((sum / 65536.0 - 2.0) * kSqrt3);

@@ -1,4 +1,6 @@
 // The oracle against numbers worked out by hand: everything else is measured by it.
+#include "relay/reference.h"
+
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -8,7 +10,6 @@
 
 #include "core/numeric.h"
 #include "core/random.h"
-#include "relay/reference.h"
 
 namespace relay::test {
 namespace {
@@ -187,11 +188,18 @@ TEST(Reference, BlocksStridesAndGroups) {
   }
   const float q[8] = {};
   AttentionInputs inputs;
-  inputs.q = {.data = q, .row_stride = 16, .head_stride = 4, .rows_per_block = 1, .block_stride = 16};
-  inputs.kv = {.k = {.type = DType::kF32, .data = k.data(), .block_stride = kBlock,
-                     .slot_stride = kSlot, .head_stride = kHead},
-               .v = {.type = DType::kF32, .data = v.data(), .block_stride = kBlock,
-                     .slot_stride = kSlot, .head_stride = kHead},
+  inputs.q = {
+      .data = q, .row_stride = 16, .head_stride = 4, .rows_per_block = 1, .block_stride = 16};
+  inputs.kv = {.k = {.type = DType::kF32,
+                     .data = k.data(),
+                     .block_stride = kBlock,
+                     .slot_stride = kSlot,
+                     .head_stride = kHead},
+               .v = {.type = DType::kF32,
+                     .data = v.data(),
+                     .block_stride = kBlock,
+                     .slot_stride = kSlot,
+                     .head_stride = kHead},
                .block_size = 2};
   const std::vector<AttendedSlot> slots = {{1, 0}, {2, 1}};
   double out[4];

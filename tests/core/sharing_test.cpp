@@ -83,9 +83,9 @@ std::vector<AttendedSlot> attended_in(const Forest& forest, uint32_t row, int64_
       for (const Span& span : forest.spans_of(segment)) {
         for (int64_t column = span.column; column < span.column + span.count; ++column) {
           if (mask.at(row, column) != 0) {
-            return ::testing::AssertionFailure() << "row " << row << ", column " << column
-                                                 << " has bias " << mask.at(row, column)
-                                                 << " in a segment without";
+            return ::testing::AssertionFailure()
+                   << "row " << row << ", column " << column << " has bias " << mask.at(row, column)
+                   << " in a segment without";
           }
         }
       }
@@ -94,7 +94,8 @@ std::vector<AttendedSlot> attended_in(const Forest& forest, uint32_t row, int64_
   return ::testing::AssertionSuccess();
 }
 
-// --- Random batches -------------------------------------------------------------------------------
+// --- Random batches
+// -------------------------------------------------------------------------------
 
 class RandomSharing : public ::testing::TestWithParam<uint64_t> {};
 
@@ -158,7 +159,8 @@ TEST_P(RandomSharing, MasksOfNoTree) {
 
 INSTANTIATE_TEST_SUITE_P(Seeds, RandomSharing, ::testing::ValuesIn(seeds(80)));
 
-// --- Small batches, worked out by hand ------------------------------------------------------------
+// --- Small batches, worked out by hand
+// ------------------------------------------------------------
 
 /// The one segment that these rows, and no others, read; fails if there is none or several.
 std::optional<Segment> segment_of(const Forest& forest, const std::vector<uint32_t>& rows) {
@@ -296,12 +298,13 @@ TEST_F(ThreeRequests, RefusesBrokenTables) {
 TEST(TwoLevels, EachLevelIsReadOnce) {
   // System prompt [0, 8), documents A [8, 12) and B [12, 18); rows 0, 3 ask about A, 1, 2 about B.
   const std::vector<TreeNode> nodes = {
-      {-1, {{0, 0, 8}}},   {0, {{8, 8, 4}}},    {0, {{12, 8, 6}}},   {1, {{20, 12, 1}}},
-      {2, {{21, 14, 1}}},  {2, {{22, 14, 2}}},  {1, {{24, 12, 3}}},
+      {-1, {{0, 0, 8}}},  {0, {{8, 8, 4}}},   {0, {{12, 8, 6}}},  {1, {{20, 12, 1}}},
+      {2, {{21, 14, 1}}}, {2, {{22, 14, 2}}}, {1, {{24, 12, 3}}},
   };
   const std::vector<int32_t> leaf_of_row = {3, 4, 5, 6};
   Forest forest;
-  build_from_tree({.nodes = nodes, .leaf_of_row = leaf_of_row, .position_of_row = {}}, Sharing::kOn, forest);
+  build_from_tree({.nodes = nodes, .leaf_of_row = leaf_of_row, .position_of_row = {}}, Sharing::kOn,
+                  forest);
   validate(forest);
   ASSERT_EQ(forest.segments.size(), 7u);
   EXPECT_EQ(segment_of(forest, {0, 1, 2, 3}).value().slots, 8);
@@ -310,7 +313,8 @@ TEST(TwoLevels, EachLevelIsReadOnce) {
   EXPECT_EQ(segment_of(forest, {2}).value().slots, 2);
   EXPECT_EQ(forest.slots_read(), 8 + 4 + 6 + 1 + 1 + 2 + 3);
   EXPECT_EQ(forest.slots_attended(), 4 * 8 + 2 * 4 + 2 * 6 + 7);
-  build_from_tree({.nodes = nodes, .leaf_of_row = leaf_of_row, .position_of_row = {}}, Sharing::kOff, forest);
+  build_from_tree({.nodes = nodes, .leaf_of_row = leaf_of_row, .position_of_row = {}},
+                  Sharing::kOff, forest);
   validate(forest);
   EXPECT_EQ(forest.slots_read(), 4 * 8 + 2 * 4 + 2 * 6 + 7);
 }
@@ -339,7 +343,8 @@ TEST(DisjointGroups, TwoPromptsInOneBatch) {
   const std::vector<TreeNode> nodes = {{-1, {{0, 0, 5}}}, {-1, {{5, 0, 7}}}};
   const std::vector<int32_t> leaf_of_row = {1, 0, 1, 0, -1};
   Forest forest;
-  build_from_tree({.nodes = nodes, .leaf_of_row = leaf_of_row, .position_of_row = {}}, Sharing::kOn, forest);
+  build_from_tree({.nodes = nodes, .leaf_of_row = leaf_of_row, .position_of_row = {}}, Sharing::kOn,
+                  forest);
   validate(forest);
   EXPECT_EQ(segment_of(forest, {1, 3}).value().slots, 5);
   EXPECT_EQ(segment_of(forest, {0, 2}).value().slots, 7);
@@ -425,7 +430,8 @@ TEST(MaskBuilder, RefusesBrokenMasks) {
   EXPECT_THROW(build_from_mask(batch, Sharing::kOn, forest), Error);
 }
 
-// --- validate() -----------------------------------------------------------------------------------
+// --- validate()
+// -----------------------------------------------------------------------------------
 
 class BrokenForest : public ::testing::Test {
  protected:
@@ -433,10 +439,9 @@ class BrokenForest : public ::testing::Test {
     const std::vector<TreeNode> nodes = {{-1, {{0, 0, 4}, {8, 4, 2}}}, {0, {{4, 6, 3}}}};
     const std::vector<int32_t> leaf_of_row = {0, 1, 1};
     const std::vector<int64_t> position_of_row = {5, 7, 8};
-    build_from_tree({.nodes = nodes,
-                     .leaf_of_row = leaf_of_row,
-                     .position_of_row = position_of_row},
-                    Sharing::kOn, forest_);
+    build_from_tree(
+        {.nodes = nodes, .leaf_of_row = leaf_of_row, .position_of_row = position_of_row},
+        Sharing::kOn, forest_);
   }
   void expect_broken(const char* how) { EXPECT_THROW(validate(forest_), Error) << how; }
 

@@ -1,4 +1,6 @@
 // The merge law of partial attention states (relay/state.h), against double precision.
+#include "relay/state.h"
+
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -7,7 +9,6 @@
 
 #include "core/random.h"
 #include "core/test_env.h"
-#include "relay/state.h"
 
 namespace relay::test {
 namespace {
@@ -54,8 +55,7 @@ void expect_softmax_of(const Partial& partial, const std::vector<Slot>& slots) {
     max = std::max<double>(max, slot.x);
     min = std::min<double>(min, slot.x);
   }
-  const double tolerance =
-      (8.0 * static_cast<double>(slots.size()) + 2 * (max - min) + 8) * kUnit;
+  const double tolerance = (8.0 * static_cast<double>(slots.size()) + 2 * (max - min) + 8) * kUnit;
   double sum = 0;
   std::vector<double> o(kDim), magnitude(kDim);
   for (const Slot& slot : slots) {

@@ -57,9 +57,8 @@ double scale() {
 
 std::vector<uint64_t> seeds(int count) {
   const std::string number = variable("RELAY_TEST_SEEDS");
-  const int64_t total = number.empty()
-                            ? std::max<int64_t>(1, std::llround(count * scale()))
-                            : std::max<int64_t>(1, std::atoll(number.c_str()));
+  const int64_t total = number.empty() ? std::max<int64_t>(1, std::llround(count * scale()))
+                                       : std::max<int64_t>(1, std::atoll(number.c_str()));
   const std::string text = variable("RELAY_TEST_SEED");
   const uint64_t first = text.empty() ? 1 : std::strtoull(text.c_str(), nullptr, 10);
   std::vector<uint64_t> result(total);
@@ -89,11 +88,12 @@ std::string repeat_command() {
   const ::testing::TestInfo* info = ::testing::UnitTest::GetInstance()->current_test_info();
   if (!info) return "";
   std::string command;
-  for (const char* name : {"RELAY_ISA", "RELAY_TEST_SCALE", "RELAY_TEST_SEED", "RELAY_TEST_SEEDS"}) {
+  for (const char* name :
+       {"RELAY_ISA", "RELAY_TEST_SCALE", "RELAY_TEST_SEED", "RELAY_TEST_SEEDS"}) {
     if (std::getenv(name)) command += std::string(name) + "=" + variable(name) + " ";
   }
-  return "repeat: " + command + ::testing::internal::GetArgvs()[0] + " --gtest_filter=" +
-         info->test_suite_name() + "." + info->name();
+  return "repeat: " + command + ::testing::internal::GetArgvs()[0] +
+         " --gtest_filter=" + info->test_suite_name() + "." + info->name();
 }
 
 }  // namespace relay::test

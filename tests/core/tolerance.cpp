@@ -41,8 +41,8 @@ double smallest_step(DType type) {
   return 0x1p-126;
 }
 
-Bounds derive_bounds(const Arithmetic& arithmetic, const OperatorCase& op, int64_t row, int64_t head,
-                     int64_t position, std::span<const AttendedSlot> slots,
+Bounds derive_bounds(const Arithmetic& arithmetic, const OperatorCase& op, int64_t row,
+                     int64_t head, int64_t position, std::span<const AttendedSlot> slots,
                      std::span<const double> logits, std::span<const double> out, double lse) {
   const HeadShape& shape = op.config.shape;
   const int64_t kv_head = head / shape.group();
@@ -61,9 +61,9 @@ Bounds derive_bounds(const Arithmetic& arithmetic, const OperatorCase& op, int64
   if (max == -kInfinity) return bounds;  // nothing attended: 0 and -inf, exactly
 
   const AttentionInputs oracle = op.oracle_inputs();
-  const auto* q = reinterpret_cast<const float*>(static_cast<const char*>(oracle.q.data) +
-                                                 row * oracle.q.row_stride +
-                                                 head * oracle.q.head_stride);
+  const auto* q =
+      reinterpret_cast<const float*>(static_cast<const char*>(oracle.q.data) +
+                                     row * oracle.q.row_stride + head * oracle.q.head_stride);
   const double q_norm = norm({q, static_cast<size_t>(shape.qk_dim)});
 
   std::vector<double> weight(slots.size()), error(slots.size()), logit_variance(slots.size());
@@ -71,7 +71,8 @@ Bounds derive_bounds(const Arithmetic& arithmetic, const OperatorCase& op, int64
   double sum_error = sink_weight > 0 ? sink_weight * std::expm1(u * (4 * (max - sink) + kExp)) : 0;
   for (size_t s = 0; s < slots.size(); ++s) {
     if (logits[s] == -kInfinity) continue;
-    const double product = std::fabs(op.scale) * q_norm * norm(op.kv.k.decoded(slots[s].slot, kv_head));
+    const double product =
+        std::fabs(op.scale) * q_norm * norm(op.kv.k.decoded(slots[s].slot, kv_head));
     double bias = 0;
     if (oracle.bias.data) {
       const char* vector = static_cast<const char*>(oracle.bias.data) +
@@ -87,11 +88,11 @@ Bounds derive_bounds(const Arithmetic& arithmetic, const OperatorCase& op, int64
     weight[s] = std::exp(logits[s] - lse);
     error[s] = std::expm1(std::min(delta, 100.0)) + arithmetic.weight_rounding;
     sum_error += weight[s] * error[s];
-    // Without a cap the logit less its bias is scale * q.k; with one, q.k is larger, at most |q||k|.
+    // Without a cap the logit less its bias is scale * q.k; with one, q.k is larger, at most
+    // |q||k|.
     const double dot = cap > 0 ? product : logits[s] - bias;
-    logit_variance[s] =
-        square(product) * (square(u) + square(arithmetic.query_rounding) / d) / 3 +
-        square(u) * d * square(dot) / 9 + square(other) / 3;
+    logit_variance[s] = square(product) * (square(u) + square(arithmetic.query_rounding) / d) / 3 +
+                        square(u) * d * square(dot) / 9 + square(other) / 3;
   }
   bounds.linear = sum_error < 0.1;
 
@@ -117,7 +118,8 @@ Bounds derive_bounds(const Arithmetic& arithmetic, const OperatorCase& op, int64
     }
   }
   // The sink is a slot with the value 0.
-  const double sink_spread = square(sink_weight * u * (4 * (max - std::max(sink, -1e30)) + kExp)) / 3;
+  const double sink_spread =
+      square(sink_weight * u * (4 * (max - std::max(sink, -1e30)) + kExp)) / 3;
   for (int64_t j = 0; j < shape.v_dim; ++j) {
     const double trivial = 2 * largest[j] * (1 + sums);
     const double derived = (weighted[j] + (2 * sums + 4 * u) * magnitude[j]) / (1 - sum_error);

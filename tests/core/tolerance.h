@@ -10,8 +10,8 @@
 // 1. Logits. A dot product of length d in any order of summation errs by at most
 //    d u sum_i |q_i k_i| <= d u |q||k| (Higham 2002, section 3.1; |q|, |k| are 2-norms, the step is
 //    Cauchy-Schwarz); the scale, log2(e) and their product round a few times more, and rounding Q
-//    adds u_q |q||k|. The soft cap's derivative is at most 1, so it passes errors on; tanh itself is
-//    allowed kTanh u absolute, times the cap. Adding a bias rounds it and the sum:
+//    adds u_q |q||k|. The soft cap's derivative is at most 1, so it passes errors on; tanh itself
+//    is allowed kTanh u absolute, times the cap. Adding a bias rounds it and the sum:
 //      e_s = ((d + 8) u + u_q) |scale| |q||k_s| + kTanh u cap + 4 u (|l_s| + |bias_s|).
 //
 // 2. Weights. p_s = exp(l_s - m) relative to any number m, so the error of m itself does not
@@ -74,8 +74,8 @@ struct Bounds {
   bool linear = true;  ///< E is small: the statistical measure means something
 };
 
-Bounds derive_bounds(const Arithmetic& arithmetic, const OperatorCase& op, int64_t row, int64_t head,
-                     int64_t position, std::span<const AttendedSlot> slots,
+Bounds derive_bounds(const Arithmetic& arithmetic, const OperatorCase& op, int64_t row,
+                     int64_t head, int64_t position, std::span<const AttendedSlot> slots,
                      std::span<const double> logits, std::span<const double> out, double lse);
 
 double unit_roundoff(DType type);

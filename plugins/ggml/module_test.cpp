@@ -18,16 +18,23 @@ class ModuleTest : public testing::Test {
 
   ggml_backend_dev_t cpu() { return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); }
 
+  void TearDown() override {
+    if (handle_ != nullptr) dlclose(handle_);
+  }
+
   // What ggml does, but with the module's message.
   ggml_backend_reg_t init(std::string& message) {
-    void* handle = dlopen(GGML_RELAY_MODULE, RTLD_NOW | RTLD_LOCAL);
-    EXPECT_NE(handle, nullptr) << dlerror();
-    const Init function = reinterpret_cast<Init>(dlsym(handle, "ggml_backend_init"));
+    handle_ = dlopen(GGML_RELAY_MODULE, RTLD_NOW | RTLD_LOCAL);
+    EXPECT_NE(handle_, nullptr) << dlerror();
+    const Init function = reinterpret_cast<Init>(dlsym(handle_, "ggml_backend_init"));
     testing::internal::CaptureStderr();
     ggml_backend_reg_t registry = function();
     message = testing::internal::GetCapturedStderr();
     return registry;
   }
+
+ private:
+  void* handle_ = nullptr;
 };
 
 TEST_F(ModuleTest, RefusesAnotherApiVersion) {
@@ -67,6 +74,7 @@ TEST_F(ModuleTest, CanBeDisabled) {
 
 TEST_F(ModuleTest, LoadsAndGoes) {
   const auto before = cpu()->iface;
+  const auto functions_before = ggml_backend_dev_backend_reg(cpu())->iface;
   ggml_backend_reg_t registry = ggml_backend_load(GGML_RELAY_MODULE);
   ASSERT_NE(registry, nullptr);
   EXPECT_NE(cpu()->iface.init_backend, before.init_backend);
@@ -89,10 +97,19 @@ TEST_F(ModuleTest, LoadsAndGoes) {
   ASSERT_NE(features, nullptr);
   EXPECT_STREQ(features(registry)[0].name, "ISA");
 
+  // Hosts load all their backends more than once.
+  const auto hooked = cpu()->iface.init_backend;
+  EXPECT_EQ(ggml_backend_load(GGML_RELAY_MODULE), registry);
+  EXPECT_EQ(cpu()->iface.init_backend, hooked);
+
   // A backend that outlives the module.
   backend = ggml_backend_dev_init(cpu(), nullptr);
+  ASSERT_NE(backend, nullptr);
   ggml_backend_unload(registry);
   EXPECT_EQ(ggml_backend_dev_by_name("RELAY"), nullptr);
+  EXPECT_EQ(cpu()->iface.init_backend, before.init_backend);
+  EXPECT_EQ(ggml_backend_dev_backend_reg(cpu())->iface.get_proc_address,
+            functions_before.get_proc_address);
   ggml_backend_free(backend);
 }
 

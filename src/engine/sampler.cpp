@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 namespace relay::engine {
 
@@ -70,16 +69,18 @@ std::vector<ScoredToken> logprobs(std::span<const float> logits, Token token, in
   };
   std::vector<ScoredToken> result{{token, logprob(token)}};
   if (top <= 0) return result;
+  // The best so far, best first; nearly every logit fails the first comparison.
   const size_t count = std::min(static_cast<size_t>(top), logits.size());
-  std::vector<Token> order(logits.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(count), order.end(),
-                    [&](Token a, Token b) {
-                      const float la = logits[static_cast<size_t>(a)];
-                      const float lb = logits[static_cast<size_t>(b)];
-                      return la != lb ? la > lb : a < b;
-                    });
-  for (size_t i = 0; i < count; ++i) result.push_back({order[i], logprob(order[i])});
+  std::vector<Token> best;
+  for (Token t = 0; t < static_cast<Token>(logits.size()); ++t) {
+    const float logit = logits[static_cast<size_t>(t)];
+    if (best.size() == count && !(logit > logits[static_cast<size_t>(best.back())])) continue;
+    if (best.size() == count) best.pop_back();
+    const auto place = std::find_if(
+        best.begin(), best.end(), [&](Token b) { return logit > logits[static_cast<size_t>(b)]; });
+    best.insert(place, t);
+  }
+  for (const Token t : best) result.push_back({t, logprob(t)});
   return result;
 }
 

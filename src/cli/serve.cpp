@@ -286,6 +286,7 @@ void add_model_options(CLI::App& app, ServeOptions& o) {
                  "Name(s) the model is served under; default: the file's name")
       ->envname("RELAY_MODEL_NAME")
       ->delimiter(',')
+      ->allow_extra_args(false)
       ->group(kGroup);
   app.add_option("--chat-template-file", o.engine.chat_template_file,
                  "Jinja chat template instead of the model's own")
@@ -296,6 +297,7 @@ void add_model_options(CLI::App& app, ServeOptions& o) {
                  "file an array of messages (or an object with messages and tools). May be given "
                  "several times")
       ->envname("RELAY_PIN_PROMPT")
+      ->allow_extra_args(false)
       ->group(kGroup);
 }
 
@@ -317,7 +319,7 @@ void add_engine_options(CLI::App& app, ServeOptions& o) {
       ->check(CLI::Range(0, 1 << 30))
       ->capture_default_str()
       ->group(kGroup);
-  app.add_option("-np,--parallel,--max-num-seqs", e.parallel, "Most requests computed at once")
+  app.add_option("--parallel,--max-num-seqs", e.parallel, "Most requests computed at once (-np)")
       ->envname("RELAY_PARALLEL")
       ->check(CLI::Range(1, 240))
       ->capture_default_str()
@@ -328,7 +330,7 @@ void add_engine_options(CLI::App& app, ServeOptions& o) {
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str()
       ->group(kGroup);
-  app.add_option("-ub,--ubatch-size", e.ubatch_tokens, "Most tokens computed together")
+  app.add_option("--ubatch-size", e.ubatch_tokens, "Most tokens computed together (-ub)")
       ->envname("RELAY_UBATCH_SIZE")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str()
@@ -338,12 +340,12 @@ void add_engine_options(CLI::App& app, ServeOptions& o) {
       ->check(CLI::Range(0, 1024))
       ->capture_default_str()
       ->group(kGroup);
-  app.add_option("-ctk,--cache-type-k", e.cache_type_k, "Type of the keys in the KV cache")
+  app.add_option("--cache-type-k", e.cache_type_k, "Type of the keys in the KV cache (-ctk)")
       ->envname("RELAY_CACHE_TYPE_K")
       ->check(cache_types)
       ->capture_default_str()
       ->group(kGroup);
-  app.add_option("-ctv,--cache-type-v", e.cache_type_v, "Type of the values in the KV cache")
+  app.add_option("--cache-type-v", e.cache_type_v, "Type of the values in the KV cache (-ctv)")
       ->envname("RELAY_CACHE_TYPE_V")
       ->check(cache_types)
       ->capture_default_str()
@@ -393,6 +395,7 @@ void add_http_options(CLI::App& app, ServeOptions& o) {
                  "better use the environment or --api-key-file")
       ->envname("RELAY_API_KEY")
       ->delimiter(',')
+      ->allow_extra_args(false)
       ->group(kGroup);
   app.add_option("--api-key-file", o.api_key_file, "File with keys, one per line")
       ->envname("RELAY_API_KEY_FILE")

@@ -139,7 +139,20 @@ common_chat_params ChatTemplates::apply(const common_chat_templates_inputs& inpu
 ChatPrompt ChatTemplates::render(const ChatRequest& chat) const {
   const common_chat_templates_inputs inputs = make_inputs(chat);
   auto format = std::make_shared<OutputFormat>();
+  // What a template cannot express it drops in silence; here a request is kept or refused.
+  if (!inputs.tools.empty() && inputs.tool_choice != COMMON_CHAT_TOOL_CHOICE_NONE &&
+      !common_chat_templates_get_caps(templates_.get())["supports_tools"]) {
+    throw EngineError(ErrorKind::kInvalidTemplate,
+                      "The chat template of this model has no place for tools.");
+  }
   format->chat = apply(inputs);
+  const bool constrained =
+      !inputs.json_schema.empty() || !inputs.grammar.empty() ||
+      (!inputs.tools.empty() && inputs.tool_choice == COMMON_CHAT_TOOL_CHOICE_REQUIRED);
+  if (constrained && format->chat.grammar.empty()) {
+    throw EngineError(ErrorKind::kInvalidTemplate,
+                      "The chat template of this model gives no grammar for this output format.");
+  }
   format->parser = common_chat_parser_params(format->chat);
   format->parser.reasoning_format = inputs.reasoning_format;
   format->parser.is_continuation = inputs.continue_final_message != COMMON_CHAT_CONTINUATION_NONE;

@@ -333,30 +333,97 @@ TEST_F(EngineTest, PlainAnswersParseToContent) {
   EXPECT_EQ(half.content + deltas[0].content, "Hello there");
 }
 
-TEST_F(EngineTest, AForcedToolCallIsOneEvenFromARandomModel) {
+constexpr const char* kWeather =
+    R"([{"type":"function","function":{"name":"get_weather","description":"d","parameters":
+        {"type":"object","properties":{"unit":{"enum":["c","f"]}},"required":["unit"]}}}])";
+
+TEST_F(EngineTest, AJsonSchemaBindsAChatToo) {
   ChatRequest chat;
-  chat.messages_json = R"([{"role":"user","content":"Weather in Paris?"}])";
-  chat.tools_json =
-      R"([{"type":"function","function":{"name":"get_weather","description":"d","parameters":
-          {"type":"object","properties":{"unit":{"enum":["c","f"]}},"required":["unit"]}}}])";
-  chat.tool_choice = "required";
-  chat.parallel_tool_calls = false;
+  chat.messages_json = R"([{"role":"user","content":"Choose"}])";
+  chat.json_schema =
+      R"({"type":"object","properties":{"a":{"enum":["x","y"]}},"required":["a"],
+          "additionalProperties":false})";
   const ChatPrompt prompt = engine->render_chat(chat);
   GenerateRequest r;
   r.prompt = prompt.tokens;
   r.stop = prompt.stop;
   r.format = prompt.format;
-  r.max_tokens = 200;
+  r.max_tokens = 60;
   r.sampling.temperature = 0.0f;
   const auto out = run(r);
-  ASSERT_FALSE(out->error) << out->error_message;
-  const ChatMessage message = engine->parse_message(prompt.format, out->choices[0].text,
-                                                    out->choices[0].reason != FinishReason::kStop);
-  ASSERT_GE(message.tool_calls.size(), 1u) << out->choices[0].text;
-  EXPECT_EQ(message.tool_calls[0].name, "get_weather");
-  EXPECT_FALSE(message.tool_calls[0].id.empty());
-  EXPECT_EQ(engine->parse_message(prompt.format, out->choices[0].text, true).tool_calls[0].id,
-            message.tool_calls[0].id);
+  std::string text = engine->parse_message(prompt.format, out->choices[0].text, false).content;
+  std::erase_if(text, [](char c) { return c == ' ' || c == '\n'; });
+  EXPECT_TRUE(text == R"({"a":"x"})" || text == R"({"a":"y"})") << out->choices[0].text;
+}
+
+TEST_F(EngineTest, ToolsThatTheTemplateCannotShowAreRefused) {
+  ChatRequest chat;
+  chat.messages_json = R"([{"role":"user","content":"Weather in Paris?"}])";
+  chat.tools_json = kWeather;
+  try {
+    engine->render_chat(chat);
+    ADD_FAILURE() << "the tools were dropped in silence";
+  } catch (const EngineError& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::kInvalidTemplate);
+  }
+  chat.tool_choice = "none";
+  EXPECT_NO_THROW(engine->render_chat(chat));
+}
+
+TEST(EngineTools, CallsAreReadFromGrowingText) {
+  EngineOptions options = small_options();
+  options.chat_template_file =
+      std::string(RELAY_TEST_TEMPLATES) + "/Qwen-Qwen2.5-7B-Instruct.jinja";
+  const auto engine = Engine::load(options);
+  ChatRequest chat;
+  chat.messages_json = R"([{"role":"user","content":"Weather in Paris?"}])";
+  chat.tools_json = kWeather;
+  const ChatPrompt prompt = engine->render_chat(chat);
+  EXPECT_NE(prompt.text.find("get_weather"), std::string::npos);
+  const std::string text =
+      "Let me see.\n<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"unit\": "
+      "\"c\"}}\n</tool_call>";
+  ChatMessage last;
+  std::string content;
+  ToolCall call;
+  for (size_t n = 1; n <= text.size(); ++n) {
+    const ChatMessage now =
+        engine->parse_message(prompt.format, text.substr(0, n), n < text.size());
+    for (const ChatDelta& d : engine->diff_messages(last, now)) {
+      content += d.content;
+      if (d.tool_call_index < 0) continue;
+      EXPECT_EQ(d.tool_call_index, 0);
+      if (!d.tool_call.id.empty()) call.id = d.tool_call.id;
+      if (!d.tool_call.name.empty()) call.name = d.tool_call.name;
+      call.arguments += d.tool_call.arguments;
+    }
+    last = now;
+  }
+  ASSERT_EQ(last.tool_calls.size(), 1u);
+  EXPECT_EQ(call.name, "get_weather");
+  EXPECT_EQ(call.id, last.tool_calls[0].id);
+  EXPECT_FALSE(call.id.empty());
+  EXPECT_EQ(call.arguments, last.tool_calls[0].arguments);
+  EXPECT_NE(call.arguments.find("\"c\""), std::string::npos);
+  EXPECT_EQ(content.substr(0, 11), "Let me see.");
+
+  // The grammar of a required call compiles and binds; a random model may ramble before it.
+  for (const char* choice : {"auto", "required"}) {
+    chat.tool_choice = choice;
+    const ChatPrompt bound = engine->render_chat(chat);
+    GenerateRequest r;
+    r.prompt = bound.tokens;
+    r.format = bound.format;
+    r.stop = bound.stop;
+    r.max_tokens = 20;
+    r.sampling.seed = 1;
+    auto sink = std::make_shared<Collector>();
+    const auto result = engine->submit(r, sink);
+    ASSERT_TRUE(std::holds_alternative<RequestId>(result)) << std::get<Refusal>(result).message;
+    sink->wait();
+    EXPECT_FALSE(sink->error) << sink->error_message;
+    EXPECT_FALSE(sink->choices[0].tokens.empty());
+  }
 }
 
 TEST_F(EngineTest, APinnedPromptIsSharedByEverySalt) {

@@ -75,12 +75,10 @@ void add_grammar(const LlamaModel& model, const GenerateRequest& request,
       throw EngineError(ErrorKind::kInvalidGrammar,
                         std::string("The JSON schema cannot be kept: ") + e.what());
     }
-    if (request.format) params.generation_prompt = request.format->chat.generation_prompt;
     return;
   }
   if (!request.format) return;
   const common_chat_params& chat = request.format->chat;
-  params.generation_prompt = chat.generation_prompt;
   if (chat.grammar.empty()) return;
   params.grammar = {COMMON_GRAMMAR_TYPE_TOOL_CALLS, chat.grammar};
   params.grammar_lazy = chat.grammar_lazy;
@@ -97,7 +95,8 @@ void add_grammar(const LlamaModel& model, const GenerateRequest& request,
     params.grammar_triggers.push_back(t);
   }
   // While the model thinks, a lazy grammar must not wake up.
-  if (!chat.thinking_end_tags.empty()) {
+  if (chat.grammar_lazy && !chat.thinking_end_tags.empty()) {
+    params.generation_prompt = chat.generation_prompt;
     params.reasoning_budget_start =
         common_tokenize(model.vocab(), chat.thinking_start_tag, false, true);
     for (const std::string& tag : chat.thinking_end_tags) {
@@ -109,6 +108,29 @@ void add_grammar(const LlamaModel& model, const GenerateRequest& request,
       params.reasoning_budget_forced = params.reasoning_budget_end.front();
     }
   }
+}
+
+/// Tokens that spell exactly this text. The tokenizer alone may not: some put a space in front.
+std::vector<Token> spell(const LlamaModel& model, const std::string& text) {
+  if (text.empty()) return {};
+  for (const char* before : {"", "\n", "a\n"}) {
+    const std::vector<Token> tokens = model.tokenize(before + text, false, true);
+    std::string tail;
+    for (size_t i = tokens.size(); i-- > 0 && tail.size() < text.size();) {
+      tail.insert(0, model.piece(tokens[i], true));
+      if (tail == text) return {tokens.begin() + static_cast<std::ptrdiff_t>(i), tokens.end()};
+    }
+  }
+  throw EngineError(ErrorKind::kInvalidGrammar,
+                    "The tokenizer of this model cannot spell the beginning of the answer, so its "
+                    "grammar cannot be used.");
+}
+
+/// The grammar of a chat begins with what the template has already written of the answer.
+void skip_generation_prompt(common_sampler* sampler, const std::vector<Token>& written) {
+  for (const Token t : written) common_sampler_accept(sampler, t, true);
+  // Penalties and the like have not seen it.
+  common_sampler_reset(sampler);
 }
 
 }  // namespace
@@ -148,6 +170,10 @@ std::vector<std::unique_ptr<Sampler>> make_samplers(const LlamaModel& model,
   if (s.ignore_eos) {
     for (const Token t : model.excluded_tokens(true)) params.logit_bias.push_back({t, -INFINITY});
   }
+  std::vector<Token> written;
+  if (params.grammar.type == COMMON_GRAMMAR_TYPE_TOOL_CALLS && !params.grammar_lazy) {
+    written = spell(model, request.format->chat.generation_prompt);
+  }
   const uint32_t seed = s.seed ? *s.seed : std::random_device{}();
   for (int32_t i = 0; i < request.n; ++i) {
     params.seed = seed + static_cast<uint32_t>(i);
@@ -155,6 +181,7 @@ std::vector<std::unique_ptr<Sampler>> make_samplers(const LlamaModel& model,
     common_sampler_ptr sampler;
     try {
       sampler.reset(common_sampler_init(model.model(), params));
+      if (!written.empty()) skip_generation_prompt(sampler.get(), written);
     } catch (const std::exception& e) {
       throw EngineError(ErrorKind::kInvalidGrammar,
                         std::string("The grammar does not compile: ") + e.what() + ".");

@@ -8,11 +8,11 @@
 //   embedding, whatever the depth. With much less, context would not matter; with much more, what
 //   all tokens have in common takes over layer by layer, and greedy output is one token for ever.
 //   It also keeps rounding errors from growing with depth.
-// - Each ordinary token has a successor, whose output row contains its embedding, some more and
-// some
-//   less. So the best token mostly leads by a wide margin, as in a trained model, and now and then
-//   context decides. Independent rows would leave the two best of 100,000 tokens so close that
-//   greedy output depends on rounding every few tokens.
+// - Each ordinary token has two successors, whose output rows contain its embedding, the second
+// one's
+//   less and not always by much. So the best token mostly leads by a wide margin, as in a trained
+//   model, and every few tokens context decides between two. Independent rows would leave the two
+//   best of 100,000 tokens so close that greedy output depends on rounding every few tokens.
 // - With a tied output matrix there can be no successors (that relation would be symmetric), and
 // the
 //   embedding in the residual stream votes for its own token. Random signs in the last norm's
@@ -21,6 +21,7 @@
 #include "synth/tensors.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
 #include <stdexcept>
@@ -40,8 +41,10 @@ constexpr float kBranchGain = 1.5f;  // of attn_output and ffn_down, times 1 / s
 constexpr float kEmbeddingShare = 0.7f;
 // How far a successor's logit lies above the others' mean, in deviations. The best of the others is
 // at 4 to 5.
-constexpr float kWeakestSuccessor = 4.3f;
-constexpr float kStrongestSuccessor = 9.3f;
+constexpr float kFirstSuccessor = 8.5f;
+constexpr float kWeakestSecond = 5.5f;
+constexpr float kLargestEcho =
+    0.9f;  // of a row's variance, where narrow models cannot have so much
 // What the branches of other architectures come to; Gemma 2 normalises its branches and sets it.
 constexpr float kAttentionSize = 0.4f;  // less than 1: values are averaged
 constexpr float kFfnSize = 0.6f;        // of silu(normal) * normal
@@ -184,7 +187,7 @@ class Builder {
     return rows;
   }
 
-  // A ring through all ordinary tokens: the steps of a constant length, coprime to their number.
+  // Two rings through all ordinary tokens: steps of a constant length, coprime to their number.
   Echo successors() const {
     std::vector<int64_t> ring;
     for (size_t token = 0; token < vocabulary_.speakable.size(); ++token) {
@@ -192,24 +195,40 @@ class Builder {
         ring.push_back(static_cast<int64_t>(token));
       }
     }
-    const uint64_t key = stream_key(seed_, "vocabulary/ring");
-    size_t step = random_bits(key, 0) % std::max<size_t>(ring.size(), 1);
-    while (std::gcd(step, ring.size()) > 1) {
-      ++step;
-    }
+    const uint64_t key = stream_key(seed_, "vocabulary/rings");
+    const size_t first_step = ring_step(random_bits(key, 0), ring.size());
+    const size_t second_step = ring_step(first_step + 1 + random_bits(key, 1) % 1000, ring.size());
     Echo echo;
     echo.tensor = "token_embd.weight";
-    echo.row.assign(vocabulary_.speakable.size(), 0);
-    echo.share.assign(vocabulary_.speakable.size(), 0.0f);
+    echo.parts.resize(vocabulary_.speakable.size());
     const float whole = kEmbeddingShare / inverse_sqrt(shape_.width);  // share 1, in deviations
     for (size_t i = 0; i < ring.size(); ++i) {
-      const auto token = static_cast<size_t>(ring[(i + step) % ring.size()]);
-      const float strength = kWeakestSuccessor + (kStrongestSuccessor - kWeakestSuccessor) *
-                                                     random_uniform(key, token + 1);
-      echo.row[token] = ring[i];
-      echo.share[token] = std::min(strength / whole, 0.95f);
+      const auto token = static_cast<size_t>(ring[i]);
+      const float second =
+          kWeakestSecond + (kFirstSuccessor - kWeakestSecond) * random_uniform(key, token + 2);
+      Echo::Part& first_part = echo.parts[token][0];
+      Echo::Part& second_part = echo.parts[token][1];
+      first_part.row = ring[(i + first_step) % ring.size()];
+      first_part.share = kFirstSuccessor / whole;
+      second_part.row = ring[(i + second_step) % ring.size()];
+      second_part.share = second / whole;
+      const float variance =
+          first_part.share * first_part.share + second_part.share * second_part.share;
+      if (variance > kLargestEcho) {
+        const float fit = std::sqrt(kLargestEcho / variance);
+        first_part.share *= fit;
+        second_part.share *= fit;
+      }
     }
     return echo;
+  }
+
+  static size_t ring_step(uint64_t wanted, size_t size) {
+    size_t step = wanted % std::max<size_t>(size, 1);
+    while (std::gcd(step, size) > 1) {
+      ++step;
+    }
+    return step;
   }
 
   // llama-quantize keeps the output matrix at 6 bits where the rest has fewer, for its weight in
@@ -278,18 +297,23 @@ void fill_rows(const TensorSpec& tensor, uint64_t seed, int64_t first, int64_t c
   const auto columns = static_cast<uint64_t>(tensor.columns);
   for (int64_t i = first; i < first + count; ++i) {
     const auto row = static_cast<size_t>(i);
-    const float deviation = tensor.row_deviation[row];
-    const float echo = tensor.echo.share.empty() ? 0.0f : tensor.echo.share[row];
-    const float own = std::sqrt(1 - echo * echo);
-    const uint64_t echo_start =
-        echo == 0 ? 0 : columns * static_cast<uint64_t>(tensor.echo.row[row]);
+    const auto parts =
+        tensor.echo.parts.empty() ? std::array<Echo::Part, 2>() : tensor.echo.parts[row];
+    float own = 1;
+    for (const Echo::Part& part : parts) {
+      own -= part.share * part.share;
+    }
+    own = std::sqrt(own);
     for (uint64_t column = 0; column < columns; ++column) {
       const uint64_t index = columns * row + column;
-      float normal = random_normal(key, index);
-      if (echo != 0) {
-        normal = own * normal + echo * random_normal(echo_key, echo_start + column);
+      float normal = own * random_normal(key, index);
+      for (const Echo::Part& part : parts) {
+        if (part.share != 0) {
+          normal += part.share *
+                    random_normal(echo_key, columns * static_cast<uint64_t>(part.row) + column);
+        }
       }
-      const float value = tensor.mean + deviation * normal;
+      const float value = tensor.mean + tensor.row_deviation[row] * normal;
       const bool negative = tensor.random_signs && (random_bits(~key, index) & 1) != 0;
       *out++ = negative ? -value : value;
     }

@@ -3,6 +3,7 @@
 
 #include <ggml.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -13,11 +14,14 @@
 namespace relay::synth {
 
 /// Makes rows of one tensor resemble rows of another: normal(row, column) becomes a mixture, of
-/// deviation 1 again, of its own and of the other tensor's number at (row[row], column).
+/// deviation 1 again, of its own and of the other tensor's numbers at (part.row, column).
 struct Echo {
+  struct Part {
+    int64_t row = 0;
+    float share = 0;  ///< the correlation with that row
+  };
   std::string tensor;
-  std::vector<int64_t> row;
-  std::vector<float> share;  ///< per row: the correlation with the other's row; 0: none
+  std::vector<std::array<Part, 2>> parts;  ///< per row
 };
 
 /// One tensor of the file. Element (row, column) is mean + row_deviation[row] * normal(row,
@@ -30,7 +34,7 @@ struct TensorSpec {
   ggml_type type = GGML_TYPE_F32;
   float mean = 0.0f;
   std::vector<float> row_deviation;
-  Echo echo;                  ///< share empty: none
+  Echo echo;                  ///< without parts: none
   bool random_signs = false;  ///< every second element or so is negated
   std::vector<float> values;
 

@@ -453,15 +453,14 @@ def make_model(args: argparse.Namespace, build: Path, out: Path) -> Path:
     return model
 
 
-def llama_server(setup: Setup, flash: str, slots: int, saves: Path | None) -> Server:
+def llama_server(setup: Setup, flash: str, slots: int, *more: str) -> Server:
     command = [str(setup.build / "bin/llama-server"), "-m", str(setup.model)]
     command += ["--host", "127.0.0.1", "--port", str(free_port()), "-np", str(slots)]
     command += ["-c", str(slots * setup.slot_tokens()), "-fa", flash, "--no-webui"]
     # A cache for each slot: in a unified one, every row's attention walks over the cells of all
     # slots. The copies of idle slots in host memory would only cost time here.
     command += ["--no-kv-unified", "--cache-ram", "0"]
-    if saves is not None:
-        command += ["--slot-save-path", f"{saves}/"]
+    command += more
     log = setup.out / f"llama-server-fa-{flash}-{slots}.log"
     return Server("llama-server", command, clean_environment(), log)
 
@@ -496,6 +495,15 @@ def cut_prompt(server: Server, text: str, wanted: int) -> tuple[str, int]:
             high = middle
     prompt = "".join(lines[:low])
     return prompt, count(prompt)
+
+
+def look_up(setup: Setup, text: str, wanted: int) -> None:
+    """What only a look into the model tells: the prompt's tokens, and the KV bytes of one."""
+    log_model_details = ("-lv", "4")
+    with llama_server(setup, "auto", 1, *log_model_details) as server:
+        server.wait_ready(300)
+        setup.prompt, setup.prompt_tokens = cut_prompt(server, text, wanted)
+        setup.kv_bytes_per_token = kv_bytes_per_token(server.log.read_text(errors="replace"))
 
 
 def find_prompt(args: argparse.Namespace) -> tuple[str, str]:
@@ -538,9 +546,8 @@ def run_stock(setup: Setup, flash: str) -> Outcome:
         "the prompt computed once, then restored into each slot; one KV cache per slot",
     )
     with tempfile.TemporaryDirectory(dir=setup.out, prefix="slots-") as saves:
-        with llama_server(setup, flash, setup.users, Path(saves)) as server:
+        with llama_server(setup, flash, setup.users, "--slot-save-path", f"{saves}/") as server:
             loaded = server.wait_ready(300)
-            setup.kv_bytes_per_token = kv_bytes_per_token(server.log.read_text(errors="replace"))
             begin = time.monotonic()
             body = {**chat_body(setup.prompt, 0, 0, 1), "id_slot": 0}
             first = run_round(server, [body], "llama-server computes the prompt")[0]
@@ -697,9 +704,7 @@ def demo(args: argparse.Namespace) -> None:
     setup = Setup(
         model, out / "prompt.txt", "", 64, args.users, args.rounds, args.tokens, build, out
     )
-    with llama_server(setup, "auto", 1, None) as server:
-        server.wait_ready(300)
-        setup.prompt, setup.prompt_tokens = cut_prompt(server, text, args.prompt_tokens)
+    look_up(setup, text, args.prompt_tokens)
     setup.prompt_file.write_text(setup.prompt)
     if setup.prompt_tokens < 0.9 * args.prompt_tokens:
         say(f"note: {source} has only {setup.prompt_tokens} tokens")

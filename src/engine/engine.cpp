@@ -94,6 +94,8 @@ class ThreadedEngine : public Engine {
     info.relay_active = backend.relay_active;
     info.backend = backend.line;
     stats_ = core_.stats();
+    // Whoever has seen a request end finds it in the statistics.
+    core_.set_before_end([this] { publish_state(); });
     thread_ = std::thread([this] { run(); });
   }
   ~ThreadedEngine() override { ThreadedEngine::stop(); }

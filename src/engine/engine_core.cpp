@@ -456,8 +456,9 @@ void EngineCore::finish_request(Request& r, FinishReason reason) {
   t.decode = seconds_between(first, now);
   t.time_to_first_token = r.has_token ? seconds_between(r.submitted, first) : 0.0;
   t.total = seconds_between(r.submitted, now);
-  r.sink->on_done(r.usage, t);
   if (observer_) observer_->on_request_end(reason, r.usage, t);
+  if (before_end_) before_end_();
+  r.sink->on_done(r.usage, t);
   requests_.erase(r.id);
 }
 
@@ -468,6 +469,7 @@ void EngineCore::fail_request(Request& r, ErrorKind kind, const std::string& mes
     scheduler_.remove(s.get(), keep);
     ++counters_.finished_error;
   }
+  if (before_end_) before_end_();
   r.sink->on_error(kind, message);
   requests_.erase(r.id);
 }

@@ -88,6 +88,8 @@ class EngineCore {
 
   void set_observer(std::shared_ptr<Observer> observer) { observer_ = std::move(observer); }
   EngineStats stats() const;
+  /// Called before a request's last sink call, when the books already show it gone.
+  void set_before_end(std::function<void()> hook) { before_end_ = std::move(hook); }
   KvMemory& kv() { return kv_; }
   const Scheduler& scheduler() const { return scheduler_; }
 
@@ -132,6 +134,7 @@ class EngineCore {
   std::vector<std::unique_ptr<PinJob>> pin_jobs_;
   std::map<std::string, Pin> pins_;
   std::shared_ptr<Observer> observer_;
+  std::function<void()> before_end_;
   EngineStats counters_;  // its gauges are made in stats()
   uint64_t arrivals_ = 0;
   Batch batch_;

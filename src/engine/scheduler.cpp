@@ -118,16 +118,22 @@ int32_t Scheduler::promised_cells() const {
 }
 
 void Scheduler::plan_admissions(StepPlan& plan, int32_t& budget) {
+  // In order: a small one behind must not starve a large one. Those that find the door closed still
+  // notice whom they could follow, lest they miss most of it.
+  bool closed = false;
   for (size_t i = 0; i < waiting_.size();) {
-    if (running() >= options_.parallel || budget <= 0) return;
     Sequence* s = waiting_[i];
-    if (follows_another(*s)) {
+    closed = closed || running() >= options_.parallel || budget <= 0;
+    if (follows_another(*s) || closed) {
       ++i;
       continue;
     }
     const auto admission =
         kv_.admit(s->salt, s->all(), s->match_limit(), headroom(*s), promised_cells());
-    if (!admission) return;  // in order: a small one behind must not starve a large one
+    if (!admission) {
+      closed = true;
+      continue;
+    }
     waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(i));
     s->kv = admission->seq;
     s->computed = admission->cached;

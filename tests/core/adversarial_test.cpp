@@ -75,8 +75,7 @@ void check(OperatorCase& op, const ForestCase& c, bool statistics) {
   check(op, c, truth_of(c), statistics);
 }
 
-// --- Lengths
-// --------------------------------------------------------------------------------------
+// --- Lengths -------------------------------------------------------------------------------------
 
 const std::vector<int64_t> kEdges = {0,  1,  2,  7,  8,  15, 16,  17,  31,  32,
                                      33, 47, 63, 64, 65, 95, 127, 128, 129, 255};
@@ -167,8 +166,7 @@ TEST(Lengths, SixLevelsOfSingleSlots) {
   }
 }
 
-// --- Nothing to attend
-// ----------------------------------------------------------------------------
+// --- Nothing to attend ---------------------------------------------------------------------------
 
 void expect_nothing(OperatorCase& op, const Forest& forest, const Mask* mask) {
   for_each_isa([&](const std::string&) {
@@ -262,8 +260,7 @@ TEST(Nothing, SomeRowsAmongOthers) {
   }
 }
 
-// --- Logits
-// ---------------------------------------------------------------------------------------
+// --- Logits --------------------------------------------------------------------------------------
 
 TEST(Logits, HugeOnes) {
   // +-1e4: every exponential but the largest ones underflows, and nothing may overflow.
@@ -388,8 +385,7 @@ TEST(Logits, SinksThatTakeAllAndNothing) {
   }
 }
 
-// --- Garbage
-// --------------------------------------------------------------------------------------
+// --- Garbage -------------------------------------------------------------------------------------
 
 TEST(Garbage, HiddenByMaskBetweenVisibleSlots) {
   // Every third slot is NaN and hidden from all rows.
@@ -453,8 +449,7 @@ TEST(Garbage, NanInASlotSpoilsOnlyThoseWhoAttendIt) {
   }
 }
 
-// --- Values
-// ---------------------------------------------------------------------------------------
+// --- Values --------------------------------------------------------------------------------------
 
 TEST(Values, ExtremeOnesSurvive) {
   // The largest f16 times weights that sum to 1, and the smallest subnormals.

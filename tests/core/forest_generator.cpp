@@ -317,8 +317,7 @@ void build_from_tree(const ForestCase& c, Sharing sharing, uint64_t seed, Forest
                          sharing, forest);
 }
 
-// --- Masks
-// ----------------------------------------------------------------------------------------
+// --- Masks ---------------------------------------------------------------------------------------
 
 float Mask::at(int64_t row, int64_t column) const {
   const unsigned char* vector =

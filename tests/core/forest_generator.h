@@ -72,8 +72,7 @@ ForestCase generate_forest(uint64_t seed, const ForestLimits& limits);
 /// all decode rows, one block for all slots. Slots lie in order: prefix first.
 ForestCase shared_prefix_case(int64_t prefix, const std::vector<int64_t>& contexts);
 
-// --- Inputs of the builders
-// -----------------------------------------------------------------------
+// --- Inputs of the builders ----------------------------------------------------------------------
 
 void build_from_tables(const ForestCase& forest_case, Sharing sharing, Forest& forest);
 /// `seed` chooses where runs of slots are cut into spans; the meaning is the same.

@@ -126,8 +126,7 @@ OperatorConfig random_config(Random& random) {
   return c;
 }
 
-// --- KV
-// -------------------------------------------------------------------------------------------
+// --- KV ------------------------------------------------------------------------------------------
 
 KvTensor::KvTensor(DType type, int32_t heads, int64_t dim, int64_t slots)
     : type_(type),
@@ -254,8 +253,7 @@ void KvStorage::fill(const std::vector<bool>& used, Random& random) {
   }
 }
 
-// --- Q and the output
-// -----------------------------------------------------------------------------
+// --- Q and the output ----------------------------------------------------------------------------
 
 QueryTensor::QueryTensor(const OperatorConfig& config, int64_t rows, Random& random)
     : type_(config.q_type),
@@ -378,8 +376,7 @@ std::vector<unsigned char> OutputTensor::bits() const {
   return result;
 }
 
-// --- The whole
-// ------------------------------------------------------------------------------------
+// --- The whole -----------------------------------------------------------------------------------
 
 namespace {
 

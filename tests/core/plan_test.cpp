@@ -2,9 +2,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <cmath>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -13,6 +16,40 @@
 #include "core/forest_generator.h"
 #include "core/operator_case.h"
 #include "core/test_env.h"
+
+// Every allocation of this program is counted: planning again and running must make none.
+namespace {
+std::atomic<int64_t> allocations{0};
+
+void* counted(std::size_t size) {
+  allocations.fetch_add(1, std::memory_order_relaxed);
+  if (void* memory = std::malloc(size > 0 ? size : 1)) return memory;
+  throw std::bad_alloc();
+}
+void* counted(std::size_t size, std::align_val_t alignment) {
+  allocations.fetch_add(1, std::memory_order_relaxed);
+  const auto unit = static_cast<std::size_t>(alignment);
+  if (void* memory = std::aligned_alloc(unit, (size + unit - 1) / unit * unit)) return memory;
+  throw std::bad_alloc();
+}
+}  // namespace
+
+void* operator new(std::size_t size) { return counted(size); }
+void* operator new[](std::size_t size) { return counted(size); }
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  return counted(size, alignment);
+}
+void* operator new[](std::size_t size, std::align_val_t alignment) {
+  return counted(size, alignment);
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete[](void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
 
 namespace relay::test {
 namespace {
@@ -169,8 +206,35 @@ TEST_P(Reuse, WorkspaceMoves) {
 
 INSTANTIATE_TEST_SUITE_P(Seeds, Reuse, ::testing::ValuesIn(seeds(6)));
 
-// --- Company
-// --------------------------------------------------------------------------------------
+TEST_P(Reuse, PlanningAgainAndRunningAllocateNothing) {
+  Subject s(GetParam(), 0.3);
+  SCOPED_TRACE(s.describe());
+  constexpr int32_t kThreads = 3;
+  const PlanOptions options = s.op->options(kThreads);
+  for_each_isa([&](const std::string&) {
+    const PlanPtr plan = make_plan(s.forest, options);
+    Workspace workspace(*plan);
+    const AttentionInputs inputs = s.op->inputs();
+    const auto allocations_of = [](const auto& work) {
+      const int64_t before = allocations.load();
+      work();
+      return allocations.load() - before;
+    };
+    remake_plan(*plan, s.forest, options);  // at its working size from here on
+    workspace.fit(*plan);
+    EXPECT_EQ(allocations_of([&] { remake_plan(*plan, s.forest, options); }), 0) << "remake_plan";
+    EXPECT_EQ(allocations_of([&] { workspace.fit(*plan); }), 0) << "fit";
+    EXPECT_EQ(allocations_of([&] {
+                for (int32_t thread = 0; thread < kThreads; ++thread) {
+                  attend(*plan, inputs, workspace, thread);
+                }
+              }),
+              0)
+        << "attend";
+  });
+}
+
+// --- Company -------------------------------------------------------------------------------------
 
 TEST(Company, ARowDoesNotDependOnWhoSharesBeyondRounding) {
   // Request 0 alone, then with ever more others on its prefix: both within the bound of the oracle,
@@ -234,8 +298,7 @@ TEST(Company, OrderOfRequestsDoesNotMatterBeyondRounding) {
   }
 }
 
-// --- Summaries
-// ------------------------------------------------------------------------------------
+// --- Summaries -----------------------------------------------------------------------------------
 
 TEST(Summary, CountsReadsAndWork) {
   const ForestCase c = shared_prefix_case(1000, {10, 20, 30, 40});

@@ -143,8 +143,7 @@ TEST_P(Property, MaskWithBias) {
 
 INSTANTIATE_TEST_SUITE_P(Seeds, Property, ::testing::ValuesIn(seeds(120)));
 
-// --- The largest
-// ----------------------------------------------------------------------------------
+// --- The largest ---------------------------------------------------------------------------------
 
 class Large : public ::testing::TestWithParam<uint64_t> {};
 
@@ -307,8 +306,53 @@ TEST(Features, SlidingWindows) {
   }
 }
 
-// --- Can it fail?
-// ---------------------------------------------------------------------------------
+TEST(Features, BiasOfEachHeadItsOwn) {
+  constexpr int32_t kRows = 7, kHeads = 6;
+  constexpr int64_t kColumns = 150;
+  for (DType bias_type : {DType::kF16, DType::kF32}) {
+    for (DType type : {DType::kF16, DType::kBF16, DType::kCustom}) {
+      for (bool slopes : {false, true}) {
+        OperatorConfig config;
+        config.shape = {.q_heads = kHeads, .kv_heads = 2, .qk_dim = 64, .v_dim = 64};
+        config.k_type = config.v_type = type;
+        config.slopes = slopes;
+        OperatorCase op(config, kRows, kColumns, 1, std::vector<bool>(kColumns, true), 550);
+        // A mask of rows x heads rows is a bias of [row][head][column]. Some of it hides.
+        Random random(551);
+        Mask mask = make_mask(bias_type, kRows * kHeads, 1, kColumns);
+        for (int64_t row = 0; row < kRows * kHeads; ++row) {
+          for (int64_t column = 0; column < kColumns; ++column) {
+            if (!random.chance(0.3)) mask.set(row, column, random.normal());
+          }
+        }
+        op.bias = {.type = bias_type,
+                   .data = mask.bytes.data(),
+                   .row_stride = mask.row_stride * kHeads,
+                   .head_stride = mask.row_stride};
+        Forest forest;
+        forest.rows = kRows;
+        forest.spans = {{.slot = 0, .column = 0, .count = kColumns}};
+        for (uint32_t row = 0; row < kRows; ++row) forest.row_index.push_back(row);
+        forest.segments = {{.span_begin = 0,
+                            .span_end = 1,
+                            .row_begin = 0,
+                            .row_end = kRows,
+                            .slots = kColumns,
+                            .visibility = Visibility::kBias}};
+        const Truth everything = [](int64_t) {
+          RowTruth truth;
+          for (int64_t c = 0; c < kColumns; ++c) truth.slots.push_back({.slot = c, .column = c});
+          return truth;
+        };
+        const Oracle oracle(op, everything, arithmetics_for(config), 550);
+        check_way(op, oracle, {"by hand", &forest, op.bias, 0}, 550);
+        if (::testing::Test::HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+// --- Can it fail? --------------------------------------------------------------------------------
 
 /// One vector of K or V takes its neighbour's place; true if every kernel set's result gives it
 /// away.

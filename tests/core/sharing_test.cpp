@@ -94,8 +94,7 @@ std::vector<AttendedSlot> attended_in(const Forest& forest, uint32_t row, int64_
   return ::testing::AssertionSuccess();
 }
 
-// --- Random batches
-// -------------------------------------------------------------------------------
+// --- Random batches ------------------------------------------------------------------------------
 
 class RandomSharing : public ::testing::TestWithParam<uint64_t> {};
 
@@ -159,8 +158,7 @@ TEST_P(RandomSharing, MasksOfNoTree) {
 
 INSTANTIATE_TEST_SUITE_P(Seeds, RandomSharing, ::testing::ValuesIn(seeds(80)));
 
-// --- Small batches, worked out by hand
-// ------------------------------------------------------------
+// --- Small batches, worked out by hand -----------------------------------------------------------
 
 /// The one segment that these rows, and no others, read; fails if there is none or several.
 std::optional<Segment> segment_of(const Forest& forest, const std::vector<uint32_t>& rows) {
@@ -430,8 +428,7 @@ TEST(MaskBuilder, RefusesBrokenMasks) {
   EXPECT_THROW(build_from_mask(batch, Sharing::kOn, forest), Error);
 }
 
-// --- validate()
-// -----------------------------------------------------------------------------------
+// --- validate() ----------------------------------------------------------------------------------
 
 class BrokenForest : public ::testing::Test {
  protected:

@@ -77,7 +77,8 @@ Bounds derive_bounds(const Arithmetic& arithmetic, const OperatorCase& op, int64
     if (oracle.bias.data) {
       const char* vector = static_cast<const char*>(oracle.bias.data) +
                            row / oracle.bias.rows_per_block * oracle.bias.block_stride +
-                           row % oracle.bias.rows_per_block * oracle.bias.row_stride;
+                           row % oracle.bias.rows_per_block * oracle.bias.row_stride +
+                           head * oracle.bias.head_stride;
       bias = slope * decode_element(oracle.bias.type, vector, slots[s].column);
     } else if (op.config.slopes) {
       bias = slope * static_cast<double>(slots[s].column - position);

@@ -27,7 +27,9 @@ struct Hooked {
 struct Hooks {
   std::mutex mutex;  // guards `backends`
   std::unordered_map<ggml_backend_t, std::unique_ptr<Hooked>> backends;
+  bool installed = false;
   ggml_backend_dev_t cpu = nullptr;
+  ggml_backend_reg_t cpu_registry = nullptr;
   ggml_backend_device_i device{};  // the CPU device's own functions
   ggml_backend_reg_i registry{};   // and its registry's
 };
@@ -35,6 +37,12 @@ struct Hooks {
 Hooks& hooks() {
   static Hooks* const instance = new Hooks();
   return *instance;
+}
+
+// A function of the CPU registry, as it was before.
+template <typename Function>
+Function own_function(const char* name) {
+  return reinterpret_cast<Function>(hooks().registry.get_proc_address(hooks().cpu_registry, name));
 }
 
 Hooked* find(ggml_backend_t backend) {
@@ -88,16 +96,12 @@ ggml_backend_t init_cpu_backend(ggml_backend_dev_t /*device*/, const char* param
 
 void set_threads(ggml_backend_t backend, int threads) {
   if (Hooked* hooked = find(backend)) hooked->runner.set_threads(threads);
-  const auto own = reinterpret_cast<ggml_backend_set_n_threads_t>(
-      hooks().registry.get_proc_address(hooks().cpu->reg, "ggml_backend_set_n_threads"));
-  own(backend, threads);
+  own_function<ggml_backend_set_n_threads_t>("ggml_backend_set_n_threads")(backend, threads);
 }
 
 void set_reference(ggml_backend_t backend, bool on) {
   if (Hooked* hooked = find(backend)) hooked->runner.set_reference(on);
-  const auto own = reinterpret_cast<SetReference>(
-      hooks().registry.get_proc_address(hooks().cpu->reg, "ggml_backend_cpu_set_use_ref"));
-  own(backend, on);
+  own_function<SetReference>("ggml_backend_cpu_set_use_ref")(backend, on);
 }
 
 void* cpu_get_proc_address(ggml_backend_reg_t /*registry*/, const char* name) {
@@ -107,7 +111,7 @@ void* cpu_get_proc_address(ggml_backend_reg_t /*registry*/, const char* name) {
 }  // namespace
 
 void* get_proc_address(const char* name) {
-  void* const own = hooks().registry.get_proc_address(hooks().cpu->reg, name);
+  void* const own = own_function<void*>(name);
   if (own == nullptr) return nullptr;
   if (std::strcmp(name, "ggml_backend_set_n_threads") == 0) {
     return reinterpret_cast<void*>(&set_threads);
@@ -120,19 +124,21 @@ void* get_proc_address(const char* name) {
 
 void install_hooks(ggml_backend_dev_t cpu) {
   Hooks& h = hooks();
+  h.installed = true;
   h.cpu = cpu;
+  h.cpu_registry = cpu->reg;
   h.device = cpu->iface;
-  h.registry = cpu->reg->iface;
+  h.registry = h.cpu_registry->iface;
   cpu->iface.init_backend = init_cpu_backend;
-  cpu->reg->iface.get_proc_address = cpu_get_proc_address;
+  h.cpu_registry->iface.get_proc_address = cpu_get_proc_address;
 }
 
 void remove_hooks() {
   Hooks& h = hooks();
-  if (h.cpu == nullptr) return;
+  if (!h.installed) return;
+  h.installed = false;
   h.cpu->iface.init_backend = h.device.init_backend;
-  h.cpu->reg->iface.get_proc_address = h.registry.get_proc_address;
-  h.cpu = nullptr;
+  h.cpu_registry->iface.get_proc_address = h.registry.get_proc_address;
   const std::lock_guard lock(h.mutex);
   for (auto& [backend, hooked] : h.backends) {
     backend->iface.graph_compute = hooked->compute;

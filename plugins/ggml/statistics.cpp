@@ -63,10 +63,11 @@ void Statistics::count_planning(Clock::duration spent) {
 }
 
 std::string Statistics::json() const {
-  std::string isa = "none";
+  std::string isa;
   try {
     isa = current_isa();
-  } catch (const Error&) {  // RELAY_ISA names a set that cannot run; the module never started
+  } catch (const Error&) {  // RELAY_ISA changed since the module was loaded
+    isa = "none";
   }
   std::string text = "{\n  \"version\": \"" RELAY_VERSION "\",\n  \"isa\": \"" + isa + "\"";
   const auto add = [&text](const char* name, int64_t value) {

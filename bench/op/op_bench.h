@@ -60,6 +60,8 @@ OpResult run_op(const OpProblem& problem, ThreadPool& pool, int rounds);
 struct OpReport {
   Roofline roofline;
   std::string isa;
+  double load =
+      0;  ///< the system's load average before measuring: others at work spoil all numbers
   std::vector<OpResult> results;
 };
 

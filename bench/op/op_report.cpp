@@ -92,6 +92,10 @@ std::string to_table(const OpReport& report) {
   text += format(", read %.1f GB/s (%lld MiB streamed, cache %lld MiB)\n",
                  roofline.read_bytes * 1e-9, static_cast<long long>(roofline.buffer_bytes >> 20),
                  static_cast<long long>(roofline.cache_bytes >> 20));
+  if (report.load > 0.5) {
+    text += format("load average %.1f before the run: others were at work, mistrust the numbers\n",
+                   report.load);
+  }
   for (const OpResult& result : report.results) {
     const OpProblem& p = result.problem;
     text += format("\n%d/%d heads of %d", p.shape.q_heads, p.shape.kv_heads, p.shape.qk_dim);
@@ -148,6 +152,7 @@ std::string to_json(const OpReport& report) {
        {{"cpu", cpu_model()}, {"threads", roofline.threads}, {"llc_bytes", roofline.cache_bytes}}},
       {"isa", report.isa},
       {"commit", kCommit},
+      {"load_average_before", report.load},
       {"roofline",
        {{"f32_flops_per_second", roofline.f32_flops},
         {"bf16_flops_per_second", roofline.bf16_flops},

@@ -185,6 +185,11 @@ std::string cpu_model() {
   return "unknown";
 }
 
+double load_average() {
+  double load = -1;
+  return getloadavg(&load, 1) == 1 ? load : -1;
+}
+
 Roofline measure_roofline(ThreadPool& pool) {
   Roofline roofline;
   roofline.threads = pool.size();

@@ -32,5 +32,7 @@ Roofline measure_roofline(ThreadPool& pool);
 /// Bytes of the last-level cache; a guess of 32 MiB where the system does not tell.
 int64_t last_level_cache_bytes();
 std::string cpu_model();
+/// Mean number of runnable threads over the last minute; negative where the system does not tell.
+double load_average();
 
 }  // namespace relay::bench

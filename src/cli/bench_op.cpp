@@ -41,6 +41,7 @@ void run(const BenchOpOptions& options) {
   bench::ThreadPool pool(threads);
   bench::OpReport report;
   report.isa = current_isa();
+  report.load = bench::load_average();
   if (!options.json) std::fprintf(stderr, "measuring the roofline ...\n");
   report.roofline = bench::measure_roofline(pool);
   for (const std::string& kv_type : options.kv_types) {

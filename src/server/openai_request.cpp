@@ -456,7 +456,8 @@ ChatCompletionRequest parse_chat_completion(std::string_view text, const Request
     throw invalid_request("grammar", "'grammar' and 'tools' exclude each other.");
   }
   request.chat.json_schema = std::move(constraint.json_schema);
-  request.chat.grammar = std::move(constraint.grammar);
+  // Not by way of the template: most of them know schemas only.
+  request.common.generate.grammar = std::move(constraint.grammar);
   return request;
 }
 

@@ -187,7 +187,7 @@ TEST(ChatRequest, Constraints) {
                 .chat.json_schema,
             R"({"type":"array"})");
   EXPECT_EQ(parsed(R"("response_format":{"type":"text"})").chat.json_schema, "");
-  EXPECT_EQ(parsed(R"("grammar":"root ::= \"a\"")").chat.grammar, R"(root ::= "a")");
+  EXPECT_EQ(parsed(R"("grammar":"root ::= \"a\"")").common.generate.grammar, R"(root ::= "a")");
   EXPECT_EQ(chat_refusal(R"("grammar":"x","response_format":{"type":"json_object"})"),
             "grammar/invalid_value");
 }

@@ -176,7 +176,7 @@ OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds) {
   result.rounds = rounds;
   result.ideal_bytes = static_cast<double>(k_bytes + v_bytes);
   result.layers = static_cast<int>(
-      std::clamp<int64_t>(4 * last_level_cache_bytes() / (k_bytes + v_bytes) + 1, 2, 64));
+      std::clamp<int64_t>(4 * last_level_cache_bytes() / (k_bytes + v_bytes) + 1, 2, 2048));
   const auto b = static_cast<double>(p.batch);
   const auto s = static_cast<double>(p.prefix);
   const auto c = static_cast<double>(p.context);

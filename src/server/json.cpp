@@ -43,6 +43,9 @@ Json parse_json(std::string_view text) {
   if (too_deep != std::string_view::npos) {
     throw invalid_json(too_deep, "nested deeper than " + std::to_string(kMaxJsonDepth) + " levels");
   }
+  // The library takes a zero byte for the end and would not look at what follows.
+  const size_t zero = text.find('\0');
+  if (zero != std::string_view::npos) throw invalid_json(zero, "unexpected character");
   try {
     return Json::parse(text);
   } catch (const Json::parse_error& error) {

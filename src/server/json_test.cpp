@@ -24,6 +24,7 @@ TEST(Json, NamesTheByteAtFault) {
   EXPECT_NE(message_of(R"({"a": 1)").find("unexpected end at byte 7"), std::string::npos)
       << message_of(R"({"a": 1)");
   EXPECT_NE(message_of("").find("byte 0"), std::string::npos);
+  EXPECT_NE(message_of(std::string_view("{}\0 x", 5)).find("byte 2"), std::string::npos);
   EXPECT_NE(message_of("{} x").find("byte 3"), std::string::npos) << message_of("{} x");
 }
 

@@ -469,7 +469,8 @@ def relay_server(setup: Setup, sharing: str) -> Server:
     own = 256 + setup.tokens
     cells = setup.prompt_tokens + 256 + setup.users * own
     command = [str(setup.build / "bin/relay"), "serve", "-m", str(setup.model)]
-    command += ["--host", "127.0.0.1", "--port", str(free_port()), "-np", str(setup.users)]
+    command += ["--host", "127.0.0.1", "--port", str(free_port())]
+    command += ["--parallel", str(setup.users)]
     command += ["-c", str(cells), "--max-model-len", str(setup.slot_tokens())]
     command += ["--pin-prompt", str(setup.prompt_file), "--pin-budget", "1.0"]
     log = setup.out / f"relay-serve-sharing-{sharing}.log"

@@ -158,15 +158,18 @@ class Server:
                 with contextlib.suppress(OSError, http.client.HTTPException):
                     if self.request("GET", "/health", timeout=5)[0] == 200:
                         return time.monotonic() - start
-                time.sleep(0.1)
+                time.sleep(0.25)
         raise DemoError(
             f"{self.name} was not ready within {limit:.0f} s; its log ({self.log}) ends with\n"
             + self.log_tail()
         )
 
     def last_log_line(self) -> str:
-        tail = self.log.read_text(errors="replace").strip().splitlines()[-1:]
-        return tail[0][:80] if tail else "starting"
+        lines = self.log.read_text(errors="replace").splitlines()
+        for line in reversed(lines):
+            if line.strip() and "/health" not in line:  # our own asking
+                return line[:80]
+        return "starting"
 
     def request(self, method: str, path: str, body=None, timeout: float = 600) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <tuple>
 
 #include "kernels/kernels.h"
 #include "relay/state.h"
@@ -63,9 +64,13 @@ class Planner {
     for (size_t i = 0; i < plan_.forest.segments.size(); ++i) cut(static_cast<uint32_t>(i));
     place_partials();
     add_empty_rows();
-    // Longest first: what comes last is short, so threads finish near together.
-    std::stable_sort(plan_.items.begin(), plan_.items.end(),
-                     [](const WorkItem& a, const WorkItem& b) { return a.cost > b.cost; });
+    // Longest first: what comes last is short, so threads finish near together. Ties by place,
+    // since a stable sort would allocate.
+    std::sort(plan_.items.begin(), plan_.items.end(), [](const WorkItem& a, const WorkItem& b) {
+      return a.cost != b.cost ? a.cost > b.cost
+                              : std::tie(a.partials, a.head_begin, a.row_begin) <
+                                    std::tie(b.partials, b.head_begin, b.row_begin);
+    });
   }
 
  private:

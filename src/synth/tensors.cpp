@@ -181,6 +181,7 @@ class Builder {
 
   std::vector<float> vocabulary_rows(float deviation) const {
     std::vector<float> rows;
+    rows.reserve(vocabulary_.speakable.size());
     for (const bool speakable : vocabulary_.speakable) {
       rows.push_back(speakable ? deviation : deviation * kUnspeakable);
     }

@@ -382,6 +382,7 @@ fs::path folder_of(const fs::path& output) {
 
 std::vector<std::string> weight_types() {
   std::vector<std::string> names;
+  names.reserve(kWeightTypes.size());
   for (const WeightType& type : kWeightTypes) {
     names.emplace_back(type.name);
   }

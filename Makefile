@@ -12,7 +12,7 @@ help:
 	@echo 'make demo    set up, build, and compare relay serve with llama-server on a long prompt'
 	@echo 'make test    set up, and run everything that CI checks (scripts/test.sh --list)'
 	@echo 'make bench   set up, build, and run the benches'
-	@echo 'make build   set up, and build into build/release'
+	@echo 'make build   set up, and build all programs and libraries into build/release'
 	@echo 'make format  rewrite sources in the pinned format'
 	@echo 'make lint    check format and lint only'
 	@echo 'make clean   delete the build folders (not .deps and .venv)'
@@ -25,7 +25,7 @@ setup-build:
 
 build: setup-build
 	cmake --preset release
-	cmake --build --preset release
+	cmake --build --preset release --target relay-programs
 
 demo: build
 	@.venv/bin/python scripts/demo.py

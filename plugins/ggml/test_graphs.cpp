@@ -139,7 +139,7 @@ double Graph::error(size_t index) const {
         if (!sinks.empty()) sum = std::exp(double(sinks[size_t(head)]));
         for (int64_t slot = 0; slot < c.slots; ++slot) {
           double bias = 0.0;
-          if (!mask.empty()) {
+          if (n.mask_source != nullptr) {
             const int64_t plane = (n.mask_source->ne[3] == 1 ? 0 : stream) * n.mask_source->ne[2] +
                                   head % n.mask_source->ne[2];
             bias = slope * mask[size_t((plane * n.mask_source->ne[1] + row) * c.slots + slot)];

@@ -196,8 +196,9 @@ void EngineCore::finish_pins() {
       pin.prompt.expires_at = pin.prompt.created + job.request.ttl_seconds;
     }
     pin.prompt.cache_salt = job.request.cache_salt;
+    const auto seq = pin.seq;
     const auto [it, inserted] = pins_.emplace(job.id, std::move(pin));
-    if (!inserted) kv_.unpin(pin.seq);  // the same prompt was asked for twice at once
+    if (!inserted) kv_.unpin(seq);  // the same prompt was asked for twice at once
     job.callbacks.done(it->second.prompt);
     pin_jobs_.erase(pin_jobs_.begin() + static_cast<std::ptrdiff_t>(i));
   }

@@ -1,6 +1,7 @@
 #include "plan/plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <tuple>
 
@@ -102,10 +103,10 @@ class Planner {
     const double wanted = target_ > 0 ? per_head * shape().kv_heads / target_ : 1;
     const int64_t min_chunk = item.few ? kMinChunkFew : kMinChunkMany;
     int64_t head_parts = (shape().kv_heads + heads_that_fit - 1) / heads_that_fit;
-    const int64_t chunks = std::clamp<int64_t>(static_cast<int64_t>(wanted / head_parts + 0.999), 1,
-                                               std::max<int64_t>(1, segment.slots / min_chunk));
-    head_parts = std::clamp<int64_t>(static_cast<int64_t>(wanted / chunks + 0.5), head_parts,
-                                     shape().kv_heads);
+    const int64_t chunks = std::clamp<int64_t>(
+        static_cast<int64_t>(std::ceil(wanted / static_cast<double>(head_parts))), 1,
+        std::max<int64_t>(1, segment.slots / min_chunk));
+    head_parts = std::clamp<int64_t>(std::llround(wanted / chunks), head_parts, shape().kv_heads);
     const int64_t chunk = round_up((segment.slots + chunks - 1) / chunks, kTileSlots);
     uint32_t span = segment.span_begin;
     int64_t offset = 0;
@@ -293,7 +294,7 @@ PlanSummary summarize(const Plan& plan) {
   for (const WorkItem& item : plan.items) {
     head_slots += static_cast<double>(item.slots) * (item.head_end - item.head_begin);
   }
-  summary.kv_slots_read = static_cast<int64_t>(head_slots / s.kv_heads + 0.5);
+  summary.kv_slots_read = std::llround(head_slots / s.kv_heads);
   summary.kv_slots_attended = plan.forest.slots_attended();
   summary.flops =
       2.0 * static_cast<double>(summary.kv_slots_attended) * s.q_heads * (s.qk_dim + s.v_dim);

@@ -217,7 +217,7 @@ void Generation::on_finish(Part& part, int32_t index, engine::FinishReason reaso
                                  : Json{{"text", choice.begun ? "" : part.echo}};
   if (api_ == Api::kChat && !choice.begun) last["delta"] = delta_json(choice, {});
   choice.begun = true;
-  write_chunk(part, index, std::move(last), finish_name(choice), frames);
+  write_chunk(part, index, last, finish_name(choice), frames);
 }
 
 std::vector<engine::ChatDelta> Generation::read_message(Choice& choice, bool is_partial) {
@@ -266,8 +266,8 @@ Json Generation::delta_json(Choice& choice, const engine::ChatDelta& delta) {
   return json;
 }
 
-void Generation::write_chunk(Part& part, int32_t index, Json payload, const char* finish_reason,
-                             std::string& frames) {
+void Generation::write_chunk(Part& part, int32_t index, const Json& payload,
+                             const char* finish_reason, std::string& frames) {
   const auto part_index = static_cast<int32_t>(&part - parts_.data());
   Choice& choice = part.choices[static_cast<size_t>(index)];
   Json json;

@@ -90,7 +90,7 @@ class Generation {
   std::vector<engine::ChatDelta> read_message(Choice& choice, bool is_partial);
   const std::string& call_id(Choice& choice, size_t index, const std::string& from_engine);
   Json delta_json(Choice& choice, const engine::ChatDelta& delta);
-  void write_chunk(Part& part, int32_t index, Json payload, const char* finish_reason,
+  void write_chunk(Part& part, int32_t index, const Json& payload, const char* finish_reason,
                    std::string& frames);
   Json logprobs_of(Choice& choice);
   const char* finish_name(const Choice& choice) const;

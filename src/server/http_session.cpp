@@ -89,7 +89,7 @@ void HttpSession::start() {
   runtime_.add(this, weak_from_this());
   net::co_spawn(
       socket_.get_executor(), [self = shared_from_this()] { return self->run(); },
-      [self = shared_from_this()](std::exception_ptr failure) {
+      [self = shared_from_this()](const std::exception_ptr& failure) {
         self->disarm();
         self->close_socket();
         try {

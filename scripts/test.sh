@@ -58,8 +58,10 @@ stage_asan() {
   ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1 \
     core_under asan
 }
-stage_tsan() { TSAN_OPTIONS=halt_on_error=1 core_under tsan; }
-# An emulated processor is slow: fewer random cases (tests/core/test_env.h).
+# TSan and an emulated processor are slow: fewer random cases (tests/core/test_env.h).
+stage_tsan() {
+  TSAN_OPTIONS=halt_on_error=1 RELAY_TEST_SCALE="${RELAY_TEST_SCALE:-0.1}" core_under tsan
+}
 stage_aarch64() { RELAY_TEST_SCALE="${RELAY_TEST_SCALE:-0.1}" core_under aarch64; }
 
 # Two cases at a time, each on all threads: those that wait must not spin.

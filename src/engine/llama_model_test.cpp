@@ -3,7 +3,10 @@
 #include "engine/llama_model.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
+#include <filesystem>
+#include <fstream>
 #include <random>
 
 #include "engine/backend.h"
@@ -255,8 +258,11 @@ TEST(LlamaModel, RefusalsSayWhatIsWrong) {
   bad.cache_type_k = "q3_z";
   EXPECT_NE(message(bad).find("q3_z"), std::string::npos);
   bad = options;
-  bad.model_path = __FILE__;
-  EXPECT_NE(message(bad).find("could not load"), std::string::npos);
+  const std::string no_model = testing::TempDir() + "relay-no-model-" + std::to_string(::getpid());
+  std::ofstream(no_model) << "This is not a GGUF file.";
+  bad.model_path = no_model;
+  EXPECT_NE(message(bad).find("could not load"), std::string::npos) << message(bad);
+  std::filesystem::remove(no_model);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ struct Batch {
   std::vector<int64_t> kv_lengths{20, 23};
   std::vector<int32_t> table{2, 0, 2, 1};
   relay_batch c{
-      sizeof(relay_batch), 2, row_offsets.data(), kv_lengths.data(), table.data(), 2, 16, 0};
+      sizeof(relay_batch), 2, row_offsets.data(), kv_lengths.data(), table.data(), 2, 16, 0, 1};
 };
 
 constexpr int kDim = 32;

@@ -39,7 +39,7 @@ class Operator:
         )
         self._write = native.KvWrite(kv_heads=kv_heads)
         self._cache: int | None = None  # address of the KV cache that the structs describe
-        self._shape: Shape | None = None
+        self.shape: Shape | None = None
 
     def set_sinks(self, sinks: "torch.Tensor") -> None:
         """f32 [q_heads]: logits without a value, one per head."""
@@ -86,7 +86,7 @@ class Operator:
         kv_cache: [num_blocks, kv_heads, block_size, 2 * head_size], the rows' own KV included
         """
         self._look_at(kv_cache)
-        plan = planner.plan(step, self._shape)
+        plan = planner.plan(step, self.shape)
         size = kv_cache.element_size()
         i = self._inputs
         i.q, i.out = query.data_ptr(), output.data_ptr()
@@ -115,7 +115,7 @@ class Operator:
         w.block_size = block_size
         w.k_bytes = w.v_bytes = self.head_size * kv_cache.element_size()
         i.q_type = i.out_type = dtype_of(kv_cache.dtype)
-        self._shape = Shape(
+        self.shape = Shape(
             q_heads=self.q_heads,
             kv_heads=self.kv_heads,
             head_size=self.head_size,

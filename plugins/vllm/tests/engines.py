@@ -17,7 +17,9 @@ Prompt = list[int]
 
 
 @contextmanager
-def engine(model: Path, *, relay: bool, **options: object) -> Iterator[LLM]:
+def engine(
+    model: Path, *, relay: bool, dtype: str = "bfloat16", **options: object
+) -> Iterator[LLM]:
     """An engine over `model`; its attention is Relay's, or vLLM's own."""
     load_general_plugins()  # now, so that the engine does not undo what follows
     selector._cached_get_attn_backend.cache_clear()
@@ -26,6 +28,7 @@ def engine(model: Path, *, relay: bool, **options: object) -> Iterator[LLM]:
     else:
         AttentionBackendEnum.CPU_ATTN.clear_override()
     defaults = dict(
+        dtype=dtype,
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=1024,

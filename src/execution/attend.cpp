@@ -16,7 +16,6 @@ namespace relay {
 namespace {
 
 using kernels::kLog2e;
-using kernels::kTileSlots;
 using kernels::padded_dim;
 using kernels::QueryLayout;
 using kernels::Tile;
@@ -77,7 +76,7 @@ class Runner {
 
   /// Packs the item's queries, [head][row][group], and clears its states.
   void start(const WorkItem& item) {
-    layout_ = item.few ? QueryLayout::kF32 : kernels_.many_layout(tile_.k_type);
+    layout_ = item.few ? QueryLayout::kF32 : kernels_.many_layout(tile_.k_type, tile_.v_type);
     // A pair of bf16 takes the room of one f32.
     q_stride_ =
         layout_ == QueryLayout::kF32 ? padded_dim(shape_.qk_dim) : padded_dim(shape_.qk_dim) / 2;
@@ -147,13 +146,16 @@ class Runner {
     const KvCache& kv = in_.kv;
     const auto* k = static_cast<const uint8_t*>(kv.k.data);
     const auto* v = static_cast<const uint8_t*>(kv.v.data);
+    const bool rows = kv.layout == KvLayout::kRows;
     for (int i = 0; i < count;) {
       const int64_t block = (slot + i) / kv.block_size;
       const int64_t first = (slot + i) % kv.block_size;
       const auto here = static_cast<int>(std::min<int64_t>(count - i, kv.block_size - first));
       for (int j = 0; j < here; ++j, ++i) {
-        table.k[n + i] = k + block * kv.k.block_stride + (first + j) * kv.k.slot_stride;
-        table.v[n + i] = v + block * kv.v.block_stride + (first + j) * kv.v.slot_stride;
+        if (rows || n + i == 0) {  // of a tile in kTiles only the beginning counts
+          table.k[n + i] = k + block * kv.k.block_stride + (first + j) * kv.k.slot_stride;
+          table.v[n + i] = v + block * kv.v.block_stride + (first + j) * kv.v.slot_stride;
+        }
         table.columns[n + i] = column + i;
       }
     }
@@ -208,7 +210,9 @@ class Runner {
           unpacked_ +
           (in_.kv.k.type == DType::kCustom ? int64_t{kTileSlots} * padded_dim(shape_.qk_dim) : 0);
       unpack(in_.kv.v, shape_.v_dim, now_->v, h, unpacked_v_, v_room, tile_.v, tile_.v_offset);
-      if (item.few) {
+      if (in_.kv.layout == KvLayout::kTiles) {
+        kernels_.attend_tiled(tile_);
+      } else if (item.few) {
         kernels_.attend_few(tile_);
       } else {
         kernels_.attend_many(tile_);
@@ -232,7 +236,14 @@ class Runner {
     int first = 0;
     int last = next_->slots;
     int width = 1;
-    if (k.head_stride == k_bytes && v.head_stride == v_bytes) {
+    if (in_.kv.layout == KvLayout::kTiles) {
+      if (h + 1 < item.head_end) {
+        table = now_;
+        head = h + 1;
+      }
+      last = table->slots > 0 ? 1 : 0;  // one run of bytes
+      width = table->slots;
+    } else if (k.head_stride == k_bytes && v.head_stride == v_bytes) {
       width = heads;
       first = next_->slots * (h - item.head_begin) / heads;
       last = next_->slots * (h - item.head_begin + 1) / heads;
@@ -439,6 +450,14 @@ void validate(const Plan& plan, const AttentionInputs& in) {
   if (!vector_type(in.q.type) || !vector_type(in.out.type)) fail("q and out are f32, f16 or bf16");
   if (in.kv.k.type != plan.options.k_type || in.kv.v.type != plan.options.v_type) {
     fail("K or V has another type than planned");
+  }
+  if (in.kv.layout != plan.options.layout) fail("K and V have another layout than planned");
+  if (in.kv.layout == KvLayout::kTiles) {
+    if (in.kv.block_size % kTileSlots != 0) fail("tiled KV needs blocks of whole tiles");
+    if (in.kv.k.slot_stride != row_bytes(in.kv.k.type, plan.options.shape.qk_dim) ||
+        in.kv.v.slot_stride != row_bytes(in.kv.v.type, plan.options.shape.v_dim)) {
+      fail("tiled KV has slot strides of one vector");
+    }
   }
   if (!plan.forest.segments.empty() && (in.kv.k.data == nullptr || in.kv.v.data == nullptr)) {
     fail("K or V is null");

@@ -11,7 +11,6 @@
 namespace relay {
 namespace {
 
-using kernels::kTileSlots;
 using kernels::padded_dim;
 
 /// Queries and outputs of one KV head stay in the second-level cache while its KV streams by; rows
@@ -51,7 +50,8 @@ class Planner {
     const int64_t state = int64_t{4} * (padded_dim(s.qk_dim) + padded_dim(s.v_dim));
     rows_at_once_ = std::max<int64_t>(1, kStateBytes / state / s.group());
     states_together_ = kHeadsStateBytes / state;
-    few_rows_ = kernels::active().few_rows;
+    // Tiled KV needs no unpacking: one kernel serves any number of rows.
+    few_rows_ = options.layout == KvLayout::kTiles ? 0 : kernels::active().few_rows;
   }
 
   void run() {
@@ -211,11 +211,21 @@ void check_options(const PlanOptions& options) {
       (options.v_type == DType::kQ8_0 && s.v_dim % 32 != 0)) {
     fail("q8_0 needs head sizes that are multiples of 32");
   }
+  if (options.layout == KvLayout::kTiles) {
+    if (options.k_type != options.v_type ||
+        (options.k_type != DType::kF32 && options.k_type != DType::kF16 &&
+         options.k_type != DType::kBF16)) {
+      fail("tiled KV is f32, f16 or bf16, the same for K and V");
+    }
+    if (s.qk_dim % 16 != 0 || s.v_dim % 16 != 0) {
+      fail("tiled KV needs head sizes that are multiples of 16");
+    }
+  }
   if (options.threads < 1) fail("threads must be positive");
 }
 
 /// The promises of a forest that planning relies on; relay::validate() also checks disjointness.
-void check_ranges(const Forest& f) {
+void check_ranges(const Forest& f, KvLayout layout) {
   for (const Segment& s : f.segments) {
     if (s.span_begin >= s.span_end || s.span_end > f.spans.size() || s.row_begin >= s.row_end ||
         s.row_end > f.row_index.size() ||
@@ -226,6 +236,9 @@ void check_ranges(const Forest& f) {
     int64_t slots = 0;
     for (const Span& span : f.spans_of(s)) {
       if (span.count <= 0 || span.slot < 0) throw Error("plan: the forest has a bad span");
+      if (layout == KvLayout::kTiles && (span.slot % kTileSlots != 0 || slots % kTileSlots != 0)) {
+        throw Error("plan: with tiled KV a segment consists of whole tiles, the last one apart");
+      }
       slots += span.count;
     }
     if (slots != s.slots) throw Error("plan: a segment's slots are not the sum of its spans");
@@ -247,7 +260,7 @@ PlanPtr make_plan(const Forest& forest, const PlanOptions& options) {
 
 void remake_plan(Plan& plan, const Forest& forest, const PlanOptions& options) {
   check_options(options);
-  check_ranges(forest);
+  check_ranges(forest, options.layout);
   Planner(plan, forest, options).run();
 }
 

@@ -59,12 +59,13 @@ void refuse_connection(tcp::socket& socket) {
 }  // namespace
 
 struct Server::State {
-  explicit State(ServerOptions options)
-      : runtime(options), acceptor(net::make_strand(runtime.io)) {}
+  explicit State(const ServerOptions& options)
+      : runtime(options), strand(net::make_strand(runtime.io)), acceptor(strand) {}
 
   net::awaitable<void> accept_loop();
 
   Runtime runtime;
+  net::strand<net::io_context::executor_type> strand;  ///< the acceptor's
   tcp::acceptor acceptor;
   std::optional<net::executor_work_guard<net::io_context::executor_type>> work;
   std::vector<std::thread> threads;
@@ -93,7 +94,7 @@ net::awaitable<void> Server::State::accept_loop() {
   }
 }
 
-Server::Server(ServerOptions options) : state_(std::make_unique<State>(std::move(options))) {}
+Server::Server(const ServerOptions& options) : state_(std::make_unique<State>(options)) {}
 
 Server::~Server() { shutdown(std::chrono::milliseconds(0)); }
 
@@ -137,7 +138,7 @@ void Server::listen() {
                            : endpoint.address().to_string();
 
   state.work.emplace(state.runtime.io.get_executor());
-  net::co_spawn(state.acceptor.get_executor(), state.accept_loop(), net::detached);
+  net::co_spawn(state.strand, state.accept_loop(), net::detached);
   for (int32_t i = 0; i < options.io_threads; ++i) {
     state.threads.emplace_back([&io = state.runtime.io] { io.run(); });
   }
@@ -147,7 +148,7 @@ void Server::shutdown(std::chrono::milliseconds grace) {
   State& state = *state_;
   Runtime& runtime = state.runtime;
   if (runtime.stopping.exchange(true)) return;
-  net::post(state.acceptor.get_executor(), [&state] {
+  net::post(state.strand, [&state] {
     error_code ignored;
     state.acceptor.close(ignored);
   });

@@ -58,7 +58,9 @@ class Runner {
     tile_.softcap = capped ? in.softcap * kLog2e : 0.0f;
   }
 
-  void run(const WorkItem& item) {
+  /// Does one item. `next` is what this thread will do after it, or null: its KV is asked for
+  /// early.
+  void run(const WorkItem& item, const WorkItem* next) {
     if (item.segment == WorkItem::kNoSegment) {
       for (uint32_t i = item.row_begin; i < item.row_end; ++i) {
         std::fill_n(o_, o_stride_, 0.0f);
@@ -67,7 +69,7 @@ class Runner {
       return;
     }
     start(item);
-    attend_chunk(item);
+    attend_chunk(item, next != nullptr && next->segment != WorkItem::kNoSegment ? next : nullptr);
     deliver(item);
   }
 
@@ -112,15 +114,23 @@ class Runner {
   };
 
   /// Goes over the chunk tile by tile, and over the item's heads within a tile.
-  void attend_chunk(const WorkItem& item) {
+  void attend_chunk(const WorkItem& item, const WorkItem* next_item) {
     const Segment& segment = plan_.forest.segments[item.segment];
     Cursor cursor{item.span, item.span_offset, item.slots};
     now_ = &tables_[0];
     next_ = &tables_[1];
+    next_of_ = &item;
     locate_tile(cursor, *now_);
     while (now_->slots > 0) {
       locate_tile(cursor, *next_);
+      const bool last = next_->slots == 0;
+      if (last && next_item != nullptr) {
+        Cursor first{next_item->span, next_item->span_offset, next_item->slots};
+        locate_tile(first, *next_);
+        next_of_ = next_item;
+      }
       attend_tile(item, segment);
+      if (last) break;
       std::swap(now_, next_);
     }
   }
@@ -220,9 +230,9 @@ class Runner {
     }
   }
 
-  /// Tells the kernel what to fetch while it works on head h. Where a slot's heads lie side by
-  /// side, that is this head's share of the next tile's slots, all heads at once, since memory is
-  /// read fastest in long runs; else the next head's vectors.
+  /// Tells the kernel what to fetch while it works on head h: a share of the next tile's slots, all
+  /// heads at once where they lie side by side, since memory is read fastest in long runs;
+  /// elsewhere the next head's vectors.
   void foresee(const WorkItem& item, int32_t h) {
     const KvPlane& k = in_.kv.k;
     const KvPlane& v = in_.kv.v;
@@ -230,27 +240,25 @@ class Runner {
     if (k.type == DType::kCustom || v.type == DType::kCustom) return;  // sizes unknown
     const auto k_bytes = static_cast<int>(row_bytes(k.type, shape_.qk_dim));
     const auto v_bytes = static_cast<int>(row_bytes(v.type, shape_.v_dim));
-    const int32_t heads = item.head_end - item.head_begin;
+    const bool tiles = in_.kv.layout == KvLayout::kTiles;
     const SlotTable* table = next_;
-    int32_t head = item.head_begin;
+    int32_t head = next_of_->head_begin;
     int first = 0;
     int last = next_->slots;
     int width = 1;
-    if (in_.kv.layout == KvLayout::kTiles) {
-      if (h + 1 < item.head_end) {
-        table = now_;
-        head = h + 1;
-      }
-      last = table->slots > 0 ? 1 : 0;  // one run of bytes
-      width = table->slots;
-    } else if (k.head_stride == k_bytes && v.head_stride == v_bytes) {
-      width = heads;
+    if (!tiles && k.head_stride == k_bytes && v.head_stride == v_bytes) {
+      const int32_t heads = item.head_end - item.head_begin;
+      width = next_of_->head_end - next_of_->head_begin;
       first = next_->slots * (h - item.head_begin) / heads;
       last = next_->slots * (h - item.head_begin + 1) / heads;
     } else if (h + 1 < item.head_end) {
       table = now_;
       head = h + 1;
       last = now_->slots;
+    }
+    if (tiles) {  // one run of bytes
+      width = last;
+      last = last > 0 ? 1 : 0;
     }
     tile_.next_slots = last - first;
     tile_.next_k = table->k + first;
@@ -432,6 +440,7 @@ class Runner {
   SlotTable tables_[2];
   SlotTable* now_ = nullptr;
   SlotTable* next_ = nullptr;
+  const WorkItem* next_of_ = nullptr;  ///< whose tile next_ is
   const uint8_t* unpacked_k_[kTileSlots];
   const uint8_t* unpacked_v_[kTileSlots];
   float bias_scale_[kMaxGroup];
@@ -491,10 +500,14 @@ void attend(const Plan& plan, const AttentionInputs& inputs, Workspace& workspac
   if (thread < 0 || thread >= plan.options.threads) throw Error("attend: no such thread");
   Runner runner(plan, inputs, ws, thread);
   const auto items = static_cast<uint32_t>(plan.items.size());
-  for (;;) {
+  const auto take = [&]() -> const WorkItem* {
     const uint32_t i = ws.next_item.fetch_add(1, std::memory_order_relaxed);
-    if (i >= items) break;
-    runner.run(plan.items[i]);
+    return i < items ? &plan.items[i] : nullptr;
+  };
+  for (const WorkItem* item = take(); item != nullptr;) {
+    const WorkItem* next = take();  // early, so that its KV is under way when it is wanted
+    runner.run(*item, next);
+    item = next;
   }
   if (ws.finished_threads.fetch_add(1, std::memory_order_acq_rel) + 1 ==
       static_cast<uint32_t>(plan.options.threads)) {

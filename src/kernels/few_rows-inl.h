@@ -24,9 +24,9 @@ inline void score_few(const Tile& t, const float* q, Prefetcher& prefetch, float
       const int slot = first + p < t.slots ? first + p : t.slots - 1;  // surplus is masked later
       k[p] = t.k[slot] + t.k_offset;
     }
-    prefetch.step();
     Vec acc[kLanes];
     auto accumulate = [&](int i, bool begin, auto load_k) RELAY_INLINE_LAMBDA {
+      prefetch.step();
       Vec query[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) query[r] = load(q + i * R + r * kLanes);
@@ -59,9 +59,6 @@ inline void score_few(const Tile& t, const float* q, Prefetcher& prefetch, float
   }
 }
 
-/// Slots between two requests for what comes next: rarely enough to keep its state out of the way.
-inline constexpr int kSlotsPerStep = 8;
-
 /// o[R][columns] = o * alpha + p[R][slots] V for C vectors of columns from `column` on; kTail: only
 /// the first `tail` columns exist.
 template <typename E, int R, int C, bool kTail = false>
@@ -77,23 +74,19 @@ inline void value_panel(const Tile& t, const float* p, const float* alpha, Prefe
       acc[r][c] = load(o + r * t.o_stride + c * kLanes) * splat(alpha[r]);
     }
   }
-  for (int first = 0; first < t.slots; first += kSlotsPerStep) {
+  for (int slot = 0; slot < t.slots; ++slot) {
     prefetch.step();
-    const int end = first + kSlotsPerStep < t.slots ? first + kSlotsPerStep : t.slots;
-    const uint8_t* const* rows = t.v;
-    for (int slot = first; slot < end; ++slot) {
-      const uint8_t* row = rows[slot] + base;
-      Vec value[C];
+    const uint8_t* row = t.v[slot] + base;
+    Vec value[C];
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) {
-        value[c] = kTail ? E::tail(row, start, tail) : E::load(row, start + c * kLanes);
-      }
+    for (int c = 0; c < C; ++c) {
+      value[c] = kTail ? E::tail(row, start, tail) : E::load(row, start + c * kLanes);
+    }
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Vec weight = splat(p[r * kTileSlots + slot]);
+    for (int r = 0; r < R; ++r) {
+      const Vec weight = splat(p[r * kTileSlots + slot]);
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) acc[r][c] = fma(value[c], weight, acc[r][c]);
-      }
+      for (int c = 0; c < C; ++c) acc[r][c] = fma(value[c], weight, acc[r][c]);
     }
   }
 #pragma GCC unroll 8
@@ -115,10 +108,26 @@ inline int value_panels(const Tile& t, const float* p, const float* alpha, Prefe
   return column;
 }
 
+/// How a block of R rows goes over V: query rows and vectors of columns at once.
+template <int R>
+struct ValueBlock {
+  static constexpr int kRows = R < 4 ? R : 4;
+  static constexpr int kColumns = kFewAccumulators / kRows > 8 ? 8 : kFewAccumulators / kRows;
+};
+
+/// Times that a block of R rows calls Prefetcher::step().
+template <int R>
+inline int few_steps(const Tile& t) {
+  constexpr int kSlots = kLanes / R;
+  constexpr int kWidth = ValueBlock<R>::kColumns * kLanes;
+  const int panels = (t.v_dim + kWidth - 1) / kWidth * (R / ValueBlock<R>::kRows);
+  return (t.slots + kSlots - 1) / kSlots * ((t.qk_dim + kLanes - 1) / kLanes) + panels * t.slots;
+}
+
 template <int R>
 inline void few_block(const Tile& t, int first, Prefetcher& prefetch) {
-  constexpr int kValueRows = R < 4 ? R : 4;
-  constexpr int kColumns = kFewAccumulators / kValueRows > 8 ? 8 : kFewAccumulators / kValueRows;
+  constexpr int kValueRows = ValueBlock<R>::kRows;
+  constexpr int kColumns = ValueBlock<R>::kColumns;
   alignas(64) float s[R * kTileSlots];
   float alpha[R];
   interleave_queries<R>(t, static_cast<const float*>(t.q) + first * t.q_stride, t.scratch);
@@ -138,17 +147,24 @@ inline void few_block(const Tile& t, int first, Prefetcher& prefetch) {
   });
 }
 
-inline void attend_few(const Tile& t) {
-  // The values' steps alone suffice for all; the keys' steps come before, so it ends early.
-  Prefetcher prefetch(t, (t.slots + kSlotsPerStep - 1) / kSlotsPerStep);
+/// Calls f<R>(first) for the blocks of rows that a tile is cut into.
+template <typename F>
+inline void for_each_few_block(int rows, F f) {
   int first = 0;
   if constexpr (kFewBlock == 8) {
-    for (; first + 8 <= t.rows; first += 8) few_block<8>(t, first, prefetch);
+    for (; first + 8 <= rows; first += 8) f.template operator()<8>(first);
   }
-  for (; first + 4 <= t.rows; first += 4) few_block<4>(t, first, prefetch);
-  if (first + 2 <= t.rows) {
-    few_block<2>(t, first, prefetch);
+  for (; first + 4 <= rows; first += 4) f.template operator()<4>(first);
+  if (first + 2 <= rows) {
+    f.template operator()<2>(first);
     first += 2;
   }
-  if (first < t.rows) few_block<1>(t, first, prefetch);
+  if (first < rows) f.template operator()<1>(first);
+}
+
+inline void attend_few(const Tile& t) {
+  int steps = 0;
+  for_each_few_block(t.rows, [&]<int R>(int) { steps += few_steps<R>(t); });
+  Prefetcher prefetch(t, steps);
+  for_each_few_block(t.rows, [&]<int R>(int first) { few_block<R>(t, first, prefetch); });
 }

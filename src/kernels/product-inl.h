@@ -176,8 +176,11 @@ inline void attend_operands(const Tile& t, const Operands<Product>& operands, fl
   const int value_vectors = (t.v_dim + kLanes - 1) / kLanes;
   const int key_depth = (t.qk_dim + Product::kDepth - 1) / Product::kDepth;
   const int value_depth = (t.slots + Product::kDepth - 1) / Product::kDepth;
-  // Roughly one step for each register block of query rows in each product.
-  Prefetcher prefetch(t, 2 * ((t.rows + kBlockRows - 1) / kBlockRows));
+  // A step for each register block of query rows in each panel.
+  const int panels =
+      (key_depth + kDepthBlock - 1) / kDepthBlock * ((slot_vectors + kPanel - 1) / kPanel) +
+      (value_vectors + kPanel - 1) / kPanel;
+  Prefetcher prefetch(t, panels * ((t.rows + kBlockRows - 1) / kBlockRows));
   for (int first = 0; first < t.rows; first += kScoreRows) {
     const int rows = t.rows - first < kScoreRows ? t.rows - first : kScoreRows;
     product_scores<Product>(rows, slot_vectors,

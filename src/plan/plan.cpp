@@ -21,7 +21,7 @@ constexpr int64_t kStateBytes = 512 * 1024;
 /// 10 to 40 % for 32 to 128 query rows).
 constexpr int64_t kHeadsStateBytes = 96 * 1024;
 /// Items per thread to aim at: enough to even out the threads, few enough to keep merging small.
-constexpr int kItemsPerThread = 4;
+constexpr int kItemsPerThread = 16;
 /// Shortest chunks worth a partial result of their own.
 constexpr int64_t kMinChunkFew = 2 * kTileSlots;
 constexpr int64_t kMinChunkMany = 4 * kTileSlots;

@@ -36,7 +36,7 @@ constexpr double kStatesOfItem = 3.0 / 32;
 /// plan.
 constexpr double kUncertainty = 0.1;
 /// A plan this near to an even share of the bare work is not worth improving.
-constexpr double kGoodEnough = 1.02;
+constexpr double kGoodEnough = 1.04;
 
 struct Way {
   /// Items per thread, all alike; small blocks fill the gaps. 0: sizes decrease, as in factoring

@@ -8,8 +8,7 @@
 
 #include "common.h"
 #include "engine/chat_templates.h"
-#include "json-schema-to-grammar.h"
-#include "json.h"
+#include "engine/json_schema.h"
 #include "sampling.h"
 
 namespace relay::engine {
@@ -68,13 +67,8 @@ void add_grammar(const LlamaModel& model, const GenerateRequest& request,
     return;
   }
   if (!request.json_schema.empty()) {
-    try {
-      params.grammar = {COMMON_GRAMMAR_TYPE_OUTPUT_FORMAT,
-                        json_schema_to_grammar(common_json::parse(request.json_schema))};
-    } catch (const std::exception& e) {
-      throw EngineError(ErrorKind::kInvalidGrammar,
-                        std::string("The JSON schema cannot be kept: ") + e.what());
-    }
+    params.grammar = {COMMON_GRAMMAR_TYPE_OUTPUT_FORMAT,
+                      schema_to_grammar(request.json_schema, "json_schema")};
     return;
   }
   if (!request.format) return;
@@ -133,6 +127,12 @@ void skip_generation_prompt(common_sampler* sampler, const std::vector<Token>& w
   common_sampler_reset(sampler);
 }
 
+/// The field to blame.
+std::string field_of_grammar(const GenerateRequest& request) {
+  if (!request.grammar.empty()) return "grammar";
+  return request.json_schema.empty() ? request.format->constrained_by : "json_schema";
+}
+
 }  // namespace
 
 std::vector<std::unique_ptr<Sampler>> make_samplers(const LlamaModel& model,
@@ -150,6 +150,12 @@ std::vector<std::unique_ptr<Sampler>> make_samplers(const LlamaModel& model,
     return samplers;
   }
 
+  if (s.ignore_eos && !params.grammar.empty()) {
+    throw EngineError(ErrorKind::kInvalidRequest,
+                      "ignore_eos leaves nothing to choose once a grammar, a JSON schema or a tool "
+                      "call is complete: use one without the other.",
+                      "ignore_eos");
+  }
   params.no_perf = true;
   params.temp = s.temperature;
   params.top_k = s.top_k;
@@ -184,7 +190,8 @@ std::vector<std::unique_ptr<Sampler>> make_samplers(const LlamaModel& model,
       if (!written.empty()) skip_generation_prompt(sampler.get(), written);
     } catch (const std::exception& e) {
       throw EngineError(ErrorKind::kInvalidGrammar,
-                        std::string("The grammar does not compile: ") + e.what() + ".");
+                        std::string("The grammar does not compile: ") + e.what() + ".",
+                        field_of_grammar(request));
     }
     if (s.repetition_penalty != 1.0f) {
       for (const Token t : request.prompt) common_sampler_accept(sampler.get(), t, false);

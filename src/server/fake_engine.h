@@ -107,7 +107,7 @@ class FakeEngine : public engine::Engine {
     const auto length = static_cast<int32_t>(request.prompt.size());
     if (length + std::max(request.max_tokens, 1) > script_.context_length) {
       refusal.kind = engine::ErrorKind::kContextLengthExceeded;
-      refusal.param = "messages";
+      refusal.param = "prompt";
       refusal.prompt_tokens = length;
       refusal.max_tokens = request.max_tokens;
       refusal.context_length = script_.context_length;
@@ -116,6 +116,7 @@ class FakeEngine : public engine::Engine {
     if (!request.json_schema.empty() && request.json_schema.find("bad") != std::string::npos) {
       refusal.kind = engine::ErrorKind::kInvalidGrammar;
       refusal.message = "this schema does not compile";
+      refusal.param = "json_schema";
       return refusal;
     }
     if (static_cast<int32_t>(jobs_.size()) >= script_.max_requests) {
@@ -300,6 +301,10 @@ inline relay::engine::ChatPrompt relay::server::FakeEngine::render_chat(
     const engine::ChatRequest& chat) const {
   if (chat.messages_json.find("untemplatable") != std::string::npos) {
     throw engine::EngineError(engine::ErrorKind::kInvalidTemplate, "the template cannot say this");
+  }
+  if (chat.json_schema.find("bad") != std::string::npos) {
+    throw engine::EngineError(engine::ErrorKind::kInvalidGrammar, "this schema does not compile",
+                              "json_schema");
   }
   const std::lock_guard lock(mutex_);
   last_chat_ = chat;

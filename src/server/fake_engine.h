@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <ctime>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -44,6 +45,7 @@ class FakeEngine : public engine::Engine {
   // What tests look at.
   std::atomic<int> running{0};
   std::atomic<int> cancelled{0};
+  std::atomic<int> pins{0};
   engine::GenerateRequest last_request() {
     const std::lock_guard lock(mutex_);
     return last_;
@@ -67,7 +69,17 @@ class FakeEngine : public engine::Engine {
   }
   engine::ChatPrompt render_chat(const engine::ChatRequest& chat) const override;
   std::vector<engine::Token> render_chat_prefix(const engine::ChatRequest& chat) const override {
-    return tokenize(chat.messages_json, true, true);
+    const std::lock_guard lock(mutex_);
+    return tokenize(date_ + chat.messages_json, true, true);
+  }
+  /// What its chat template prints before the messages.
+  void set_date(const std::string& date) {
+    const std::lock_guard lock(mutex_);
+    date_ = date;
+  }
+  std::vector<engine::PinRequest> pin_requests() const {
+    const std::lock_guard lock(mutex_);
+    return pin_requests_;
   }
   engine::ChatMessage parse_message(const engine::OutputFormatPtr&, const std::string& text,
                                     bool) const override {
@@ -145,11 +157,16 @@ class FakeEngine : public engine::Engine {
       throw engine::EngineError(engine::ErrorKind::kPinBudgetExceeded, "too long to pin");
     }
     const std::lock_guard lock(mutex_);
+    for (size_t i = 0; i < pinned_.size(); ++i) {
+      if (pin_requests_[i].tokens == request.tokens) return pinned_[i];
+    }
     engine::PinnedPrompt prompt;
-    prompt.id = "cp_" + std::to_string(pinned_.size());
+    prompt.id = "cp_" + std::to_string(pins++);
     prompt.name = request.name;
     prompt.tokens = static_cast<int32_t>(request.tokens.size());
+    if (request.ttl_seconds > 0) prompt.expires_at = std::time(nullptr) + request.ttl_seconds;
     pinned_.push_back(prompt);
+    pin_requests_.push_back(request);
     return prompt;
   }
   std::vector<engine::PinnedPrompt> pinned_prompts() const override {
@@ -169,6 +186,7 @@ class FakeEngine : public engine::Engine {
     const std::lock_guard lock(mutex_);
     for (auto it = pinned_.begin(); it != pinned_.end(); ++it) {
       if (it->id != id) continue;
+      pin_requests_.erase(pin_requests_.begin() + (it - pinned_.begin()));
       pinned_.erase(it);
       return;
     }
@@ -287,6 +305,8 @@ class FakeEngine : public engine::Engine {
   engine::GenerateRequest last_;
   mutable engine::ChatRequest last_chat_;
   std::vector<engine::PinnedPrompt> pinned_;
+  std::vector<engine::PinRequest> pin_requests_;  // of the same
+  std::string date_;
   std::shared_ptr<engine::Observer> observer_;
   bool stopping_ = false;
   std::thread thread_;

@@ -4,6 +4,7 @@
 #include <sys/resource.h>
 
 #include <algorithm>
+#include <atomic>
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
@@ -60,13 +61,19 @@ void refuse_connection(tcp::socket& socket) {
 
 struct Server::State {
   explicit State(const ServerOptions& options)
-      : runtime(options), strand(net::make_strand(runtime.io)), acceptor(strand) {}
+      : runtime(options),
+        strand(net::make_strand(runtime.io)),
+        acceptor(strand),
+        refresh_timer(net::make_strand(runtime.io)) {}
 
   net::awaitable<void> accept_loop();
+  net::awaitable<void> refresh_loop();
 
   Runtime runtime;
   net::strand<net::io_context::executor_type> strand;  ///< the acceptor's
   tcp::acceptor acceptor;
+  net::steady_timer refresh_timer;
+  std::atomic<bool> refreshing{false};
   std::optional<net::executor_work_guard<net::io_context::executor_type>> work;
   std::vector<std::thread> threads;
   std::string host_in_url;
@@ -91,6 +98,19 @@ net::awaitable<void> Server::State::accept_loop() {
       continue;
     }
     std::make_shared<HttpSession>(std::move(socket), runtime)->start();
+  }
+}
+
+net::awaitable<void> Server::State::refresh_loop() {
+  const std::chrono::milliseconds interval = runtime.service.options().pin_refresh;
+  while (!runtime.stopping) {
+    refresh_timer.expires_after(interval);
+    co_await refresh_timer.async_wait(net::as_tuple(net::use_awaitable));
+    if (runtime.stopping || refreshing.exchange(true)) continue;
+    net::post(runtime.waiters, [this] {
+      runtime.service.refresh_pinned();
+      refreshing = false;
+    });
   }
 }
 
@@ -139,6 +159,9 @@ void Server::listen() {
 
   state.work.emplace(state.runtime.io.get_executor());
   net::co_spawn(state.strand, state.accept_loop(), net::detached);
+  if (options.pin_refresh.count() > 0) {
+    net::co_spawn(state.refresh_timer.get_executor(), state.refresh_loop(), net::detached);
+  }
   for (int32_t i = 0; i < options.io_threads; ++i) {
     state.threads.emplace_back([&io = state.runtime.io] { io.run(); });
   }
@@ -152,6 +175,7 @@ void Server::shutdown(std::chrono::milliseconds grace) {
     error_code ignored;
     state.acceptor.close(ignored);
   });
+  net::post(state.refresh_timer.get_executor(), [&state] { state.refresh_timer.cancel(); });
   for (const auto& session : runtime.sessions()) session->close(/*at_once=*/false);
   const auto deadline = std::chrono::steady_clock::now() + grace;
   while (runtime.busy > 0 && std::chrono::steady_clock::now() < deadline) {

@@ -60,15 +60,17 @@ void refuse_connection(tcp::socket& socket) {
 }  // namespace
 
 struct Server::State {
-  explicit State(ServerOptions options)
+  explicit State(const ServerOptions& options)
       : runtime(options),
-        acceptor(net::make_strand(runtime.io)),
-        refresh_timer(net::make_strand(runtime.io)) {}
+        strand(net::make_strand(runtime.io)),
+        acceptor(strand),
+        refresh_timer(strand) {}
 
   net::awaitable<void> accept_loop();
   net::awaitable<void> refresh_loop();
 
   Runtime runtime;
+  net::strand<net::io_context::executor_type> strand;  // of the two below
   tcp::acceptor acceptor;
   net::steady_timer refresh_timer;
   std::atomic<bool> refreshing{false};
@@ -112,7 +114,7 @@ net::awaitable<void> Server::State::refresh_loop() {
   }
 }
 
-Server::Server(ServerOptions options) : state_(std::make_unique<State>(std::move(options))) {}
+Server::Server(const ServerOptions& options) : state_(std::make_unique<State>(options)) {}
 
 Server::~Server() { shutdown(std::chrono::milliseconds(0)); }
 
@@ -156,9 +158,9 @@ void Server::listen() {
                            : endpoint.address().to_string();
 
   state.work.emplace(state.runtime.io.get_executor());
-  net::co_spawn(state.acceptor.get_executor(), state.accept_loop(), net::detached);
+  net::co_spawn(state.strand, state.accept_loop(), net::detached);
   if (options.pin_refresh.count() > 0) {
-    net::co_spawn(state.refresh_timer.get_executor(), state.refresh_loop(), net::detached);
+    net::co_spawn(state.strand, state.refresh_loop(), net::detached);
   }
   for (int32_t i = 0; i < options.io_threads; ++i) {
     state.threads.emplace_back([&io = state.runtime.io] { io.run(); });
@@ -169,11 +171,11 @@ void Server::shutdown(std::chrono::milliseconds grace) {
   State& state = *state_;
   Runtime& runtime = state.runtime;
   if (runtime.stopping.exchange(true)) return;
-  net::post(state.acceptor.get_executor(), [&state] {
+  net::post(state.strand, [&state] {
     error_code ignored;
     state.acceptor.close(ignored);
+    state.refresh_timer.cancel();
   });
-  net::post(state.refresh_timer.get_executor(), [&state] { state.refresh_timer.cancel(); });
   for (const auto& session : runtime.sessions()) session->close(/*at_once=*/false);
   const auto deadline = std::chrono::steady_clock::now() + grace;
   while (runtime.busy > 0 && std::chrono::steady_clock::now() < deadline) {

@@ -167,12 +167,13 @@ engine::ChatRequest read_prompt_file(const std::string& path) {
 
 void check_template_kwargs(const std::string& json) {
   if (json.empty()) return;
+  std::string why = "it is another kind of JSON";
   try {
     if (server::parse_json(json).is_object()) return;
-  } catch (const server::ApiError&) {
-    // said below
+  } catch (const server::ApiError& error) {
+    why = error.what();
   }
-  throw Error("--chat-template-kwargs is not a JSON object: " + json);
+  throw Error("--chat-template-kwargs must be a JSON object; " + json + " is none: " + why);
 }
 
 struct PromptFile {
@@ -239,6 +240,11 @@ void serve(ServeOptions options) {
   };
   add_keys(options.server.api_keys, options.api_key_file);
   add_keys(options.server.admin_keys, options.admin_key_file);
+  if (options.engine.batch_tokens < options.engine.parallel) {
+    throw Error(
+        "--batch-size must be at least --parallel: each step computes a token of every "
+        "running request");
+  }
   options.engine.relay = options.relay == "on";
   options.engine.prefix_caching = options.prefix_caching == "on";
   if (!options.server.model_names.empty()) {
@@ -447,8 +453,15 @@ void add_http_options(CLI::App& app, ServeOptions& o) {
       ->envname("RELAY_API_KEY_FILE")
       ->option_text("FILE")
       ->group(kGroup);
-  app.add_option("--admin-key-file", o.admin_key_file,
-                 "File with keys that may also manage /v1/cached_prompts; without one nobody may")
+  app.add_option("--admin-key", s.admin_keys,
+                 "Key(s) that may also manage /v1/cached_prompts; without one nobody may. As with "
+                 "--api-key, better not on the command line")
+      ->envname("RELAY_ADMIN_KEY")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->option_text("KEY,...")
+      ->group(kGroup);
+  app.add_option("--admin-key-file", o.admin_key_file, "File with admin keys, one per line")
       ->envname("RELAY_ADMIN_KEY_FILE")
       ->option_text("FILE")
       ->group(kGroup);

@@ -20,6 +20,10 @@ std::string read_file(const std::string& path) {
   if (!file) {
     throw EngineError(ErrorKind::kInvalidRequest, "The chat template " + path + " cannot be read.");
   }
+  // llama.cpp would take the model's own instead.
+  if (text.str().find_first_not_of(" \t\r\n") == std::string::npos) {
+    throw EngineError(ErrorKind::kInvalidRequest, "The chat template " + path + " is empty.");
+  }
   return text.str();
 }
 
@@ -93,10 +97,12 @@ ChatTemplates::ChatTemplates(const LlamaModel& model, const std::string& templat
   try {
     templates_ = common_chat_templates_init(model.model(), source);
   } catch (const std::exception& e) {
+    // llama.cpp has printed where, and throws an exception without words.
+    const std::string why = e.what();
     throw EngineError(ErrorKind::kModel,
                       "The chat template " +
                           (template_file.empty() ? "of " + model.info().path : template_file) +
-                          " does not parse: " + e.what());
+                          " does not parse" + (why == "std::exception" ? "." : ": " + why));
   }
 }
 

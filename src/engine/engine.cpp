@@ -91,6 +91,7 @@ class ThreadedEngine : public Engine {
         core_(*model_, *model_, core_options(options, *model_)) {
     ModelInfo& info = model_->info();
     info.chat_template = templates_.source();
+    info.prefix_caching = options.prefix_caching;
     info.relay_active = backend.relay_active;
     info.backend = backend.line;
     stats_ = core_.stats();

@@ -28,10 +28,9 @@ bool is_number_type(const common_json& schema) {
 
 void check_pattern(const common_json& schema, const std::string& path) {
   // The converter takes any string where it cannot express the pattern.
-  common_json any = common_json::parse(R"({"type":"string"})");
-  const std::string unbound = json_schema_to_grammar(any);
-  any["pattern"] = schema.at("pattern");
-  if (json_schema_to_grammar(any) == unbound) {
+  common_json alone = common_json::parse(R"({"type":"string"})");
+  alone["pattern"] = schema.at("pattern");
+  if (json_schema_to_grammar(alone).find("root ::= string\n") != std::string::npos) {
     refuse(path, "the pattern " + schema.at("pattern").dump() +
                      " is not supported (it must stand between ^ and $, without look-around)");
   }

@@ -64,13 +64,13 @@ struct Server::State {
       : runtime(options),
         strand(net::make_strand(runtime.io)),
         acceptor(strand),
-        refresh_timer(net::make_strand(runtime.io)) {}
+        refresh_timer(strand) {}
 
   net::awaitable<void> accept_loop();
   net::awaitable<void> refresh_loop();
 
   Runtime runtime;
-  net::strand<net::io_context::executor_type> strand;  ///< the acceptor's
+  net::strand<net::io_context::executor_type> strand;  // of the two below
   tcp::acceptor acceptor;
   net::steady_timer refresh_timer;
   std::atomic<bool> refreshing{false};
@@ -160,7 +160,7 @@ void Server::listen() {
   state.work.emplace(state.runtime.io.get_executor());
   net::co_spawn(state.strand, state.accept_loop(), net::detached);
   if (options.pin_refresh.count() > 0) {
-    net::co_spawn(state.refresh_timer.get_executor(), state.refresh_loop(), net::detached);
+    net::co_spawn(state.strand, state.refresh_loop(), net::detached);
   }
   for (int32_t i = 0; i < options.io_threads; ++i) {
     state.threads.emplace_back([&io = state.runtime.io] { io.run(); });
@@ -174,8 +174,8 @@ void Server::shutdown(std::chrono::milliseconds grace) {
   net::post(state.strand, [&state] {
     error_code ignored;
     state.acceptor.close(ignored);
+    state.refresh_timer.cancel();
   });
-  net::post(state.refresh_timer.get_executor(), [&state] { state.refresh_timer.cancel(); });
   for (const auto& session : runtime.sessions()) session->close(/*at_once=*/false);
   const auto deadline = std::chrono::steady_clock::now() + grace;
   while (runtime.busy > 0 && std::chrono::steady_clock::now() < deadline) {

@@ -125,7 +125,7 @@ Caller Service::authorize(const Route& route, std::string_view authorization,
                    keys_.has_admin_keys()
                        ? "This endpoint needs an admin key."
                        : "This endpoint needs an admin key, and the server was started without "
-                         "one (--admin-key-file).");
+                         "one (--admin-key-file, RELAY_ADMIN_KEY).");
   }
   return caller;
 }

@@ -125,7 +125,11 @@ relay_status relay_plan_batch(relay_plan** plan, const relay_batch* batch,
     tables.table = batch->table;
     tables.table_stride = batch->table_stride;
     tables.block_size = batch->block_size;
+    require(batch->causal == 0 || batch->causal == 1, "relay_batch.causal must be 0 or 1");
+    require(batch->causal == 1 || batch->window == 0,
+            "a sliding window needs relay_batch.causal = 1");
     tables.window = batch->window;
+    tables.causal = batch->causal == 1;
     const relay::KvLayout kv_layout = layout(options->layout);
     if (kv_layout == relay::KvLayout::kTiles) tables.align = relay::kTileSlots;
     relay::PlanOptions plan_options;

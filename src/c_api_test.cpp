@@ -16,7 +16,7 @@ struct Batch {
   std::vector<int64_t> kv_lengths{20, 23};
   std::vector<int32_t> table{2, 0, 2, 1};
   relay_batch c{
-      sizeof(relay_batch), 2, row_offsets.data(), kv_lengths.data(), table.data(), 2, 16, 0};
+      sizeof(relay_batch), 2, row_offsets.data(), kv_lengths.data(), table.data(), 2, 16, 0, 1};
 };
 
 constexpr int kDim = 32;
@@ -119,7 +119,7 @@ TEST(CApi, TilesGiveTheSameAsRows) {
   const int32_t row_offsets[] = {0, 1};
   const int64_t kv_lengths[] = {kTokens};
   const int32_t table[] = {1, 0};
-  const relay_batch batch = {sizeof(relay_batch), 1, row_offsets, kv_lengths, table, 2, 64, 0};
+  const relay_batch batch = {sizeof(relay_batch), 1, row_offsets, kv_lengths, table, 2, 64, 0, 1};
   Tensors t;
   std::vector<float> k(kTokens * kKvHeads * kDim), v(k.size());
   for (size_t i = 0; i < k.size(); ++i) {

@@ -39,7 +39,8 @@ typedef struct {
   const int32_t* table;
   int64_t table_stride;
   int64_t block_size;
-  int64_t window; /* sliding window in tokens, 0 for none; always causal */
+  int64_t window; /* sliding window in tokens, 0 for none; needs causal */
+  int32_t causal; /* 1: a row sees the tokens up to its own; 0: all tokens of its request */
 } relay_batch;
 
 typedef struct {

@@ -1,0 +1,117 @@
+"""vLLM engines in this process: one after the other, with Relay or with vLLM's own attention."""
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from relay_attention import plugin
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.plugins import load_general_plugins
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+Prompt = list[int]
+
+
+@contextmanager
+def engine(
+    model: Path, *, relay: bool, dtype: str = "bfloat16", **options: object
+) -> Iterator[LLM]:
+    """An engine over `model`; its attention is Relay's, or vLLM's own."""
+    load_general_plugins()  # now, so that the engine does not undo what follows
+    selector._cached_get_attn_backend.cache_clear()
+    if relay:
+        plugin.register()
+    else:
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+    defaults = dict(
+        dtype=dtype,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_seqs=32,
+        kv_cache_memory_bytes=64 << 20,
+        disable_log_stats=True,
+    )
+    llm = LLM(str(model), **(defaults | options))
+    try:
+        assert served(llm) == relay, "the engine does not have the attention that was asked for"
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def layers(llm: LLM) -> list[object]:
+    """The attention layers of the engine's model."""
+    worker = llm.llm_engine.model_executor.driver_worker
+    context = worker.model_runner.compilation_config.static_forward_context
+    return [layer for layer in context.values() if hasattr(layer, "impl")]
+
+
+def served(llm: LLM) -> bool:
+    """Whether Relay computes the attention of every layer."""
+    return all(getattr(layer.impl, "operator", None) for layer in layers(llm))
+
+
+@dataclass
+class Answer:
+    """Greedy tokens, and for each the log-probabilities of the likeliest tokens there."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+
+
+def generate(llm: LLM, prompts: Sequence[Prompt], tokens: int, **sampling: object) -> list[Answer]:
+    """Greedy answers of exactly `tokens` tokens. n > 1 gives n answers to each prompt in a row."""
+    parameters = SamplingParams(
+        **(dict(temperature=0, logprobs=5) | sampling),
+        max_tokens=tokens,
+        ignore_eos=True,
+        detokenize=False,
+    )
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+    return [
+        Answer(
+            list(o.token_ids), [{t: p.logprob for t, p in at.items()} for at in o.logprobs or []]
+        )
+        for output in outputs
+        for o in output.outputs
+    ]
+
+
+@dataclass
+class Agreement:
+    """Of two sets of answers to the same prompts, up to where each pair first differs: what follows
+    answers another question."""
+
+    equal: int = 0
+    tokens: int = 0
+    largest: float = 0.0  # difference between log-probabilities of the same token at the same place
+
+    @property
+    def share(self) -> float:
+        return self.equal / self.tokens
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:.1f} % equal tokens, log-probabilities within {self.largest:.4f}"
+
+
+def compare(left: Sequence[Answer], right: Sequence[Answer]) -> Agreement:
+    assert len(left) == len(right)
+    result = Agreement()
+    for a, b in zip(left, right, strict=True):
+        result.tokens += len(a.tokens)
+        for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)):
+            for token in a.logprobs[i].keys() & b.logprobs[i].keys():
+                difference = abs(a.logprobs[i][token] - b.logprobs[i][token])
+                result.largest = max(result.largest, difference)
+            if x != y:
+                break
+            result.equal += 1
+    return result

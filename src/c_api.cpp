@@ -4,6 +4,7 @@
 #include <string>
 
 #include "relay/attention.h"
+#include "relay/kv_cache.h"
 #include "relay/relay.h"
 
 #ifndef RELAY_VERSION
@@ -15,6 +16,7 @@ struct relay_plan {
   relay::PlanPtr plan;
   int64_t block_size = 1;
   int64_t window = 0;
+  relay::KvLayout layout = relay::KvLayout::kRows;
 };
 
 struct relay_workspace {
@@ -63,6 +65,11 @@ relay::Sharing sharing(int32_t value) {
   return value == 1 ? relay::Sharing::kOn : relay::Sharing::kOff;
 }
 
+relay::KvLayout layout(relay_layout value) {
+  require(value == RELAY_ROWS || value == RELAY_TILES, "unknown relay_layout");
+  return value == RELAY_TILES ? relay::KvLayout::kTiles : relay::KvLayout::kRows;
+}
+
 relay::KvPlane plane(const relay_kv& kv, relay::DType type) {
   return {type, kv.data, kv.block_stride, kv.slot_stride, kv.head_stride};
 }
@@ -75,6 +82,7 @@ relay::AttentionInputs convert(const relay_plan& plan, const relay_inputs& in,
   out.kv.k = plane(in.k, options.k_type);
   out.kv.v = plane(in.v, options.v_type);
   out.kv.block_size = plan.block_size;
+  out.kv.layout = plan.layout;
   out.scale = in.scale;
   out.softcap = in.softcap;
   out.window = plan.window;
@@ -122,10 +130,13 @@ relay_status relay_plan_batch(relay_plan** plan, const relay_batch* batch,
             "a sliding window needs relay_batch.causal = 1");
     tables.window = batch->window;
     tables.causal = batch->causal == 1;
+    const relay::KvLayout kv_layout = layout(options->layout);
+    if (kv_layout == relay::KvLayout::kTiles) tables.align = relay::kTileSlots;
     relay::PlanOptions plan_options;
     plan_options.shape = {options->q_heads, options->kv_heads, options->qk_dim, options->v_dim};
     plan_options.k_type = dtype(options->k_type);
     plan_options.v_type = dtype(options->v_type);
+    plan_options.layout = kv_layout;
     plan_options.threads = options->threads;
 
     std::unique_ptr<relay_plan> made;
@@ -142,6 +153,7 @@ relay_status relay_plan_batch(relay_plan** plan, const relay_batch* batch,
     }
     target->block_size = batch->block_size;
     target->window = batch->window;
+    target->layout = kv_layout;
     if (made != nullptr) *plan = made.release();
   });
 }
@@ -188,6 +200,26 @@ relay_status relay_attend(const relay_plan* plan, const relay_inputs* inputs,
     require(workspace != nullptr, "null argument");
     relay::attend(*plan->plan, convert(*plan, *inputs, relay::options_of(*plan->plan)),
                   workspace->workspace, thread);
+  });
+}
+
+relay_status relay_write_kv(const relay_kv_write* write, int32_t head_begin, int32_t head_end) {
+  return guarded([&] {
+    require(write != nullptr, "null argument");
+    require(write->size == sizeof(relay_kv_write), "relay_kv_write.size is not its sizeof");
+    require(write->tokens >= 0 && (write->tokens == 0 || write->slots != nullptr), "slots is null");
+    require(0 <= head_begin && head_begin <= head_end && head_end <= write->kv_heads,
+            "no such heads");
+    relay::KvCache cache;
+    cache.k = plane(write->k_cache, dtype(write->k_type));
+    cache.v = plane(write->v_cache, dtype(write->v_type));
+    cache.block_size = write->block_size;
+    cache.layout = layout(write->layout);
+    const relay::HeadShape shape = {write->kv_heads, write->kv_heads, write->k_dim, write->v_dim};
+    relay::write_kv(cache, shape,
+                    {cache.k.type, write->k, write->k_row_stride, write->k_head_stride},
+                    {cache.v.type, write->v, write->v_row_stride, write->v_head_stride},
+                    {write->slots, static_cast<size_t>(write->tokens)}, head_begin, head_end);
   });
 }
 

@@ -25,7 +25,16 @@ constexpr int kKvHeads = 2;
 constexpr int kSlots = 48;
 
 relay_plan_options options() {
-  return {sizeof(relay_plan_options), kQHeads, kKvHeads, kDim, kDim, RELAY_F32, RELAY_F32, 2, 1};
+  return {sizeof(relay_plan_options),
+          kQHeads,
+          kKvHeads,
+          kDim,
+          kDim,
+          RELAY_F32,
+          RELAY_F32,
+          2,
+          1,
+          RELAY_ROWS};
 }
 
 struct Tensors {
@@ -102,6 +111,67 @@ TEST(CApi, AttendsLikeTheReference) {
   }
   relay_workspace_free(workspace);
   relay_plan_free(plan);
+}
+
+TEST(CApi, TilesGiveTheSameAsRows) {
+  // One request of 70 tokens in blocks of 64: two tiles.
+  constexpr int kTokens = 70;
+  const int32_t row_offsets[] = {0, 1};
+  const int64_t kv_lengths[] = {kTokens};
+  const int32_t table[] = {1, 0};
+  const relay_batch batch = {sizeof(relay_batch), 1, row_offsets, kv_lengths, table, 2, 64, 0, 1};
+  Tensors t;
+  std::vector<float> k(kTokens * kKvHeads * kDim), v(k.size());
+  for (size_t i = 0; i < k.size(); ++i) {
+    k[i] = std::sin(static_cast<float>(i));
+    v[i] = std::cos(static_cast<float>(i));
+  }
+  std::vector<int64_t> slots;
+  for (int i = 0; i < kTokens; ++i) slots.push_back(table[i / 64] * 64 + i % 64);
+  std::vector<float> out[2];
+  for (const relay_layout layout : {RELAY_ROWS, RELAY_TILES}) {
+    // Unused slots are NaN.
+    std::vector<float> k_cache(128 * kKvHeads * kDim, NAN), v_cache(k_cache.size(), NAN);
+    const int64_t vector = kDim * 4, head = 64 * vector;
+    relay_kv_write write = {};
+    write.size = sizeof(write);
+    write.kv_heads = kKvHeads;
+    write.k_dim = write.v_dim = kDim;
+    write.k_type = write.v_type = RELAY_F32;
+    write.layout = layout;
+    write.block_size = 64;
+    write.k_cache = {k_cache.data(), kKvHeads * head, vector, head};
+    write.v_cache = {v_cache.data(), kKvHeads * head, vector, head};
+    write.k = k.data();
+    write.v = v.data();
+    write.k_row_stride = write.v_row_stride = kKvHeads * vector;
+    write.k_head_stride = write.v_head_stride = vector;
+    write.tokens = kTokens;
+    write.slots = slots.data();
+    EXPECT_EQ(relay_write_kv(&write, 0, kKvHeads + 1), RELAY_INVALID);
+    ASSERT_EQ(relay_write_kv(&write, 0, 1), RELAY_OK) << relay_last_error();
+    ASSERT_EQ(relay_write_kv(&write, 1, kKvHeads), RELAY_OK) << relay_last_error();
+
+    relay_plan_options opt = options();
+    opt.layout = layout;
+    relay_plan* plan = nullptr;
+    ASSERT_EQ(relay_plan_batch(&plan, &batch, &opt), RELAY_OK) << relay_last_error();
+    relay_workspace* workspace = nullptr;
+    ASSERT_EQ(relay_workspace_create(&workspace), RELAY_OK);
+    ASSERT_EQ(relay_workspace_fit(workspace, plan), RELAY_OK);
+    t.c.k = write.k_cache;
+    t.c.v = write.v_cache;
+    ASSERT_EQ(relay_check(plan, &t.c), RELAY_OK) << relay_last_error();
+    for (int thread = 0; thread < 2; ++thread) {
+      ASSERT_EQ(relay_attend(plan, &t.c, workspace, thread), RELAY_OK) << relay_last_error();
+    }
+    out[layout] = t.out;
+    relay_workspace_free(workspace);
+    relay_plan_free(plan);
+  }
+  for (int i = 0; i < kQHeads * kDim; ++i) {
+    EXPECT_NEAR(out[RELAY_ROWS][i], out[RELAY_TILES][i], 64 * 7 * 0x1p-24);
+  }
 }
 
 TEST(CApi, RefusesWhatIsWrongAndSaysWhy) {

@@ -29,6 +29,7 @@ struct PlanOptions {
   HeadShape shape;
   DType k_type = DType::kF16;
   DType v_type = DType::kF16;
+  KvLayout layout = KvLayout::kRows;
   int32_t threads = 1;  ///< number of threads that will call attend()
 };
 

@@ -78,6 +78,7 @@ struct BlockTables {
   int64_t block_size = 16;
   bool causal = true;
   int64_t window = 0;  ///< sliding window in tokens, 0 for none
+  int64_t align = 1;   ///< segments begin at multiples of this: kTileSlots for KvLayout::kTiles
 };
 void build_from_block_tables(const BlockTables& batch, Sharing sharing, Forest& forest);
 

@@ -22,6 +22,9 @@ typedef enum {
 
 typedef enum { RELAY_F32 = 0, RELAY_F16 = 1, RELAY_BF16 = 2, RELAY_Q8_0 = 3 } relay_dtype;
 
+/* How the vectors of a block's slots lie: KvLayout in relay/types.h. */
+typedef enum { RELAY_ROWS = 0, RELAY_TILES = 1 } relay_layout;
+
 typedef struct relay_plan relay_plan;           /* one batch: who shares what, cut into work */
 typedef struct relay_workspace relay_workspace; /* scratch of one running operator */
 
@@ -50,9 +53,11 @@ typedef struct {
   relay_dtype v_type;
   int32_t threads; /* how many threads will call relay_attend */
   int32_t sharing; /* 1: on, 0: off (the ablation), -1: as RELAY_SHARING says */
+  relay_layout layout;
 } relay_plan_options;
 
-/* Strides in bytes; the elements of one vector are contiguous. */
+/* Strides in bytes; the elements of one vector are contiguous in RELAY_ROWS. In RELAY_TILES
+ * slot_stride is the bytes of one vector, and a block's tiles follow one another. */
 typedef struct {
   const void* data;
   int64_t block_stride;
@@ -98,6 +103,25 @@ relay_status relay_check(const relay_plan* plan, const relay_inputs* inputs);
 /* One thread's share, 0 <= thread < threads; the output is complete when all have returned. */
 relay_status relay_attend(const relay_plan* plan, const relay_inputs* inputs,
                           relay_workspace* workspace, int32_t thread);
+
+/* Tokens to be written into a KV cache: [tokens][kv_heads][dim], of the cache's types. */
+typedef struct {
+  size_t size;
+  int32_t kv_heads;
+  int32_t k_dim, v_dim;
+  relay_dtype k_type, v_type;
+  relay_layout layout;
+  int64_t block_size;
+  relay_kv k_cache, v_cache; /* written */
+  const void* k;
+  const void* v;
+  int64_t k_row_stride, k_head_stride, v_row_stride, v_head_stride; /* bytes */
+  int64_t tokens;
+  const int64_t* slots; /* [tokens]; a negative slot is skipped */
+} relay_kv_write;
+
+/* Writes the KV heads [head_begin, head_end) of all tokens; threads may share the heads. */
+relay_status relay_write_kv(const relay_kv_write* write, int32_t head_begin, int32_t head_end);
 
 #ifdef __cplusplus
 }

@@ -44,9 +44,26 @@ struct HeadShape {
 /// Expands one K or V vector of `count` elements to f32 (DType::kCustom).
 using UnpackRow = void (*)(const void* row, float* out, int64_t count);
 
-/// Where the K (or V) vectors lie. Strides are in bytes; the elements of one vector are contiguous.
-/// Vector of slot s, KV head h: data + (s / block_size) * block_stride
-///                                   + (s % block_size) * slot_stride + h * head_stride.
+/// Slots of a tile: what the kernels attend at once, and what KvLayout::kTiles keeps together.
+inline constexpr int kTileSlots = 64;
+
+/// How the vectors of a block's slots lie.
+enum class KvLayout : uint8_t {
+  /// One vector after the other. Every host's layout; many rows need it transposed first.
+  kRows,
+  /// In tiles of kTileSlots slots, as the kernels multiply them: for an engine that owns its layout
+  /// (write_kv() writes it). f32, f16 or bf16, the same for K and V; block_size a multiple of
+  /// kTileSlots, head sizes multiples of 16.
+  ///   f32, f16: K[dim][slot], V[slot][dim]
+  ///   bf16:     K[dim / 2][slot][dim % 2], V[slot / 2][dim][slot % 2], for dot products of pairs
+  kTiles,
+};
+
+/// Where the K (or V) vectors lie. Strides are in bytes; the elements of one vector are contiguous
+/// (kRows). Vector of slot s, KV head h: data + (s / block_size) * block_stride
+///                                            + (s % block_size) * slot_stride + h * head_stride.
+/// The same, of a tile's first slot, is where the tile begins; slot_stride is then the bytes of a
+/// vector, and a block's tiles follow one another.
 struct KvPlane {
   DType type = DType::kF16;
   const void* data = nullptr;
@@ -60,6 +77,7 @@ struct KvCache {
   KvPlane k;
   KvPlane v;
   int64_t block_size = INT64_MAX;  ///< slots per block; the default is one block for all
+  KvLayout layout = KvLayout::kRows;
 };
 
 /// Q, the output, or a bias: one vector per (row, head). Strides in bytes, elements contiguous.

@@ -4,11 +4,13 @@
 #include <cstdio>
 #include <exception>
 #include <map>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "cli/commands.h"
+#include "cli/help.h"
 
 namespace {
 
@@ -28,17 +30,30 @@ std::vector<std::string> arguments(int argc, char** argv) {
   return result;
 }
 
+/// "relay bench op", as far as the command line was understood.
+std::string command_of(const CLI::App& app) {
+  std::string command = app.get_name();
+  for (const CLI::App* sub : app.get_subcommands()) command += " " + command_of(*sub);
+  return command;
+}
+
+std::string explain(const CLI::App& app, const CLI::ParseError& error, const std::string& first) {
+  // CLI11 says that one is missing, not that this is none.
+  if (app.get_subcommands().empty() && first.rfind('-', 0) != 0) {
+    return "there is no subcommand '" + first + "'";
+  }
+  return error.what();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   CLI::App app{"Relay: attention over shared prompts, stored once, read once per batch, exact",
                "relay"};
   app.set_version_flag("--version", "relay " RELAY_VERSION);
+  app.formatter(std::make_shared<relay::cli::HelpFormatter>());
   app.require_subcommand(1);
-  app.failure_message([](const CLI::App* failed, const CLI::Error& error) {
-    return "relay: error: " + std::string(error.what()) + "\nSee: " + failed->get_display_name() +
-           " --help\n";
-  });
+  app.footer("relay SUBCOMMAND --help says more about each.");
 
   try {
 #ifdef RELAY_CLI_SERVE
@@ -56,10 +71,16 @@ int main(int argc, char** argv) {
     relay::cli::add_isa(app);
 #endif
     std::vector<std::string> args = arguments(argc, argv);
+    if (args.empty()) args.emplace_back("--help");
     std::reverse(args.begin(), args.end());  // as CLI11 wants them
     app.parse(std::move(args));
+  } catch (const CLI::RuntimeError& error) {
+    return error.get_exit_code();
   } catch (const CLI::ParseError& error) {
-    return app.exit(error);  // also --help and --version, with exit code 0
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help and --version
+    std::fprintf(stderr, "relay: error: %s\nSee: %s --help\n", explain(app, error, argv[1]).c_str(),
+                 command_of(app).c_str());
+    return 2;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "relay: error: %s\n", error.what());
     return 1;

@@ -42,6 +42,7 @@ struct ServeOptions {
   std::string prefix_caching = "on";
   std::string log_level = "info";
   double drain_seconds = 60;
+  double pin_refresh_seconds = 60;
 };
 
 // --- Signals
@@ -164,22 +165,33 @@ engine::ChatRequest read_prompt_file(const std::string& path) {
   return chat;
 }
 
+void check_template_kwargs(const std::string& json) {
+  if (json.empty()) return;
+  std::string why = "it is another kind of JSON";
+  try {
+    if (server::parse_json(json).is_object()) return;
+  } catch (const server::ApiError& error) {
+    why = error.what();
+  }
+  throw Error("--chat-template-kwargs must be a JSON object; " + json + " is none: " + why);
+}
+
 struct PromptFile {
   std::string path;
   engine::ChatRequest chat;
 };
 
-int64_t pin_prompts(engine::Engine& engine, const std::vector<PromptFile>& files,
+int64_t pin_prompts(server::PinnedChats& chats, const std::vector<PromptFile>& files,
                     ProgressPrinter& progress) {
   int64_t tokens = 0;
   for (const PromptFile& file : files) {
     const std::string name = std::filesystem::path(file.path).filename().string();
-    engine::PinRequest request;
+    server::ChatToPin request;
     request.name = name;
+    request.chat = file.chat;
     try {
-      request.tokens = engine.render_chat_prefix(file.chat);
       const Clock::time_point begin = Clock::now();
-      const engine::PinnedPrompt pinned = engine.pin_prompt(
+      const engine::PinnedPrompt pinned = chats.pin(
           request,
           [&](double fraction, const std::string&) { progress(fraction, "pinning " + name); });
       const std::chrono::duration<double> took = Clock::now() - begin;
@@ -189,9 +201,7 @@ int64_t pin_prompts(engine::Engine& engine, const std::vector<PromptFile>& files
     } catch (const engine::EngineError& error) {
       std::string hint;
       if (error.kind() == engine::ErrorKind::kPinBudgetExceeded) {
-        hint = ". It has " + std::to_string(request.tokens.size()) + " tokens and the KV cache " +
-               std::to_string(engine.info().kv_cells) +
-               ": raise --pin-budget (a share of the cache) or --ctx-size";
+        hint = " Raise --pin-budget (a share of the cache) or --ctx-size.";
       }
       throw Error("cannot pin '" + file.path + "': " + error.what() + hint);
     }
@@ -219,6 +229,7 @@ void serve(ServeOptions options) {
   if (!options.engine.chat_template_file.empty()) {
     check_readable(options.engine.chat_template_file, "the chat template");
   }
+  check_template_kwargs(options.engine.template_kwargs_json);
   std::vector<PromptFile> prompts;
   for (const std::string& path : options.pin_prompts) {
     prompts.push_back({path, read_prompt_file(path)});
@@ -229,11 +240,19 @@ void serve(ServeOptions options) {
   };
   add_keys(options.server.api_keys, options.api_key_file);
   add_keys(options.server.admin_keys, options.admin_key_file);
+  if (options.engine.batch_tokens < options.engine.parallel) {
+    throw Error(
+        "--batch-size must be at least --parallel: each step computes a token of every "
+        "running request");
+  }
   options.engine.relay = options.relay == "on";
   options.engine.prefix_caching = options.prefix_caching == "on";
   if (!options.server.model_names.empty()) {
     options.engine.model_alias = options.server.model_names.front();
   }
+
+  options.server.pin_refresh =
+      std::chrono::milliseconds(static_cast<int64_t>(options.pin_refresh_seconds * 1000));
 
   server::Server http(options.server);
   http.listen();
@@ -252,10 +271,11 @@ void serve(ServeOptions options) {
   spdlog::info("{} ({}), context {} tokens, KV cache {} tokens", info.name, info.description,
                info.context_length, info.kv_cells);
   spdlog::info("{}", info.backend);
-  const int64_t pinned = pin_prompts(*engine, prompts, progress);
+  const auto chats = std::make_shared<server::PinnedChats>(engine);
+  const int64_t pinned = pin_prompts(*chats, prompts, progress);
 
   signals->serving();
-  http.service().set_engine(engine);
+  http.service().set_engine(engine, chats);
   std::printf("relay is ready: %s/v1  model %s  pinned %lld tokens  Relay %s\n", http.url().c_str(),
               info.name.c_str(), static_cast<long long>(pinned),
               info.relay_active ? "active" : "NOT active");
@@ -281,16 +301,26 @@ void add_model_options(CLI::App& app, ServeOptions& o) {
   app.add_option("-m,--model", o.engine.model_path, "The model, a GGUF file")
       ->envname("RELAY_MODEL")
       ->required()
+      ->option_text("FILE")
       ->group(kGroup);
   app.add_option("-a,--alias,--served-model-name", o.server.model_names,
                  "Name(s) the model is served under; default: the file's name")
       ->envname("RELAY_MODEL_NAME")
       ->delimiter(',')
       ->allow_extra_args(false)
+      ->option_text("NAME,...")
       ->group(kGroup);
   app.add_option("--chat-template-file", o.engine.chat_template_file,
                  "Jinja chat template instead of the model's own")
       ->envname("RELAY_CHAT_TEMPLATE_FILE")
+      ->option_text("FILE")
+      ->group(kGroup);
+  app.add_option("--chat-template-kwargs", o.engine.template_kwargs_json,
+                 "JSON object that every chat template is given, e.g. "
+                 "'{\"date_string\":\"26 Jul 2024\"}' for Llama 3 to print that date and not "
+                 "today's; a request's chat_template_kwargs come on top")
+      ->envname("RELAY_CHAT_TEMPLATE_KWARGS")
+      ->option_text("JSON")
       ->group(kGroup);
   app.add_option("--pin-prompt", o.pin_prompts,
                  "Prompt to compute at start-up and hold: a text file is a system prompt, a .json "
@@ -298,6 +328,16 @@ void add_model_options(CLI::App& app, ServeOptions& o) {
                  "several times")
       ->envname("RELAY_PIN_PROMPT")
       ->allow_extra_args(false)
+      ->option_text("FILE")
+      ->group(kGroup);
+  app.add_option("--pin-refresh", o.pin_refresh_seconds,
+                 "Seconds between looks whether a pinned prompt still reads the same: a template "
+                 "that prints the date makes another prompt of it at midnight, which is then "
+                 "pinned in its place. 0: never")
+      ->envname("RELAY_PIN_REFRESH")
+      ->check(CLI::Range(0.0, 86400.0))
+      ->capture_default_str()
+      ->option_text("SECONDS")
       ->group(kGroup);
 }
 
@@ -340,35 +380,44 @@ void add_engine_options(CLI::App& app, ServeOptions& o) {
       ->check(CLI::Range(0, 1024))
       ->capture_default_str()
       ->group(kGroup);
-  app.add_option("--cache-type-k", e.cache_type_k, "Type of the keys in the KV cache (-ctk)")
+  app.add_option(
+         "--cache-type-k", e.cache_type_k,
+         "Type of the keys in the KV cache: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 (-ctk)")
       ->envname("RELAY_CACHE_TYPE_K")
       ->check(cache_types)
       ->capture_default_str()
+      ->option_text("TYPE")
       ->group(kGroup);
-  app.add_option("--cache-type-v", e.cache_type_v, "Type of the values in the KV cache (-ctv)")
+  app.add_option("--cache-type-v", e.cache_type_v,
+                 "Type of the values in the KV cache, one of the same (-ctv)")
       ->envname("RELAY_CACHE_TYPE_V")
       ->check(cache_types)
       ->capture_default_str()
+      ->option_text("TYPE")
       ->group(kGroup);
   app.add_option("--relay", o.relay, "Attention by Relay; off: llama.cpp's own")
       ->envname("RELAY_ATTENTION")
       ->check(CLI::IsMember({"on", "off"}))
       ->capture_default_str()
+      ->option_text("on|off")
       ->group(kGroup);
   app.add_option("--relay-module", e.relay_module,
                  "Path of libggml-relay.so; default: beside this program or in ../lib")
       ->envname("RELAY_MODULE")
+      ->option_text("FILE")
       ->group(kGroup);
   app.add_option("--prefix-caching", o.prefix_caching,
                  "Share and keep the KV of equal prefixes; off: for comparison")
       ->envname("RELAY_PREFIX_CACHING")
       ->check(CLI::IsMember({"on", "off"}))
       ->capture_default_str()
+      ->option_text("on|off")
       ->group(kGroup);
   app.add_option("--pin-budget", e.pin_budget, "Share of the KV cache that pinned prompts may hold")
       ->envname("RELAY_PIN_BUDGET")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str()
+      ->option_text("SHARE")
       ->group(kGroup);
   app.add_option("--max-queue", e.max_queue, "Requests that may wait; more are answered with 429")
       ->envname("RELAY_MAX_QUEUE")
@@ -385,10 +434,12 @@ void add_http_options(CLI::App& app, ServeOptions& o) {
   app.add_option("--host", s.host, "Address to listen on")
       ->envname("RELAY_HOST")
       ->capture_default_str()
+      ->option_text("ADDRESS")
       ->group(kGroup);
   app.add_option("--port", s.port, "Port to listen on; 0: any free one")
       ->envname("RELAY_PORT")
       ->capture_default_str()
+      ->option_text("PORT")
       ->group(kGroup);
   app.add_option("--api-key", s.api_keys,
                  "Key(s) clients must send. Other users of this machine can see a command line: "
@@ -396,18 +447,29 @@ void add_http_options(CLI::App& app, ServeOptions& o) {
       ->envname("RELAY_API_KEY")
       ->delimiter(',')
       ->allow_extra_args(false)
+      ->option_text("KEY,...")
       ->group(kGroup);
   app.add_option("--api-key-file", o.api_key_file, "File with keys, one per line")
       ->envname("RELAY_API_KEY_FILE")
+      ->option_text("FILE")
       ->group(kGroup);
-  app.add_option("--admin-key-file", o.admin_key_file,
-                 "File with keys that may also manage /v1/cached_prompts; without one nobody may")
+  app.add_option("--admin-key", s.admin_keys,
+                 "Key(s) that may also manage /v1/cached_prompts; without one nobody may. As with "
+                 "--api-key, better not on the command line")
+      ->envname("RELAY_ADMIN_KEY")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->option_text("KEY,...")
+      ->group(kGroup);
+  app.add_option("--admin-key-file", o.admin_key_file, "File with admin keys, one per line")
       ->envname("RELAY_ADMIN_KEY_FILE")
+      ->option_text("FILE")
       ->group(kGroup);
   app.add_option("--max-body", s.max_body_bytes, "Largest request body, e.g. 16MiB")
       ->envname("RELAY_MAX_BODY")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false))
       ->default_str("16MiB")
+      ->option_text("SIZE")
       ->group(kGroup);
   app.add_option("--max-connections", s.max_connections, "Most connections open at once")
       ->envname("RELAY_MAX_CONNECTIONS")
@@ -424,11 +486,14 @@ void add_http_options(CLI::App& app, ServeOptions& o) {
       ->envname("RELAY_DRAIN_TIMEOUT")
       ->check(CLI::Range(0.0, 86400.0))
       ->capture_default_str()
+      ->option_text("SECONDS")
       ->group(kGroup);
-  app.add_option("--log-level", o.log_level, "debug shows every request")
+  app.add_option("--log-level", o.log_level,
+                 "trace, debug, info, warn, error or off; debug shows every request")
       ->envname("RELAY_LOG_LEVEL")
       ->check(CLI::IsMember({"trace", "debug", "info", "warn", "error", "off"}))
       ->capture_default_str()
+      ->option_text("LEVEL")
       ->group(kGroup);
 }
 

@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "common.h"
+#include "engine/json_schema.h"
 #include "json.h"
 
 namespace relay::engine {
@@ -19,6 +20,10 @@ std::string read_file(const std::string& path) {
   if (!file) {
     throw EngineError(ErrorKind::kInvalidRequest, "The chat template " + path + " cannot be read.");
   }
+  // llama.cpp would take the model's own instead.
+  if (text.str().find_first_not_of(" \t\r\n") == std::string::npos) {
+    throw EngineError(ErrorKind::kInvalidRequest, "The chat template " + path + " is empty.");
+  }
   return text.str();
 }
 
@@ -30,59 +35,31 @@ common_json parse_json(const std::string& text, const char* what) {
   }
 }
 
-common_chat_templates_inputs make_inputs(const ChatRequest& chat) {
-  common_chat_templates_inputs inputs;
-  try {
-    inputs.messages = common_chat_msgs_parse_oaicompat(parse_json(chat.messages_json, "messages"));
-    if (!chat.tools_json.empty()) {
-      inputs.tools = common_chat_tools_parse_oaicompat(parse_json(chat.tools_json, "tools"));
-    }
-    inputs.tool_choice = common_chat_tool_choice_parse_oaicompat(chat.tool_choice);
-  } catch (const EngineError&) {
-    throw;
-  } catch (const std::exception& e) {
-    throw EngineError(ErrorKind::kInvalidRequest, e.what());
+void require(bool ok, const char* message, const char* param = "") {
+  if (!ok) throw EngineError(ErrorKind::kInvalidRequest, message, param);
+}
+
+/// Adds the object's members, each as JSON.
+void add_kwargs(const std::string& json, std::map<std::string, std::string>& kwargs) {
+  if (json.empty()) return;
+  const common_json object = parse_json(json, "chat_template_kwargs");
+  require(object.is_object(), "chat_template_kwargs must be an object.", "chat_template_kwargs");
+  for (const auto& item : object.items()) {
+    require(item.key() != "enable_thinking" || item.value().is_boolean(),
+            "enable_thinking must be a boolean.", "chat_template_kwargs");
+    kwargs[item.key()] = item.value().dump();
   }
-  const auto require = [](bool ok, const char* message) {
-    if (!ok) throw EngineError(ErrorKind::kInvalidRequest, message);
-  };
-  require(!inputs.messages.empty(), "messages must not be empty.");
-  require(chat.grammar.empty() || chat.json_schema.empty(),
-          "Only one of grammar and json_schema can be given.");
-  const bool uses_tools =
-      !inputs.tools.empty() && inputs.tool_choice != COMMON_CHAT_TOOL_CHOICE_NONE;
-  require(!uses_tools || chat.grammar.empty(), "A grammar cannot be combined with tools.");
-  require(!(chat.add_generation_prompt && chat.continue_final_message),
-          "add_generation_prompt and continue_final_message exclude each other.");
-  if (chat.continue_final_message) {
-    const common_chat_msg& last = inputs.messages.back();
-    require(last.role == "assistant" && last.tool_calls.empty(),
-            "continue_final_message needs an assistant's message without tool calls at the end.");
-    inputs.continue_final_message = COMMON_CHAT_CONTINUATION_AUTO;
+}
+
+/// Templates make grammars of schemas too, but do not say that it was a schema they failed on.
+void check_schemas(const common_chat_templates_inputs& inputs) {
+  if (!inputs.json_schema.empty()) schema_to_grammar(inputs.json_schema, "json_schema");
+  if (inputs.tool_choice == COMMON_CHAT_TOOL_CHOICE_NONE) return;
+  for (size_t i = 0; i < inputs.tools.size(); ++i) {
+    const std::string& parameters = inputs.tools[i].parameters;
+    if (parameters.empty()) continue;
+    check_tool_schema(parameters, "tools[" + std::to_string(i) + "].function.parameters");
   }
-  inputs.json_schema = chat.json_schema;
-  inputs.grammar = chat.grammar;
-  inputs.parallel_tool_calls = chat.parallel_tool_calls;
-  inputs.add_generation_prompt = chat.add_generation_prompt;
-  inputs.reasoning_format = COMMON_REASONING_FORMAT_DEEPSEEK;
-  if (!chat.template_kwargs_json.empty()) {
-    const common_json kwargs = parse_json(chat.template_kwargs_json, "chat_template_kwargs");
-    require(kwargs.is_object(), "chat_template_kwargs must be an object.");
-    for (const auto& item : kwargs.items()) {
-      inputs.chat_template_kwargs[item.key()] = item.value().dump();
-    }
-    if (const auto it = inputs.chat_template_kwargs.find("enable_thinking");
-        it != inputs.chat_template_kwargs.end()) {
-      require(it->second == "true" || it->second == "false", "enable_thinking must be a boolean.");
-      inputs.enable_thinking = it->second == "true";
-    }
-  }
-  if (chat.reasoning_effort == "none") {
-    inputs.enable_thinking = false;
-  } else if (!chat.reasoning_effort.empty()) {
-    inputs.chat_template_kwargs["reasoning_effort"] = common_json(chat.reasoning_effort).dump();
-  }
-  return inputs;
 }
 
 std::string new_call_id() {
@@ -112,17 +89,67 @@ std::string OutputFormat::call_id(size_t index) const {
   return call_ids_[index];
 }
 
-ChatTemplates::ChatTemplates(const LlamaModel& model, const std::string& template_file)
+ChatTemplates::ChatTemplates(const LlamaModel& model, const std::string& template_file,
+                             const std::string& template_kwargs_json)
     : model_(model) {
+  add_kwargs(template_kwargs_json, kwargs_);
   const std::string source = template_file.empty() ? std::string() : read_file(template_file);
   try {
     templates_ = common_chat_templates_init(model.model(), source);
   } catch (const std::exception& e) {
+    // llama.cpp has printed where, and throws an exception without words.
+    const std::string why = e.what();
     throw EngineError(ErrorKind::kModel,
                       "The chat template " +
                           (template_file.empty() ? "of " + model.info().path : template_file) +
-                          " does not parse: " + e.what());
+                          " does not parse" + (why == "std::exception" ? "." : ": " + why));
   }
+}
+
+common_chat_templates_inputs ChatTemplates::make_inputs(const ChatRequest& chat) const {
+  common_chat_templates_inputs inputs;
+  try {
+    inputs.messages = common_chat_msgs_parse_oaicompat(parse_json(chat.messages_json, "messages"));
+    if (!chat.tools_json.empty()) {
+      inputs.tools = common_chat_tools_parse_oaicompat(parse_json(chat.tools_json, "tools"));
+    }
+    inputs.tool_choice = common_chat_tool_choice_parse_oaicompat(chat.tool_choice);
+  } catch (const EngineError&) {
+    throw;
+  } catch (const std::exception& e) {
+    throw EngineError(ErrorKind::kInvalidRequest, e.what());
+  }
+  require(!inputs.messages.empty(), "messages must not be empty.");
+  require(chat.grammar.empty() || chat.json_schema.empty(),
+          "Only one of grammar and json_schema can be given.");
+  const bool uses_tools =
+      !inputs.tools.empty() && inputs.tool_choice != COMMON_CHAT_TOOL_CHOICE_NONE;
+  require(!uses_tools || chat.grammar.empty(), "A grammar cannot be combined with tools.");
+  require(!(chat.add_generation_prompt && chat.continue_final_message),
+          "add_generation_prompt and continue_final_message exclude each other.");
+  if (chat.continue_final_message) {
+    const common_chat_msg& last = inputs.messages.back();
+    require(last.role == "assistant" && last.tool_calls.empty(),
+            "continue_final_message needs an assistant's message without tool calls at the end.");
+    inputs.continue_final_message = COMMON_CHAT_CONTINUATION_AUTO;
+  }
+  inputs.json_schema = chat.json_schema;
+  inputs.grammar = chat.grammar;
+  inputs.parallel_tool_calls = chat.parallel_tool_calls;
+  inputs.add_generation_prompt = chat.add_generation_prompt;
+  inputs.reasoning_format = COMMON_REASONING_FORMAT_DEEPSEEK;
+  inputs.chat_template_kwargs = kwargs_;
+  add_kwargs(chat.template_kwargs_json, inputs.chat_template_kwargs);
+  if (const auto it = inputs.chat_template_kwargs.find("enable_thinking");
+      it != inputs.chat_template_kwargs.end()) {
+    inputs.enable_thinking = it->second == "true";
+  }
+  if (chat.reasoning_effort == "none") {
+    inputs.enable_thinking = false;
+  } else if (!chat.reasoning_effort.empty()) {
+    inputs.chat_template_kwargs["reasoning_effort"] = common_json(chat.reasoning_effort).dump();
+  }
+  return inputs;
 }
 
 std::string ChatTemplates::source() const { return common_chat_templates_source(templates_.get()); }
@@ -143,15 +170,21 @@ ChatPrompt ChatTemplates::render(const ChatRequest& chat) const {
   if (!inputs.tools.empty() && inputs.tool_choice != COMMON_CHAT_TOOL_CHOICE_NONE &&
       !common_chat_templates_get_caps(templates_.get())["supports_tools"]) {
     throw EngineError(ErrorKind::kInvalidTemplate,
-                      "The chat template of this model has no place for tools.");
+                      "The chat template of this model has no place for tools.", "tools");
   }
+  check_schemas(inputs);
   format->chat = apply(inputs);
+  format->constrained_by = !inputs.json_schema.empty() ? "json_schema"
+                           : !inputs.grammar.empty()   ? "grammar"
+                           : !inputs.tools.empty()     ? "tools"
+                                                       : "";
   const bool constrained =
       !inputs.json_schema.empty() || !inputs.grammar.empty() ||
       (!inputs.tools.empty() && inputs.tool_choice == COMMON_CHAT_TOOL_CHOICE_REQUIRED);
   if (constrained && format->chat.grammar.empty()) {
     throw EngineError(ErrorKind::kInvalidTemplate,
-                      "The chat template of this model gives no grammar for this output format.");
+                      "The chat template of this model gives no grammar for this output format.",
+                      format->constrained_by);
   }
   format->parser = common_chat_parser_params(format->chat);
   format->parser.reasoning_format = inputs.reasoning_format;

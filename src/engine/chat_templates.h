@@ -2,6 +2,7 @@
 // llama.cpp's `common`, where both live. Immutable after construction, so any thread may use it.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -19,6 +20,7 @@ struct OutputFormat {
   common_chat_params chat;
   common_chat_parser_params parser;
   std::unordered_set<Token> visible;  ///< control tokens the parser wants to see as text
+  std::string constrained_by;         ///< the field that asked for the grammar, if one did
 
   /// The id of the index-th tool call: the same in every reading of a growing text, though the
   /// model writes none.
@@ -32,8 +34,11 @@ struct OutputFormat {
 class ChatTemplates {
  public:
   /// template_file: a Jinja template instead of the model's own; empty: the model's, or ChatML if
-  /// it has none. Throws EngineError (kModel) if it does not parse.
-  ChatTemplates(const LlamaModel& model, const std::string& template_file);
+  /// it has none. template_kwargs_json: an object, the defaults of ChatRequest's; empty: none.
+  /// Throws EngineError: kModel if the template does not parse, kInvalidRequest if the object does
+  /// not.
+  ChatTemplates(const LlamaModel& model, const std::string& template_file,
+                const std::string& template_kwargs_json);
 
   ChatPrompt render(const ChatRequest& chat) const;
   std::vector<Token> render_prefix(const ChatRequest& chat) const;
@@ -43,10 +48,12 @@ class ChatTemplates {
   std::string source() const;
 
  private:
+  common_chat_templates_inputs make_inputs(const ChatRequest& chat) const;
   common_chat_params apply(const common_chat_templates_inputs& inputs) const;
 
   const LlamaModel& model_;
   common_chat_templates_ptr templates_;
+  std::map<std::string, std::string> kwargs_;  // name -> JSON
 };
 
 }  // namespace relay::engine

@@ -87,14 +87,15 @@ class ThreadedEngine : public Engine {
                  const BackendReport& backend)
       : options_(options),
         model_(std::move(model)),
-        templates_(*model_, options.chat_template_file),
+        templates_(*model_, options.chat_template_file, options.template_kwargs_json),
         core_(*model_, *model_, core_options(options, *model_)) {
     ModelInfo& info = model_->info();
     info.chat_template = templates_.source();
+    info.prefix_caching = options.prefix_caching;
     info.relay_active = backend.relay_active;
     info.backend = backend.line;
     stats_ = core_.stats();
-    // Whoever has seen a request end finds it in the statistics.
+    // Whoever has seen a request end, or a prompt pinned, finds it so in what we publish.
     core_.set_before_end([this] { publish_state(); });
     thread_ = std::thread([this] { run(); });
   }
@@ -134,11 +135,16 @@ class ThreadedEngine : public Engine {
     return pinned_;
   }
   PinnedPrompt set_pin_ttl(const std::string& id, int64_t ttl_seconds) override {
-    return ask<PinnedPrompt>([&] { return core_.set_pin_ttl(id, ttl_seconds); });
+    return ask<PinnedPrompt>([&] {
+      const PinnedPrompt prompt = core_.set_pin_ttl(id, ttl_seconds);
+      publish_state();  // a step may follow, and the caller may look before it is over
+      return prompt;
+    });
   }
   void unpin(const std::string& id) override {
     ask<bool>([&] {
       core_.unpin(id);
+      publish_state();
       return true;
     });
   }
@@ -258,7 +264,8 @@ std::optional<Refusal> ThreadedEngine::check(const GenerateRequest& request) con
         "This model's maximum context length is " + std::to_string(info.context_length) +
             " tokens. However, you requested " + std::to_string(prompt + wanted) + " tokens (" +
             std::to_string(prompt) + " in the prompt, " + std::to_string(wanted) +
-            " in the completion). Please reduce the length of the prompt or the completion.");
+            " in the completion). Please reduce the length of the prompt or the completion.",
+        "prompt");
     r.prompt_tokens = static_cast<int32_t>(std::min<int64_t>(prompt, INT32_MAX));
     r.max_tokens = request.max_tokens;
     r.context_length = info.context_length;
@@ -274,7 +281,7 @@ SubmitResult ThreadedEngine::submit(GenerateRequest request, std::shared_ptr<Sin
     try {
       r->samplers = make_samplers(*model_, request);
     } catch (const EngineError& e) {
-      refused = refusal(e.kind(), e.what());
+      refused = refusal(e.kind(), e.what(), e.param());
     }
   }
   const auto prompt = static_cast<int32_t>(std::min<size_t>(request.prompt.size(), INT32_MAX));

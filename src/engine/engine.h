@@ -44,23 +44,30 @@ const char* to_string(ErrorKind kind);
 /// Thrown by load() and by the functions that say so. what() is meant for people.
 class EngineError : public std::runtime_error {
  public:
-  EngineError(ErrorKind kind, const std::string& what) : std::runtime_error(what), kind_(kind) {}
+  EngineError(ErrorKind kind, const std::string& what, std::string param = {})
+      : std::runtime_error(what), kind_(kind), param_(std::move(param)) {}
   ErrorKind kind() const { return kind_; }
+  /// The field to blame, by its name here ("json_schema", "tools[0].function.parameters"); may be
+  /// empty.
+  const std::string& param() const { return param_; }
 
  private:
   ErrorKind kind_;
+  std::string param_;
 };
 
 struct EngineOptions {
   std::string model_path;          ///< a GGUF file
   std::string model_alias;         ///< the model's public name; empty: the file's stem
   std::string chat_template_file;  ///< a Jinja template to use instead of the model's; empty: none
-  int32_t kv_cells = 0;            ///< token positions the KV cache holds; 0: the model's context
-  int32_t max_context = 0;         ///< tokens of one request; 0: min(model's context, kv_cells)
-  int32_t batch_tokens = 2048;     ///< most rows (decode + prefill) of one step
-  int32_t ubatch_tokens = 512;     ///< most rows computed at once
-  int32_t parallel = 64;           ///< most sequences that run at once (1 to 240)
-  int32_t threads = 0;             ///< 0: the physical cores
+  std::string template_kwargs_json;  ///< object: what every chat template is given, unless the chat
+                                     ///< itself says otherwise; empty: nothing
+  int32_t kv_cells = 0;              ///< token positions the KV cache holds; 0: the model's context
+  int32_t max_context = 0;           ///< tokens of one request; 0: min(model's context, kv_cells)
+  int32_t batch_tokens = 2048;       ///< most rows (decode + prefill) of one step
+  int32_t ubatch_tokens = 512;       ///< most rows computed at once
+  int32_t parallel = 64;             ///< most sequences that run at once (1 to 240)
+  int32_t threads = 0;               ///< 0: the physical cores
   std::string cache_type_k = "f16";  ///< f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0
   std::string cache_type_v = "f16";
   bool relay = true;           ///< attention by the Relay backend module; false: llama.cpp's own
@@ -93,6 +100,7 @@ struct ModelInfo {
   int32_t kv_cells = 0;            ///< token positions of the KV cache
   int64_t kv_bytes_per_token = 0;  ///< KV bytes of one position over all layers
   int32_t parallel = 0;            ///< most sequences that run at once
+  bool prefix_caching = true;      ///< as in EngineOptions
   bool relay_active = false;       ///< attention runs through Relay
   std::string backend;             ///< a line for people: which devices and modules are in use
 };
@@ -242,10 +250,10 @@ class Observer {
 struct Refusal {
   ErrorKind kind = ErrorKind::kInvalidRequest;
   std::string message;
-  std::string param;           ///< the field to blame, e.g. "messages", "max_tokens"; may be empty
-  int32_t prompt_tokens = 0;   ///< set for kContextLengthExceeded …
-  int32_t max_tokens = 0;      ///< … as asked; -1: unset
-  int32_t context_length = 0;  ///< … and the limit
+  std::string param;                ///< as EngineError::param()
+  int32_t prompt_tokens = 0;        ///< set for kContextLengthExceeded …
+  int32_t max_tokens = 0;           ///< … as asked; -1: unset
+  int32_t context_length = 0;       ///< … and the limit
   int32_t retry_after_seconds = 0;  ///< set for kQueueFull: when a place is likely
 };
 

@@ -134,6 +134,7 @@ void EngineCore::pin(const PinRequest& request, PinCallbacks callbacks) {
     PinnedPrompt& prompt = it->second.prompt;
     prompt.name = request.name;
     prompt.expires_at = request.ttl_seconds > 0 ? unix_now() + request.ttl_seconds : 0;
+    if (before_end_) before_end_();
     callbacks.done(prompt);
     return;
   }
@@ -199,6 +200,7 @@ void EngineCore::finish_pins() {
     const auto seq = pin.seq;
     const auto [it, inserted] = pins_.emplace(job.id, std::move(pin));
     if (!inserted) kv_.unpin(seq);  // the same prompt was asked for twice at once
+    if (before_end_) before_end_();
     job.callbacks.done(it->second.prompt);
     pin_jobs_.erase(pin_jobs_.begin() + static_cast<std::ptrdiff_t>(i));
   }

@@ -88,7 +88,8 @@ class EngineCore {
 
   void set_observer(std::shared_ptr<Observer> observer) { observer_ = std::move(observer); }
   EngineStats stats() const;
-  /// Called before a request's last sink call, when the books already show it gone.
+  /// Called before a request's last sink call, when the books already show it gone, and before a
+  /// pin's.
   void set_before_end(std::function<void()> hook) { before_end_ = std::move(hook); }
   KvMemory& kv() { return kv_; }
   const Scheduler& scheduler() const { return scheduler_; }

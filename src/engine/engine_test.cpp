@@ -242,11 +242,16 @@ TEST_F(EngineTest, AJsonSchemaBinds) {
 
 TEST_F(EngineTest, RefusalsNameTheirReason) {
   GenerateRequest r = ask("hello", 5);
+  r.sampling.ignore_eos = false;
   r.grammar = "root ::= (";
   EXPECT_EQ(refused(r).kind, ErrorKind::kInvalidGrammar);
   r = ask("hello", 5);
   r.json_schema = "{\"type\": \"no such type\"}";
   EXPECT_EQ(refused(r).kind, ErrorKind::kInvalidGrammar);
+  EXPECT_EQ(refused(r).param, "json_schema");
+  r.json_schema = R"({"type":"boolean"})";
+  r.sampling.ignore_eos = true;
+  EXPECT_EQ(refused(r).param, "ignore_eos");
   r = ask("hello", 5);
   r.prompt.clear();
   EXPECT_EQ(refused(r).kind, ErrorKind::kInvalidRequest);
@@ -356,6 +361,49 @@ TEST_F(EngineTest, AJsonSchemaBindsAChatToo) {
   EXPECT_TRUE(text == R"({"a":"x"})" || text == R"({"a":"y"})") << out->choices[0].text;
 }
 
+constexpr const char* kDanglingReference = R"({"$ref":"#/definitions/none"})";
+
+TEST_F(EngineTest, ASchemaThatCannotBeKeptIsAGrammarErrorOfAChatToo) {
+  ChatRequest chat;
+  chat.messages_json = R"([{"role":"user","content":"Choose"}])";
+  chat.json_schema = kDanglingReference;
+  try {
+    engine->render_chat(chat);
+    ADD_FAILURE() << "the schema was accepted";
+  } catch (const EngineError& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::kInvalidGrammar);
+    EXPECT_EQ(e.param(), "json_schema");
+    EXPECT_NE(std::string(e.what()).find("#/definitions/none"), std::string::npos) << e.what();
+  }
+}
+
+TEST_F(EngineTest, WhatNoGrammarKeepsOfASchemaIsRefused) {
+  const auto error_of = [&](const std::string& schema) {
+    GenerateRequest r = ask("hello", 5);
+    r.sampling.ignore_eos = false;
+    r.json_schema = schema;
+    const auto result = engine->submit(r, std::make_shared<Collector>());
+    const auto* refusal = std::get_if<Refusal>(&result);
+    return refusal == nullptr ? std::string("accepted") : refusal->message;
+  };
+  const auto says = [&](const std::string& schema, const std::string& words) {
+    const std::string error = error_of(schema);
+    EXPECT_NE(error.find(words), std::string::npos) << schema << ": " << error;
+  };
+  says(R"({"not":{"type":"string"}})", "'not' is not supported at #.");
+  says(R"({"type":"number","minimum":0})", "'minimum'");
+  says(R"({"type":"object","properties":{"a":{"type":["null","number"],"maximum":1}}})",
+       "#/properties/a");
+  says(R"({"type":"array","items":{"type":"string","pattern":"a.*"}})", "#/items");
+  says(R"({"anyOf":[{"type":"string"},{"type":"array","uniqueItems":true}]})", "#/anyOf/1");
+  says(R"({"$ref":"#/$defs/x","$defs":{"x":{"type":"object","minProperties":1}}})", "#/$defs/x");
+  says(R"({"type":"string","pattern":"^((a$"})", "pattern");
+  says(R"({"type":"integer","minimum":3,"maximum":7})", "accepted");
+  says(R"({"type":"array","uniqueItems":false,"items":{"type":"string","pattern":"^a+$"}})",
+       "accepted");
+  says(R"({"type":"string","format":"email","title":"t","default":"d"})", "accepted");
+}
+
 TEST_F(EngineTest, ToolsThatTheTemplateCannotShowAreRefused) {
   ChatRequest chat;
   chat.messages_json = R"([{"role":"user","content":"Weather in Paris?"}])";
@@ -406,6 +454,18 @@ TEST(EngineTools, CallsAreReadFromGrowingText) {
   EXPECT_EQ(call.arguments, last.tool_calls[0].arguments);
   EXPECT_NE(call.arguments.find("\"c\""), std::string::npos);
   EXPECT_EQ(content.substr(0, 11), "Let me see.");
+
+  // So is a tool's schema.
+  chat.tools_json = std::string(R"([{"type":"function","function":{"name":"f","parameters":)") +
+                    kDanglingReference + "}}]";
+  try {
+    engine->render_chat(chat);
+    ADD_FAILURE() << "the schema was accepted";
+  } catch (const EngineError& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::kInvalidGrammar);
+    EXPECT_EQ(e.param(), "tools[0].function.parameters");
+  }
+  chat.tools_json = kWeather;
 
   // The grammar of a required call compiles and binds; a random model may ramble before it.
   for (const char* choice : {"auto", "required"}) {

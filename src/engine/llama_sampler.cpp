@@ -8,18 +8,38 @@
 
 #include "common.h"
 #include "engine/chat_templates.h"
-#include "json-schema-to-grammar.h"
-#include "json.h"
+#include "engine/json_schema.h"
+#include "engine/random_sampler.h"
 #include "sampling.h"
 
 namespace relay::engine {
 
 namespace {
 
-class LlamaSampler : public Sampler {
+/// A grammar of llama.cpp's, and our sampler as the end of its chain: it chooses freely, and again
+/// among what the grammar allows if the grammar does not allow the first choice.
+class GrammarSampler : public Sampler {
  public:
-  LlamaSampler(common_sampler_ptr sampler, llama_context* context)
-      : sampler_(std::move(sampler)), context_(context) {}
+  GrammarSampler(const LlamaModel& model, common_params_sampling& params,
+                 std::unique_ptr<RandomSampler> choice)
+      : context_(model.context()), vocabulary_(static_cast<size_t>(model.vocab_size())) {
+    choice_ = std::move(choice);
+    params.no_perf = true;
+    params.samplers.clear();
+    sampler_.reset(common_sampler_init(model.model(), params));
+    // llama.cpp ends each chain with a choice of its own.
+    llama_sampler* chain = common_sampler_get(sampler_.get());
+    llama_sampler_free(llama_sampler_chain_remove(chain, llama_sampler_chain_n(chain) - 1));
+    llama_sampler_chain_add(chain, llama_sampler_init(&interface(), this));
+  }
+  GrammarSampler(const GrammarSampler&) = delete;
+  GrammarSampler& operator=(const GrammarSampler&) = delete;
+
+  /// The grammar of a chat begins with what the template has already written of the answer.
+  void skip(const std::vector<Token>& written) {
+    for (const Token t : written) common_sampler_accept(sampler_.get(), t, true);
+    choice_->forget();  // penalties have not seen it
+  }
 
   Token sample(Model& /*model*/, int32_t row) override {
     const Token token = common_sampler_sample(sampler_.get(), context_, row);
@@ -28,8 +48,40 @@ class LlamaSampler : public Sampler {
   }
 
  private:
-  common_sampler_ptr sampler_;
+  static GrammarSampler& self(const llama_sampler* s) {
+    return *static_cast<GrammarSampler*>(s->ctx);
+  }
+  static llama_sampler_i& interface() {
+    static llama_sampler_i calls = [] {
+      llama_sampler_i i{};
+      i.name = [](const llama_sampler*) { return "relay"; };
+      i.accept = [](llama_sampler* s, llama_token token) { self(s).choice_->accept(token); };
+      i.apply = [](llama_sampler* s, llama_token_data_array* candidates) {
+        self(s).choose(*candidates);
+      };
+      return i;
+    }();
+    return calls;
+  }
+
+  void choose(llama_token_data_array& candidates) {
+    logits_.assign(vocabulary_, -INFINITY);
+    for (size_t i = 0; i < candidates.size; ++i) {
+      logits_[static_cast<size_t>(candidates.data[i].id)] = candidates.data[i].logit;
+    }
+    const Token chosen = choice_->choose(logits_);
+    // If nothing can be chosen, the first: llama.cpp wants one, and its grammar refuses it.
+    candidates.selected = 0;
+    for (size_t i = 0; i < candidates.size; ++i) {
+      if (candidates.data[i].id == chosen) candidates.selected = static_cast<int64_t>(i);
+    }
+  }
+
   llama_context* context_;
+  size_t vocabulary_;
+  std::unique_ptr<RandomSampler> choice_;
+  std::vector<float> logits_;
+  common_sampler_ptr sampler_;
 };
 
 void require(bool ok, const std::string& message) {
@@ -68,13 +120,8 @@ void add_grammar(const LlamaModel& model, const GenerateRequest& request,
     return;
   }
   if (!request.json_schema.empty()) {
-    try {
-      params.grammar = {COMMON_GRAMMAR_TYPE_OUTPUT_FORMAT,
-                        json_schema_to_grammar(common_json::parse(request.json_schema))};
-    } catch (const std::exception& e) {
-      throw EngineError(ErrorKind::kInvalidGrammar,
-                        std::string("The JSON schema cannot be kept: ") + e.what());
-    }
+    params.grammar = {COMMON_GRAMMAR_TYPE_OUTPUT_FORMAT,
+                      schema_to_grammar(request.json_schema, "json_schema")};
     return;
   }
   if (!request.format) return;
@@ -126,11 +173,10 @@ std::vector<Token> spell(const LlamaModel& model, const std::string& text) {
                     "grammar cannot be used.");
 }
 
-/// The grammar of a chat begins with what the template has already written of the answer.
-void skip_generation_prompt(common_sampler* sampler, const std::vector<Token>& written) {
-  for (const Token t : written) common_sampler_accept(sampler, t, true);
-  // Penalties and the like have not seen it.
-  common_sampler_reset(sampler);
+/// The field to blame.
+std::string field_of_grammar(const GenerateRequest& request) {
+  if (!request.grammar.empty()) return "grammar";
+  return request.json_schema.empty() ? request.format->constrained_by : "json_schema";
 }
 
 }  // namespace
@@ -150,25 +196,11 @@ std::vector<std::unique_ptr<Sampler>> make_samplers(const LlamaModel& model,
     return samplers;
   }
 
-  params.no_perf = true;
-  params.temp = s.temperature;
-  params.top_k = s.top_k;
-  params.top_p = s.top_p;
-  params.min_p = s.min_p;
-  params.penalty_present = s.presence_penalty;
-  params.penalty_freq = s.frequency_penalty;
-  params.penalty_repeat = s.repetition_penalty;
-  // OpenAI's penalties see the whole completion, a repetition penalty the prompt as well.
-  const bool penalties =
-      s.presence_penalty != 0.0f || s.frequency_penalty != 0.0f || s.repetition_penalty != 1.0f;
-  params.penalty_last_n = penalties ? model.info().context_length : 0;
-  // The temperature first, as OpenAI and vLLM have it: nuclei are of the distribution sampled.
-  params.samplers = {COMMON_SAMPLER_TYPE_PENALTIES, COMMON_SAMPLER_TYPE_TEMPERATURE,
-                     COMMON_SAMPLER_TYPE_TOP_K, COMMON_SAMPLER_TYPE_TOP_P,
-                     COMMON_SAMPLER_TYPE_MIN_P};
-  for (const auto& [token, bias] : s.logit_bias) params.logit_bias.push_back({token, bias});
-  if (s.ignore_eos) {
-    for (const Token t : model.excluded_tokens(true)) params.logit_bias.push_back({t, -INFINITY});
+  if (s.ignore_eos && !params.grammar.empty()) {
+    throw EngineError(ErrorKind::kInvalidRequest,
+                      "ignore_eos leaves nothing to choose once a grammar, a JSON schema or a tool "
+                      "call is complete: use one without the other.",
+                      "ignore_eos");
   }
   std::vector<Token> written;
   if (params.grammar.type == COMMON_GRAMMAR_TYPE_TOOL_CALLS && !params.grammar_lazy) {
@@ -176,20 +208,21 @@ std::vector<std::unique_ptr<Sampler>> make_samplers(const LlamaModel& model,
   }
   const uint32_t seed = s.seed ? *s.seed : std::random_device{}();
   for (int32_t i = 0; i < request.n; ++i) {
-    params.seed = seed + static_cast<uint32_t>(i);
-    if (params.seed == LLAMA_DEFAULT_SEED) params.seed = 0;  // llama.cpp takes it for "random"
-    common_sampler_ptr sampler;
+    auto choice = std::make_unique<RandomSampler>(
+        s, seed + static_cast<uint32_t>(i), model.excluded_tokens(s.ignore_eos), request.prompt);
+    if (params.grammar.empty()) {
+      samplers.push_back(std::move(choice));
+      continue;
+    }
     try {
-      sampler.reset(common_sampler_init(model.model(), params));
-      if (!written.empty()) skip_generation_prompt(sampler.get(), written);
+      auto sampler = std::make_unique<GrammarSampler>(model, params, std::move(choice));
+      if (!written.empty()) sampler->skip(written);
+      samplers.push_back(std::move(sampler));
     } catch (const std::exception& e) {
       throw EngineError(ErrorKind::kInvalidGrammar,
-                        std::string("The grammar does not compile: ") + e.what() + ".");
+                        std::string("The grammar does not compile: ") + e.what() + ".",
+                        field_of_grammar(request));
     }
-    if (s.repetition_penalty != 1.0f) {
-      for (const Token t : request.prompt) common_sampler_accept(sampler.get(), t, false);
-    }
-    samplers.push_back(std::make_unique<LlamaSampler>(std::move(sampler), model.context()));
   }
   return samplers;
 }

@@ -1,4 +1,4 @@
-// Samplers over llama.cpp's `common`: temperature, nuclei, penalties, biases and grammars.
+// What samples a request: greedy, at random, or under a grammar of llama.cpp's `common`.
 #pragma once
 
 #include <memory>

@@ -16,7 +16,6 @@ namespace relay {
 namespace {
 
 using kernels::kLog2e;
-using kernels::kTileSlots;
 using kernels::padded_dim;
 using kernels::QueryLayout;
 using kernels::Tile;
@@ -59,7 +58,9 @@ class Runner {
     tile_.softcap = capped ? in.softcap * kLog2e : 0.0f;
   }
 
-  void run(const WorkItem& item) {
+  /// Does one item. `next` is what this thread will do after it, or null: its KV is asked for
+  /// early.
+  void run(const WorkItem& item, const WorkItem* next) {
     if (item.segment == WorkItem::kNoSegment) {
       for (uint32_t i = item.row_begin; i < item.row_end; ++i) {
         std::fill_n(o_, o_stride_, 0.0f);
@@ -68,7 +69,7 @@ class Runner {
       return;
     }
     start(item);
-    attend_chunk(item);
+    attend_chunk(item, next != nullptr && next->segment != WorkItem::kNoSegment ? next : nullptr);
     deliver(item);
   }
 
@@ -77,7 +78,7 @@ class Runner {
 
   /// Packs the item's queries, [head][row][group], and clears its states.
   void start(const WorkItem& item) {
-    layout_ = item.few ? QueryLayout::kF32 : kernels_.many_layout(tile_.k_type);
+    layout_ = item.few ? QueryLayout::kF32 : kernels_.many_layout(tile_.k_type, tile_.v_type);
     // A pair of bf16 takes the room of one f32.
     q_stride_ =
         layout_ == QueryLayout::kF32 ? padded_dim(shape_.qk_dim) : padded_dim(shape_.qk_dim) / 2;
@@ -113,15 +114,23 @@ class Runner {
   };
 
   /// Goes over the chunk tile by tile, and over the item's heads within a tile.
-  void attend_chunk(const WorkItem& item) {
+  void attend_chunk(const WorkItem& item, const WorkItem* next_item) {
     const Segment& segment = plan_.forest.segments[item.segment];
     Cursor cursor{item.span, item.span_offset, item.slots};
     now_ = &tables_[0];
     next_ = &tables_[1];
+    next_of_ = &item;
     locate_tile(cursor, *now_);
     while (now_->slots > 0) {
       locate_tile(cursor, *next_);
+      const bool last = next_->slots == 0;
+      if (last && next_item != nullptr) {
+        Cursor first{next_item->span, next_item->span_offset, next_item->slots};
+        locate_tile(first, *next_);
+        next_of_ = next_item;
+      }
       attend_tile(item, segment);
+      if (last) break;
       std::swap(now_, next_);
     }
   }
@@ -147,13 +156,16 @@ class Runner {
     const KvCache& kv = in_.kv;
     const auto* k = static_cast<const uint8_t*>(kv.k.data);
     const auto* v = static_cast<const uint8_t*>(kv.v.data);
+    const bool rows = kv.layout == KvLayout::kRows;
     for (int i = 0; i < count;) {
       const int64_t block = (slot + i) / kv.block_size;
       const int64_t first = (slot + i) % kv.block_size;
       const auto here = static_cast<int>(std::min<int64_t>(count - i, kv.block_size - first));
       for (int j = 0; j < here; ++j, ++i) {
-        table.k[n + i] = k + block * kv.k.block_stride + (first + j) * kv.k.slot_stride;
-        table.v[n + i] = v + block * kv.v.block_stride + (first + j) * kv.v.slot_stride;
+        if (rows || n + i == 0) {  // of a tile in kTiles only the beginning counts
+          table.k[n + i] = k + block * kv.k.block_stride + (first + j) * kv.k.slot_stride;
+          table.v[n + i] = v + block * kv.v.block_stride + (first + j) * kv.v.slot_stride;
+        }
         table.columns[n + i] = column + i;
       }
     }
@@ -208,7 +220,9 @@ class Runner {
           unpacked_ +
           (in_.kv.k.type == DType::kCustom ? int64_t{kTileSlots} * padded_dim(shape_.qk_dim) : 0);
       unpack(in_.kv.v, shape_.v_dim, now_->v, h, unpacked_v_, v_room, tile_.v, tile_.v_offset);
-      if (item.few) {
+      if (in_.kv.layout == KvLayout::kTiles) {
+        kernels_.attend_tiled(tile_);
+      } else if (item.few) {
         kernels_.attend_few(tile_);
       } else {
         kernels_.attend_many(tile_);
@@ -216,9 +230,9 @@ class Runner {
     }
   }
 
-  /// Tells the kernel what to fetch while it works on head h. Where a slot's heads lie side by
-  /// side, that is this head's share of the next tile's slots, all heads at once, since memory is
-  /// read fastest in long runs; else the next head's vectors.
+  /// Tells the kernel what to fetch while it works on head h: a share of the next tile's slots, all
+  /// heads at once where they lie side by side, since memory is read fastest in long runs;
+  /// elsewhere the next head's vectors.
   void foresee(const WorkItem& item, int32_t h) {
     const KvPlane& k = in_.kv.k;
     const KvPlane& v = in_.kv.v;
@@ -226,20 +240,25 @@ class Runner {
     if (k.type == DType::kCustom || v.type == DType::kCustom) return;  // sizes unknown
     const auto k_bytes = static_cast<int>(row_bytes(k.type, shape_.qk_dim));
     const auto v_bytes = static_cast<int>(row_bytes(v.type, shape_.v_dim));
-    const int32_t heads = item.head_end - item.head_begin;
+    const bool tiles = in_.kv.layout == KvLayout::kTiles;
     const SlotTable* table = next_;
-    int32_t head = item.head_begin;
+    int32_t head = next_of_->head_begin;
     int first = 0;
     int last = next_->slots;
     int width = 1;
-    if (k.head_stride == k_bytes && v.head_stride == v_bytes) {
-      width = heads;
+    if (!tiles && k.head_stride == k_bytes && v.head_stride == v_bytes) {
+      const int32_t heads = item.head_end - item.head_begin;
+      width = next_of_->head_end - next_of_->head_begin;
       first = next_->slots * (h - item.head_begin) / heads;
       last = next_->slots * (h - item.head_begin + 1) / heads;
     } else if (h + 1 < item.head_end) {
       table = now_;
       head = h + 1;
       last = now_->slots;
+    }
+    if (tiles) {  // one run of bytes
+      width = last;
+      last = last > 0 ? 1 : 0;
     }
     tile_.next_slots = last - first;
     tile_.next_k = table->k + first;
@@ -421,6 +440,7 @@ class Runner {
   SlotTable tables_[2];
   SlotTable* now_ = nullptr;
   SlotTable* next_ = nullptr;
+  const WorkItem* next_of_ = nullptr;  ///< whose tile next_ is
   const uint8_t* unpacked_k_[kTileSlots];
   const uint8_t* unpacked_v_[kTileSlots];
   float bias_scale_[kMaxGroup];
@@ -439,6 +459,14 @@ void validate(const Plan& plan, const AttentionInputs& in) {
   if (!vector_type(in.q.type) || !vector_type(in.out.type)) fail("q and out are f32, f16 or bf16");
   if (in.kv.k.type != plan.options.k_type || in.kv.v.type != plan.options.v_type) {
     fail("K or V has another type than planned");
+  }
+  if (in.kv.layout != plan.options.layout) fail("K and V have another layout than planned");
+  if (in.kv.layout == KvLayout::kTiles) {
+    if (in.kv.block_size % kTileSlots != 0) fail("tiled KV needs blocks of whole tiles");
+    if (in.kv.k.slot_stride != row_bytes(in.kv.k.type, plan.options.shape.qk_dim) ||
+        in.kv.v.slot_stride != row_bytes(in.kv.v.type, plan.options.shape.v_dim)) {
+      fail("tiled KV has slot strides of one vector");
+    }
   }
   if (!plan.forest.segments.empty() && (in.kv.k.data == nullptr || in.kv.v.data == nullptr)) {
     fail("K or V is null");
@@ -472,10 +500,14 @@ void attend(const Plan& plan, const AttentionInputs& inputs, Workspace& workspac
   if (thread < 0 || thread >= plan.options.threads) throw Error("attend: no such thread");
   Runner runner(plan, inputs, ws, thread);
   const auto items = static_cast<uint32_t>(plan.items.size());
-  for (;;) {
+  const auto take = [&]() -> const WorkItem* {
     const uint32_t i = ws.next_item.fetch_add(1, std::memory_order_relaxed);
-    if (i >= items) break;
-    runner.run(plan.items[i]);
+    return i < items ? &plan.items[i] : nullptr;
+  };
+  for (const WorkItem* item = take(); item != nullptr;) {
+    const WorkItem* next = take();  // early, so that its KV is under way when it is wanted
+    runner.run(*item, next);
+    item = next;
   }
   if (ws.finished_threads.fetch_add(1, std::memory_order_acq_rel) + 1 ==
       static_cast<uint32_t>(plan.options.threads)) {

@@ -13,9 +13,8 @@
 
 namespace relay::kernels {
 
-inline constexpr int kTileSlots = 64;
-/// Query rows whose scores are held at once between the two matrix products of attend_many.
-inline constexpr int kScoreRows = 24;
+/// Query rows whose scores are held at once between the two matrix products of a tile.
+inline constexpr int kScoreRows = 48;
 
 inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.693147180559945309417f;
@@ -25,8 +24,9 @@ enum class QueryLayout : uint8_t { kF32, kBF16Pairs };
 
 /// One tile for one KV head and a run of query rows. Strides of q and o are in elements.
 struct Tile {
-  int slots = 0;                      ///< 1 to kTileSlots
-  const uint8_t* const* k = nullptr;  ///< [slots] vectors, to which k_offset bytes are added
+  int slots = 0;  ///< 1 to kTileSlots
+  /// [slots] vectors, to which k_offset bytes are added; for attend_tiled [1], the tile itself.
+  const uint8_t* const* k = nullptr;
   const uint8_t* const* v = nullptr;
   int64_t k_offset = 0;
   int64_t v_offset = 0;
@@ -71,8 +71,8 @@ struct KernelSet {
   /// more go through attend_many, which unpacks each tile once.
   int few_rows;
 
-  /// Packed layout that attend_many wants for queries against K of this type.
-  QueryLayout (*many_layout)(DType k_type);
+  /// Packed layout that attend_many and attend_tiled want for queries against KV of these types.
+  QueryLayout (*many_layout)(DType k_type, DType v_type);
 
   /// Copies one vector of n elements (f32, f16, bf16) into packed form, padded with zeros up to
   /// padded_dim(n) elements.
@@ -80,8 +80,10 @@ struct KernelSet {
 
   /// Queries must be in f32 layout.
   void (*attend_few)(const Tile& tile);
-  /// Queries must be in many_layout(k_type).
+  /// Queries must be in many_layout(k_type, v_type).
   void (*attend_many)(const Tile& tile);
+  /// As attend_many, for any number of rows, over a tile in KvLayout::kTiles.
+  void (*attend_tiled)(const Tile& tile);
 
   /// Expands `count` f16 values to f32 (bias rows).
   void (*expand_f16)(const uint16_t* src, float* dst, int64_t count);

@@ -61,6 +61,12 @@ inline Vec load_i8(const uint8_t* p) {
   return (Vec)_mm512_cvtepi32_ps(
       _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+#ifdef RELAY_HAS_BF16_DOT
+/// Rounds 32 numbers to bf16 and stores them as 16 pairs.
+inline void store_bf16_pairs(void* p, Vec first16, Vec last16) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)last16, (__m512)first16));
+}
+#endif
 inline float f16_to_f32(uint16_t h) { return _cvtsh_ss(h); }
 inline uint16_t f32_to_f16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
 inline void store_f16(uint16_t* p, Vec v) {

@@ -8,6 +8,8 @@
 
 namespace relay {
 
+struct CostModel;
+
 inline constexpr int32_t kMaxGroup = 1024;  ///< query heads of one KV head
 
 /// One piece of work: a chunk of one segment's slots, some KV heads, some rows. Its KV is read
@@ -25,7 +27,11 @@ struct WorkItem {
   int32_t head_end = 0;
   bool few = false;       ///< which kernel: see KernelSet::few_rows
   uint32_t partials = 0;  ///< Plan::partial_of[partials + i] is row i's partial
-  double cost = 0;        ///< estimated time, arbitrary unit
+
+  // For the cost model: what the item does for each of its heads.
+  double row_slots = 0;       ///< slots times the query rows that may see them, tile by tile
+  uint32_t partial_rows = 0;  ///< rows whose result is not their only one
+  double cost = 0;            ///< seconds
 
   uint32_t rows() const { return row_end - row_begin; }
 };
@@ -47,8 +53,28 @@ class Plan {
   int64_t max_bias_rows = 0;
 
   // Scratch of planning, kept to avoid allocation.
+  struct Block {
+    uint32_t segment = 0;
+    uint32_t row_begin = 0;  ///< range of row_index
+    uint32_t row_end = 0;
+    uint32_t shared_rows = 0;  ///< rows that other blocks list too
+    int64_t slots = 0;         ///< of the segment, less the last ones if no row sees them
+    int64_t unit_rows = -1;    ///< Plan::unit_rows[unit_rows + i]: unit i's; -1: all rows see all
+    int64_t parts = 1;         ///< least number of items that its heads go into
+    double overhead = 0;       ///< seconds of a chunk, whatever its slots
+    double cost = 0;           ///< seconds of all slots and heads, in one chunk
+
+    uint32_t rows() const { return row_end - row_begin; }
+  };
+  std::vector<Block> blocks;       ///< segments, cut by rows
+  std::vector<int64_t> unit_rows;  ///< query rows that see something of a unit of slots
+  std::vector<double> costs, free_at;
   std::vector<uint32_t> next_partial;
 };
+
+/// As remake_plan of attention.h, by the given costs: a plan is a function of these three.
+void remake_plan(Plan& plan, const Forest& forest, const PlanOptions& options,
+                 const CostModel& costs);
 
 /// Bytes of a workspace that fits `plan`; one place for sizing and for Workspace::fit.
 struct WorkspaceLayout {

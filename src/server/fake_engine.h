@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <ctime>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -44,6 +45,7 @@ class FakeEngine : public engine::Engine {
   // What tests look at.
   std::atomic<int> running{0};
   std::atomic<int> cancelled{0};
+  std::atomic<int> pins{0};
   engine::GenerateRequest last_request() {
     const std::lock_guard lock(mutex_);
     return last_;
@@ -67,7 +69,17 @@ class FakeEngine : public engine::Engine {
   }
   engine::ChatPrompt render_chat(const engine::ChatRequest& chat) const override;
   std::vector<engine::Token> render_chat_prefix(const engine::ChatRequest& chat) const override {
-    return tokenize(chat.messages_json, true, true);
+    const std::lock_guard lock(mutex_);
+    return tokenize(date_ + chat.messages_json, true, true);
+  }
+  /// What its chat template prints before the messages.
+  void set_date(const std::string& date) {
+    const std::lock_guard lock(mutex_);
+    date_ = date;
+  }
+  std::vector<engine::PinRequest> pin_requests() const {
+    const std::lock_guard lock(mutex_);
+    return pin_requests_;
   }
   engine::ChatMessage parse_message(const engine::OutputFormatPtr&, const std::string& text,
                                     bool) const override {
@@ -107,7 +119,7 @@ class FakeEngine : public engine::Engine {
     const auto length = static_cast<int32_t>(request.prompt.size());
     if (length + std::max(request.max_tokens, 1) > script_.context_length) {
       refusal.kind = engine::ErrorKind::kContextLengthExceeded;
-      refusal.param = "messages";
+      refusal.param = "prompt";
       refusal.prompt_tokens = length;
       refusal.max_tokens = request.max_tokens;
       refusal.context_length = script_.context_length;
@@ -116,6 +128,7 @@ class FakeEngine : public engine::Engine {
     if (!request.json_schema.empty() && request.json_schema.find("bad") != std::string::npos) {
       refusal.kind = engine::ErrorKind::kInvalidGrammar;
       refusal.message = "this schema does not compile";
+      refusal.param = "json_schema";
       return refusal;
     }
     if (static_cast<int32_t>(jobs_.size()) >= script_.max_requests) {
@@ -144,11 +157,16 @@ class FakeEngine : public engine::Engine {
       throw engine::EngineError(engine::ErrorKind::kPinBudgetExceeded, "too long to pin");
     }
     const std::lock_guard lock(mutex_);
+    for (size_t i = 0; i < pinned_.size(); ++i) {
+      if (pin_requests_[i].tokens == request.tokens) return pinned_[i];
+    }
     engine::PinnedPrompt prompt;
-    prompt.id = "cp_" + std::to_string(pinned_.size());
+    prompt.id = "cp_" + std::to_string(pins++);
     prompt.name = request.name;
     prompt.tokens = static_cast<int32_t>(request.tokens.size());
+    if (request.ttl_seconds > 0) prompt.expires_at = std::time(nullptr) + request.ttl_seconds;
     pinned_.push_back(prompt);
+    pin_requests_.push_back(request);
     return prompt;
   }
   std::vector<engine::PinnedPrompt> pinned_prompts() const override {
@@ -168,6 +186,7 @@ class FakeEngine : public engine::Engine {
     const std::lock_guard lock(mutex_);
     for (auto it = pinned_.begin(); it != pinned_.end(); ++it) {
       if (it->id != id) continue;
+      pin_requests_.erase(pin_requests_.begin() + (it - pinned_.begin()));
       pinned_.erase(it);
       return;
     }
@@ -286,6 +305,8 @@ class FakeEngine : public engine::Engine {
   engine::GenerateRequest last_;
   mutable engine::ChatRequest last_chat_;
   std::vector<engine::PinnedPrompt> pinned_;
+  std::vector<engine::PinRequest> pin_requests_;  // of the same
+  std::string date_;
   std::shared_ptr<engine::Observer> observer_;
   bool stopping_ = false;
   std::thread thread_;
@@ -300,6 +321,10 @@ inline relay::engine::ChatPrompt relay::server::FakeEngine::render_chat(
     const engine::ChatRequest& chat) const {
   if (chat.messages_json.find("untemplatable") != std::string::npos) {
     throw engine::EngineError(engine::ErrorKind::kInvalidTemplate, "the template cannot say this");
+  }
+  if (chat.json_schema.find("bad") != std::string::npos) {
+    throw engine::EngineError(engine::ErrorKind::kInvalidGrammar, "this schema does not compile",
+                              "json_schema");
   }
   const std::lock_guard lock(mutex_);
   last_chat_ = chat;

@@ -14,16 +14,6 @@ int64_t unix_seconds() {
       .count();
 }
 
-/// Runs `work` with the engine's errors turned into answers.
-template <typename Work>
-auto with_api_errors(const std::string& param, Work work) {
-  try {
-    return work();
-  } catch (const engine::EngineError& error) {
-    throw from_engine(error.kind(), error.what(), param);
-  }
-}
-
 }  // namespace
 
 std::string effective_salt(const std::string& caller, const std::string& client) {
@@ -43,12 +33,28 @@ Generation::Generation(Api api, CommonRequest common, GenerationContext context)
 
 Generation::~Generation() { cancel(); }
 
+template <typename Work>
+auto Generation::with_api_errors(const std::string& param, Work work) {
+  try {
+    return work();
+  } catch (const engine::EngineError& error) {
+    throw from_engine(error.kind(), error.what(),
+                      error.param().empty() ? param : field_of(error.param()));
+  }
+}
+
+std::string Generation::field_of(const std::string& engine_param) const {
+  if (engine_param == "json_schema") return common_.schema_param;
+  if (engine_param == "prompt" && api_ == Api::kChat) return "messages";
+  return engine_param;
+}
+
 std::unique_ptr<Generation> Generation::start(ChatCompletionRequest request,
                                               GenerationContext context) {
   std::unique_ptr<Generation> self(
       new Generation(Api::kChat, std::move(request.common), std::move(context)));
-  engine::ChatPrompt prompt =
-      with_api_errors("messages", [&] { return self->context_.engine->render_chat(request.chat); });
+  engine::ChatPrompt prompt = self->with_api_errors(
+      "messages", [&] { return self->context_.engine->render_chat(request.chat); });
   self->format_ = prompt.format;
 
   engine::GenerateRequest generate = self->common_.generate;
@@ -65,7 +71,7 @@ std::unique_ptr<Generation> Generation::start(CompletionRequest request,
       new Generation(Api::kCompletion, std::move(request.common), std::move(context)));
   const engine::Engine& engine = *self->context_.engine;
   for (Prompt& prompt : request.prompts) {
-    with_api_errors("prompt", [&] {
+    self->with_api_errors("prompt", [&] {
       if (prompt.is_text) {
         // The caller wrote the whole prompt, so control tokens in it are the caller's own.
         prompt.tokens = engine.tokenize(prompt.text, request.add_special_tokens,
@@ -90,7 +96,10 @@ void Generation::submit(engine::GenerateRequest request, std::string echo) {
   auto sink = std::make_shared<QueueSink>(queue_, static_cast<int32_t>(parts_.size()));
   engine::SubmitResult result = with_api_errors(
       "", [&] { return context_.engine->submit(std::move(request), std::move(sink)); });
-  if (const auto* refusal = std::get_if<engine::Refusal>(&result)) throw from_refusal(*refusal);
+  if (auto* refusal = std::get_if<engine::Refusal>(&result)) {
+    refusal->param = field_of(refusal->param);
+    throw from_refusal(*refusal);
+  }
   part.id = std::get<engine::RequestId>(result);
   parts_.push_back(std::move(part));
 }

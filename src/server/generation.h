@@ -83,6 +83,11 @@ class Generation {
 
   Generation(Api api, CommonRequest common, GenerationContext context);
 
+  /// Runs `work` with the engine's errors turned into answers.
+  template <typename Work>
+  auto with_api_errors(const std::string& param, Work work);
+  /// How the client calls the field that the engine calls so.
+  std::string field_of(const std::string& engine_param) const;
   void submit(engine::GenerateRequest request, std::string echo);
   void on_tokens(Part& part, int32_t index, engine::TokensDelta delta, std::string& frames);
   void on_finish(Part& part, int32_t index, engine::FinishReason reason, std::string& frames);

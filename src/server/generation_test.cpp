@@ -325,6 +325,7 @@ TEST(Generation, Refusals) {
     FAIL();
   } catch (const ApiError& error) {
     EXPECT_EQ(error.code(), "context_length_exceeded");
+    EXPECT_EQ(error.param(), "messages");
     EXPECT_NE(std::string(error.what()).find("1000 tokens"), std::string::npos);
     EXPECT_NE(std::string(error.what()).find("990"), std::string::npos);
   }
@@ -340,6 +341,22 @@ TEST(Generation, Refusals) {
                                 fixture.context());
             }),
             std::make_pair(400, std::string("invalid_chat_template")));
+  const auto schema_error = [&](const std::string& fields) {
+    try {
+      fixture.chat(fields);
+    } catch (const ApiError& error) {
+      return std::make_pair(error.code(), error.param());
+    }
+    return std::make_pair(std::string("none"), std::string());
+  };
+  const std::string code = "invalid_grammar";
+  EXPECT_EQ(schema_error(R"(,"response_format":{"type":"json_schema",
+                             "json_schema":{"schema":{"type":"bad"}}})"),
+            std::make_pair(code, std::string("response_format.json_schema.schema")));
+  EXPECT_EQ(schema_error(R"(,"response_format":{"type":"json_object","schema":{"type":"bad"}})"),
+            std::make_pair(code, std::string("response_format.schema")));
+  EXPECT_EQ(schema_error(R"(,"json_schema":{"type":"bad"})"),
+            std::make_pair(code, std::string("json_schema")));
   // The second of two prompts does not fit: the first one must not be left running.
   EXPECT_EQ(refusal([&] { fixture.text(R"({"prompt":["a","b"]})"); }),
             std::make_pair(429, std::string("rate_limit_exceeded")));

@@ -191,6 +191,16 @@ TEST_F(HttpSessionTest, ChatOnOneConnection) {
   }
 }
 
+TEST_F(HttpSessionTest, HeadIsGetWithoutTheBody) {
+  start();
+  Client client = connect();
+  client.send("HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n");
+  const std::string head = client.read_until("\r\n\r\n");
+  EXPECT_NE(head.find("200 OK"), std::string::npos) << head;
+  EXPECT_NE(head.find("Content-Length: 15"), std::string::npos) << head;
+  EXPECT_EQ(client.get("/health").status, 200);  // nothing came in between
+}
+
 TEST_F(HttpSessionTest, RequestIdIsEchoedIfFit) {
   start();
   Client client = connect();

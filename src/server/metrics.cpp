@@ -73,7 +73,7 @@ void write_gauges(FamilyWriter& out, const engine::ModelInfo& info,
   out.gauge("vllm:cache_config_info", "Size of the KV cache.", 1,
             {{"block_size", std::to_string(kBlock)},
              {"num_gpu_blocks", std::to_string(info.kv_cells / kBlock)},
-             {"enable_prefix_caching", "True"}});
+             {"enable_prefix_caching", info.prefix_caching ? "True" : "False"}});
   out.gauge("relay:pinned_tokens", "Tokens of pinned prompts.", stats.pinned_tokens);
   out.gauge("relay:cached_tokens", "Tokens of unpinned prefixes kept for later requests.",
             stats.kv_cells_cached);

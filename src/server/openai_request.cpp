@@ -128,6 +128,7 @@ std::string schema_text(const Json& schema, const std::string& param, const Requ
 /// response_format, and llama.cpp's `grammar` (GBNF) and `json_schema`: at most one of them.
 struct Constraint {
   std::string json_schema;
+  std::string schema_param;  ///< where it stood
   std::string grammar;
 };
 Constraint parse_constraint(const JsonFields& body, const RequestLimits& limits) {
@@ -136,15 +137,17 @@ Constraint parse_constraint(const JsonFields& body, const RequestLimits& limits)
     const JsonFields fields(*format, "response_format");
     const std::string type = fields.require_string("type", 64);
     if (type == "json_object") {
+      constraint.schema_param = "response_format.schema";
       const Json* schema = fields.find("schema");  // llama.cpp's extension
       constraint.json_schema = schema != nullptr
-                                   ? schema_text(*schema, "response_format.schema", limits)
+                                   ? schema_text(*schema, constraint.schema_param, limits)
                                    : R"({"type":"object"})";
     } else if (type == "json_schema") {
       fields.require("json_schema");
       const JsonFields named(*fields.object("json_schema"), "response_format.json_schema");
+      constraint.schema_param = "response_format.json_schema.schema";
       constraint.json_schema =
-          schema_text(named.require("schema"), "response_format.json_schema.schema", limits);
+          schema_text(named.require("schema"), constraint.schema_param, limits);
     } else if (type != "text") {
       throw invalid_request("response_format.type",
                             "'response_format.type' must be text, json_object or json_schema.");
@@ -155,7 +158,8 @@ Constraint parse_constraint(const JsonFields& body, const RequestLimits& limits)
       throw invalid_request("json_schema",
                             "'json_schema' and 'response_format' exclude each other.");
     }
-    constraint.json_schema = schema_text(*schema, "json_schema", limits);
+    constraint.schema_param = "json_schema";
+    constraint.json_schema = schema_text(*schema, constraint.schema_param, limits);
   }
   constraint.grammar = body.string("grammar", limits.max_schema_bytes).value_or("");
   if (!constraint.grammar.empty() && !constraint.json_schema.empty()) {
@@ -455,6 +459,7 @@ ChatCompletionRequest parse_chat_completion(std::string_view text, const Request
   if (!constraint.grammar.empty() && !request.chat.tools_json.empty()) {
     throw invalid_request("grammar", "'grammar' and 'tools' exclude each other.");
   }
+  request.common.schema_param = std::move(constraint.schema_param);
   request.chat.json_schema = std::move(constraint.json_schema);
   // Not by way of the template: most of them know schemas only.
   request.common.generate.grammar = std::move(constraint.grammar);
@@ -482,6 +487,7 @@ CompletionRequest parse_completion(std::string_view text, const RequestLimits& l
     request.common.generate.sampling.logprobs = static_cast<int32_t>(*logprobs);
   }
   Constraint constraint = parse_constraint(body, limits);
+  request.common.schema_param = std::move(constraint.schema_param);
   request.common.generate.json_schema = std::move(constraint.json_schema);
   request.common.generate.grammar = std::move(constraint.grammar);
   return request;

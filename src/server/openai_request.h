@@ -32,6 +32,7 @@ struct CommonRequest {
   bool include_usage = false;           ///< stream_options
   bool continuous_usage_stats = false;  ///< stream_options
   bool logprobs = false;                ///< the choices carry logprobs
+  std::string schema_param;             ///< the field a JSON schema came from, for errors
   engine::GenerateRequest generate;     ///< all but prompt, format and the final cache salt
 };
 

@@ -17,6 +17,9 @@ struct ServerOptions {
   std::vector<std::string> api_keys;     ///< empty: no key is asked for
   std::vector<std::string> admin_keys;   ///< may manage cached prompts; empty: nobody may
 
+  std::chrono::milliseconds pin_refresh{60'000};  ///< between looks whether a pinned prompt still
+                                                  ///< reads the same; 0: never
+
   int32_t io_threads = 2;      ///< move bytes and write answers
   int32_t worker_threads = 2;  ///< parse, render, tokenise, compile grammars
   size_t max_connections = 4096;

@@ -75,7 +75,8 @@ Route find_route(std::string_view method, std::string_view target) {
   for (const Entry& entry : kTable) {
     std::optional<std::string> argument = match(entry, path);
     if (!argument) continue;
-    if (entry.method == method) {
+    // HEAD asks what GET would answer; the body is left out when it is written.
+    if (entry.method == (method == "HEAD" ? "GET" : method)) {
       return Route{entry.endpoint, entry.access, entry.takes_body, std::move(*argument)};
     }
     allowed += (allowed.empty() ? "" : ", ") + std::string(entry.method);

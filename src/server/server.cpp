@@ -4,6 +4,7 @@
 #include <sys/resource.h>
 
 #include <algorithm>
+#include <atomic>
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
@@ -59,13 +60,20 @@ void refuse_connection(tcp::socket& socket) {
 }  // namespace
 
 struct Server::State {
-  explicit State(ServerOptions options)
-      : runtime(options), acceptor(net::make_strand(runtime.io)) {}
+  explicit State(const ServerOptions& options)
+      : runtime(options),
+        strand(net::make_strand(runtime.io)),
+        acceptor(strand),
+        refresh_timer(strand) {}
 
   net::awaitable<void> accept_loop();
+  net::awaitable<void> refresh_loop();
 
   Runtime runtime;
+  net::strand<net::io_context::executor_type> strand;  // of the two below
   tcp::acceptor acceptor;
+  net::steady_timer refresh_timer;
+  std::atomic<bool> refreshing{false};
   std::optional<net::executor_work_guard<net::io_context::executor_type>> work;
   std::vector<std::thread> threads;
   std::string host_in_url;
@@ -93,7 +101,20 @@ net::awaitable<void> Server::State::accept_loop() {
   }
 }
 
-Server::Server(ServerOptions options) : state_(std::make_unique<State>(std::move(options))) {}
+net::awaitable<void> Server::State::refresh_loop() {
+  const std::chrono::milliseconds interval = runtime.service.options().pin_refresh;
+  while (!runtime.stopping) {
+    refresh_timer.expires_after(interval);
+    co_await refresh_timer.async_wait(net::as_tuple(net::use_awaitable));
+    if (runtime.stopping || refreshing.exchange(true)) continue;
+    net::post(runtime.waiters, [this] {
+      runtime.service.refresh_pinned();
+      refreshing = false;
+    });
+  }
+}
+
+Server::Server(const ServerOptions& options) : state_(std::make_unique<State>(options)) {}
 
 Server::~Server() { shutdown(std::chrono::milliseconds(0)); }
 
@@ -137,7 +158,10 @@ void Server::listen() {
                            : endpoint.address().to_string();
 
   state.work.emplace(state.runtime.io.get_executor());
-  net::co_spawn(state.acceptor.get_executor(), state.accept_loop(), net::detached);
+  net::co_spawn(state.strand, state.accept_loop(), net::detached);
+  if (options.pin_refresh.count() > 0) {
+    net::co_spawn(state.strand, state.refresh_loop(), net::detached);
+  }
   for (int32_t i = 0; i < options.io_threads; ++i) {
     state.threads.emplace_back([&io = state.runtime.io] { io.run(); });
   }
@@ -147,9 +171,10 @@ void Server::shutdown(std::chrono::milliseconds grace) {
   State& state = *state_;
   Runtime& runtime = state.runtime;
   if (runtime.stopping.exchange(true)) return;
-  net::post(state.acceptor.get_executor(), [&state] {
+  net::post(state.strand, [&state] {
     error_code ignored;
     state.acceptor.close(ignored);
+    state.refresh_timer.cancel();
   });
   for (const auto& session : runtime.sessions()) session->close(/*at_once=*/false);
   const auto deadline = std::chrono::steady_clock::now() + grace;

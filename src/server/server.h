@@ -14,7 +14,7 @@ namespace relay::server {
 
 class Server {
  public:
-  explicit Server(ServerOptions options);
+  explicit Server(const ServerOptions& options);
   /// shutdown() with no time to spare.
   ~Server();
   Server(const Server&) = delete;

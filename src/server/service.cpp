@@ -62,27 +62,40 @@ void Service::set_progress(double fraction, const std::string& what) {
   progress_what_ = what;
 }
 
-void Service::set_engine(std::shared_ptr<engine::Engine> engine) {
+void Service::set_engine(std::shared_ptr<engine::Engine> engine,
+                         std::shared_ptr<PinnedChats> pinned) {
   auto metrics = std::make_shared<Metrics>(model_names(*engine).front());
   engine->set_observer(metrics);
   const std::lock_guard lock(mutex_);
   fingerprint_ = make_fingerprint(engine->info());
   metrics_ = std::move(metrics);
+  pinned_ = pinned != nullptr ? std::move(pinned) : std::make_shared<PinnedChats>(engine);
   engine_ = std::move(engine);
   Phase loading = Phase::kLoading;
   phase_.compare_exchange_strong(loading, Phase::kReady);
 }
 
+void Service::refresh_pinned() {
+  std::shared_ptr<PinnedChats> pinned;
+  {
+    const std::lock_guard lock(mutex_);
+    pinned = pinned_;
+  }
+  if (pinned != nullptr && phase_ == Phase::kReady) pinned->refresh();
+}
+
 void Service::begin_drain() { phase_ = Phase::kDraining; }
 
-std::shared_ptr<engine::Engine> Service::engine_or_null() const {
+std::shared_ptr<engine::Engine> Service::engine() const {
+  require_ready();
   const std::lock_guard lock(mutex_);
   return engine_;
 }
 
-std::shared_ptr<engine::Engine> Service::engine() const {
+std::shared_ptr<PinnedChats> Service::pinned() const {
   require_ready();
-  return engine_or_null();
+  const std::lock_guard lock(mutex_);
+  return pinned_;
 }
 
 void Service::require_ready() const {
@@ -112,7 +125,7 @@ Caller Service::authorize(const Route& route, std::string_view authorization,
                    keys_.has_admin_keys()
                        ? "This endpoint needs an admin key."
                        : "This endpoint needs an admin key, and the server was started without "
-                         "one (--admin-key-file).");
+                         "one (--admin-key-file, RELAY_ADMIN_KEY).");
   }
   return caller;
 }
@@ -160,7 +173,7 @@ Answer Service::answer(const Route& route, std::string_view body) {
         break;
     }
   } catch (const engine::EngineError& error) {
-    throw from_engine(error.kind(), error.what());
+    throw from_engine(error.kind(), error.what(), error.param());
   }
   throw ApiError(500, "server_error", "internal_error", "This endpoint has no plain answer.");
 }
@@ -237,38 +250,35 @@ Answer Service::metrics() const {
 
 Answer Service::create_cached_prompt(std::string_view body) {
   const std::shared_ptr<engine::Engine> engine = this->engine();
-  const CachedPromptRequest request = parse_cached_prompt(body, limits(*engine));
+  CachedPromptRequest request = parse_cached_prompt(body, limits(*engine));
   resolve_model(*engine, request.model);
-  engine::PinRequest pin;
-  pin.name = request.name;
-  pin.cache_salt = effective_salt("", request.cache_salt);
-  pin.ttl_seconds = request.ttl_seconds;
-  pin.tokens = engine->render_chat_prefix(request.chat);
-  return ok(cached_prompt_json(engine->pin_prompt(pin)), 201);
+  ChatToPin chat;
+  chat.name = std::move(request.name);
+  chat.chat = std::move(request.chat);
+  chat.cache_salt = effective_salt("", request.cache_salt);
+  chat.ttl_seconds = request.ttl_seconds;
+  return ok(cached_prompt_json(pinned()->pin(chat)), 201);
 }
 
 Answer Service::list_cached_prompts() const {
   Json data = Json::array();
-  for (const engine::PinnedPrompt& prompt : engine()->pinned_prompts()) {
+  for (const engine::PinnedPrompt& prompt : pinned()->list()) {
     data.push_back(cached_prompt_json(prompt));
   }
   return ok(Json{{"object", "list"}, {"data", std::move(data)}});
 }
 
 Answer Service::get_cached_prompt(const std::string& id) const {
-  for (const engine::PinnedPrompt& prompt : engine()->pinned_prompts()) {
-    if (prompt.id == id) return ok(cached_prompt_json(prompt));
-  }
-  throw from_engine(engine::ErrorKind::kNotFound, "There is no cached prompt '" + id + "'.", "id");
+  return ok(cached_prompt_json(pinned()->get(id)));
 }
 
 Answer Service::update_cached_prompt(const std::string& id, std::string_view body) {
   const int64_t ttl = parse_cached_prompt_ttl(body);
-  return ok(cached_prompt_json(engine()->set_pin_ttl(id, ttl)));
+  return ok(cached_prompt_json(pinned()->set_ttl(id, ttl)));
 }
 
 Answer Service::delete_cached_prompt(const std::string& id) {
-  engine()->unpin(id);
+  pinned()->unpin(id);
   return ok(Json{{"id", id}, {"object", "cached_prompt.deleted"}, {"deleted", true}});
 }
 

@@ -15,6 +15,7 @@
 #include "server/generation.h"
 #include "server/metrics.h"
 #include "server/options.h"
+#include "server/pinned_chats.h"
 #include "server/router.h"
 
 namespace relay::server {
@@ -38,8 +39,11 @@ class Service {
   // --------------------------------------------------------
   /// Shown by /health while loading.
   void set_progress(double fraction, const std::string& what);
-  /// Ready: requests are taken from now on.
-  void set_engine(std::shared_ptr<engine::Engine> engine);
+  /// Ready: requests are taken from now on. `pinned` holds what was pinned before; null: nothing.
+  void set_engine(std::shared_ptr<engine::Engine> engine,
+                  std::shared_ptr<PinnedChats> pinned = nullptr);
+  /// Pins anew the prompts that now read differently. May wait for the engine.
+  void refresh_pinned();
   /// New requests are answered with 503 from now on.
   void begin_drain();
   bool draining() const { return phase_ == Phase::kDraining; }
@@ -63,7 +67,7 @@ class Service {
   enum class Phase { kLoading, kReady, kDraining };
 
   std::shared_ptr<engine::Engine> engine() const;
-  std::shared_ptr<engine::Engine> engine_or_null() const;
+  std::shared_ptr<PinnedChats> pinned() const;
   RequestLimits limits(const engine::Engine& engine) const;
   std::vector<std::string> model_names(const engine::Engine& engine) const;
   /// The name to answer with; throws ApiError 404.
@@ -83,6 +87,7 @@ class Service {
   std::atomic<Phase> phase_{Phase::kLoading};
   mutable std::mutex mutex_;  // guards what follows
   std::shared_ptr<engine::Engine> engine_;
+  std::shared_ptr<PinnedChats> pinned_;
   std::shared_ptr<Metrics> metrics_;
   std::string fingerprint_;
   double progress_ = 0;

@@ -92,7 +92,7 @@ class BlockTableBuilder {
       }
     }
     std::sort(rows_.begin(), rows_.end());
-    append_visible(forest_, spans_, rows_, {batch_.causal, batch_.window});
+    append_visible(forest_, spans_, rows_, {batch_.causal, batch_.window, batch_.align});
   }
 
   const BlockTables& batch_;
@@ -112,6 +112,9 @@ void check(const BlockTables& batch) {
   }
   if (batch.block_size < 1) fail("block_size must be positive");
   if (batch.window < 0) fail("window must not be negative");
+  if (batch.align < 1 || batch.block_size % batch.align != 0) {
+    fail("block_size must be a multiple of align");
+  }
   if (batch.requests > 0 && batch.table == nullptr) fail("table is null");
   if (batch.row_offsets[0] != 0) fail("row_offsets must begin with 0");
   for (int32_t r = 0; r < batch.requests; ++r) {

@@ -53,10 +53,16 @@ void append_overlapping(Forest& forest, std::span<const Span> spans, std::span<c
     begin = std::min(begin, s.column);
     end = std::max(end, s.column + s.count);
   }
-  end = std::min(end, last + 1);                                          // later: seen by no row
-  if (rule.window > 0) begin = std::max(begin, first - rule.window + 1);  // earlier: by no row
-  const int64_t all_begin = rule.window > 0 ? std::max(begin, last - rule.window + 1) : begin;
-  const int64_t all_end = std::min(end, first + 1);
+  const auto down = [&](int64_t column) { return column - column % rule.align; };
+  const auto up = [&](int64_t column) { return down(column + rule.align - 1); };
+  end = std::min(end, last + 1);  // later: seen by no row
+  if (rule.window > 0) {
+    begin =
+        std::max(begin, down(std::max<int64_t>(0, first - rule.window + 1)));  // earlier: by no row
+  }
+  const int64_t all_begin =
+      rule.window > 0 ? std::max(begin, up(std::max<int64_t>(0, last - rule.window + 1))) : begin;
+  const int64_t all_end = first + 1 < end ? down(first + 1) : end;
   if (all_begin >= all_end) {
     append_columns(forest, spans, rows, begin, end, Visibility::kPositions);
     return;

@@ -12,6 +12,7 @@ namespace relay {
 struct PositionRule {
   bool causal = false;  ///< row r sees column c iff c <= positions[r]
   int64_t window = 0;   ///< and, if > 0, c > positions[r] - window
+  int64_t align = 1;    ///< cuts are at multiples of this, with kPositions on the safe side
 };
 
 /// Appends one segment; takes rows ascending. Nothing is appended without rows or slots.

@@ -35,8 +35,24 @@ void build_from_tree(const PrefixTreeBatch& batch, Sharing sharing, Forest& fore
   }
   const PositionRule rule{!batch.position_of_row.empty(), batch.window};
   if (sharing == Sharing::kOn) {
+    // A child with all of its node's readers goes on where the node ends: one run of slots, so that
+    // a request on its own is planned as if nothing could be shared.
+    std::vector<int32_t> next(batch.nodes.size(), -1);
+    std::vector<char> goes_on(batch.nodes.size(), 0);
     for (int32_t n = 0; n < nodes; ++n) {
-      append_visible(forest, batch.nodes[n].spans, readers[n], rule);
+      const int32_t parent = batch.nodes[n].parent;
+      if (parent < 0 || readers[n].empty() || readers[n].size() != readers[parent].size()) continue;
+      next[parent] = n;
+      goes_on[n] = 1;
+    }
+    std::vector<Span> spans;
+    for (int32_t n = 0; n < nodes; ++n) {
+      if (goes_on[n] != 0) continue;
+      spans.clear();
+      for (int32_t m = n; m >= 0; m = next[m]) {
+        spans.insert(spans.end(), batch.nodes[m].spans.begin(), batch.nodes[m].spans.end());
+      }
+      append_visible(forest, spans, readers[n], rule);
     }
     return;
   }

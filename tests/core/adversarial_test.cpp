@@ -25,7 +25,7 @@ OperatorConfig config_of(DType type) {
   OperatorConfig config;
   config.shape = {.q_heads = 4, .kv_heads = 2, .qk_dim = 64, .v_dim = 64};
   config.k_type = config.v_type = type;
-  config.kv_layout = KvLayout::kPadded;
+  config.placement = Placement::kPadded;
   config.out_layout = RowsLayout::kBlocked;
   return config;
 }

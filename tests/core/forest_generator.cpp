@@ -137,7 +137,8 @@ ForestCase generate_forest(uint64_t seed, const ForestLimits& limits) {
   Random random(derive_seed(seed, 0xf0));
   ForestCase c;
   c.seed = seed;
-  c.block_size = random.pick(std::vector<int64_t>{1, 16, 64, 128});
+  c.block_size = random.pick(limits.whole_tiles ? std::vector<int64_t>{64, 128, 192}
+                                                : std::vector<int64_t>{1, 16, 64, 128});
   c.causal = random.chance(0.7);
   const bool idle_rows = !limits.tables_possible && random.chance(0.2);
   const bool whole_blocks = limits.tables_possible || random.chance(0.5);
@@ -258,7 +259,7 @@ ForestCase shared_prefix_case(int64_t prefix, const std::vector<int64_t>& contex
   return c;
 }
 
-void build_from_tables(const ForestCase& c, Sharing sharing, Forest& forest) {
+void build_from_tables(const ForestCase& c, Sharing sharing, Forest& forest, int64_t align) {
   std::vector<int32_t> row_offsets = {0};
   std::vector<int64_t> kv_lengths;
   int64_t stride = 1;
@@ -282,7 +283,8 @@ void build_from_tables(const ForestCase& c, Sharing sharing, Forest& forest) {
                              .table_stride = stride,
                              .block_size = c.block_size,
                              .causal = c.causal,
-                             .window = c.window};
+                             .window = c.window,
+                             .align = align};
   build_from_block_tables(batch, sharing, forest);
 }
 

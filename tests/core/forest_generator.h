@@ -25,6 +25,7 @@ struct ForestLimits {
   int64_t max_slots = 16384;       ///< stored tokens, the KV cache's size
   int64_t max_attended = 400'000;  ///< (row, slot) pairs
   bool tables_possible = false;    ///< only cases that block tables can describe
+  bool whole_tiles = false;        ///< only blocks that KvLayout::kTiles allows
 };
 
 struct ForestCase {
@@ -74,7 +75,8 @@ ForestCase shared_prefix_case(int64_t prefix, const std::vector<int64_t>& contex
 
 // --- Inputs of the builders ----------------------------------------------------------------------
 
-void build_from_tables(const ForestCase& forest_case, Sharing sharing, Forest& forest);
+void build_from_tables(const ForestCase& forest_case, Sharing sharing, Forest& forest,
+                       int64_t align = 1);
 /// `seed` chooses where runs of slots are cut into spans; the meaning is the same.
 void build_from_tree(const ForestCase& forest_case, Sharing sharing, uint64_t seed, Forest& forest);
 

@@ -69,8 +69,8 @@ RowsGeometry rows_geometry(RowsLayout layout, DType type, int64_t rows, int32_t 
 std::string OperatorConfig::describe() const {
   std::ostringstream text;
   text << name(shape) << ", k " << to_string(k_type) << ", v " << to_string(v_type) << ", q "
-       << to_string(q_type) << ", out " << to_string(out_type) << ", kv layout "
-       << static_cast<int>(kv_layout) << ", q layout " << static_cast<int>(q_layout)
+       << to_string(q_type) << ", out " << to_string(out_type) << ", placement "
+       << static_cast<int>(placement) << ", q layout " << static_cast<int>(q_layout)
        << ", out layout " << static_cast<int>(out_layout) << ", sharpness " << sharpness
        << ", softcap " << softcap << (slopes ? ", slopes" : "") << (sinks ? ", sinks" : "")
        << (lse ? "" : ", no lse");
@@ -106,12 +106,12 @@ OperatorConfig random_config(Random& random) {
   c.v_type = v_like_k && random.chance(0.7) ? c.k_type : kv_type(dims.v);
   c.q_type = random.pick(plain);
   c.out_type = random.pick(plain);
-  c.kv_layout = random.pick(std::vector<KvLayout>{KvLayout::kSlotMajor, KvLayout::kHeadMajor,
-                                                  KvLayout::kBlockMajor, KvLayout::kInterleaved,
-                                                  KvLayout::kPadded, KvLayout::kPadded});
+  c.placement = random.pick(std::vector<Placement>{Placement::kSlotMajor, Placement::kHeadMajor,
+                                                   Placement::kBlockMajor, Placement::kInterleaved,
+                                                   Placement::kPadded, Placement::kPadded});
   // An interleaved cache of mixed types would need padding between K and V to align the wider one.
-  if (c.kv_layout == KvLayout::kInterleaved && c.k_type != c.v_type) {
-    c.kv_layout = KvLayout::kPadded;
+  if (c.placement == Placement::kInterleaved && c.k_type != c.v_type) {
+    c.placement = Placement::kPadded;
   }
   const std::vector<RowsLayout> rows = {RowsLayout::kDense, RowsLayout::kHeadMajor,
                                         RowsLayout::kBlocked};
@@ -186,32 +186,32 @@ KvStorage::KvStorage(const OperatorConfig& config, int64_t block_size, int64_t b
     KvPlane& p = t.plane_;
     const int64_t element = element_alignment(t.type_);
     const int64_t bytes = vector_bytes(t.type_, t.dim_);
-    switch (config.kv_layout) {
-      case KvLayout::kSlotMajor:
+    switch (config.placement) {
+      case Placement::kSlotMajor:
         p.head_stride = bytes;
         p.slot_stride = bytes * heads;
         p.block_stride = p.slot_stride * block_size;
         extent[i] = p.block_stride * blocks;
         break;
-      case KvLayout::kHeadMajor:
+      case Placement::kHeadMajor:
         p.slot_stride = bytes;
         p.block_stride = bytes * block_size;
         p.head_stride = p.block_stride * blocks;
         extent[i] = p.head_stride * heads;
         break;
-      case KvLayout::kBlockMajor:
+      case Placement::kBlockMajor:
         p.slot_stride = bytes;
         p.head_stride = bytes * block_size;
         p.block_stride = p.head_stride * heads;
         extent[i] = p.block_stride * blocks;
         break;
-      case KvLayout::kInterleaved:
+      case Placement::kInterleaved:
         p.slot_stride = vector_bytes(k.type_, k.dim_) + vector_bytes(v.type_, v.dim_);
         p.head_stride = p.slot_stride * block_size;
         p.block_stride = p.head_stride * heads;
         extent[i] = i == 0 ? p.block_stride * blocks : 0;
         break;
-      case KvLayout::kPadded:
+      case Placement::kPadded:
         p.head_stride = bytes + element;
         p.slot_stride = p.head_stride * heads + 3 * element;
         p.block_stride = p.slot_stride * block_size + 5 * element;
@@ -226,8 +226,8 @@ KvStorage::KvStorage(const OperatorConfig& config, int64_t block_size, int64_t b
   bytes_.assign(v_begin + extent[1] + 3 * kMargin, kNanByte);
   unsigned char* base = bytes_.data() + aligned_base(bytes_, 0);
   k.base_ = base + shift[0];
-  v.base_ = config.kv_layout == KvLayout::kInterleaved ? k.base_ + vector_bytes(k.type_, k.dim_)
-                                                       : base + v_begin - kMargin + shift[1];
+  v.base_ = config.placement == Placement::kInterleaved ? k.base_ + vector_bytes(k.type_, k.dim_)
+                                                        : base + v_begin - kMargin + shift[1];
   k.plane_.data = k.base_;
   v.plane_.data = v.base_;
 }

@@ -13,7 +13,7 @@
 
 namespace relay::test {
 
-enum class KvLayout : uint8_t {
+enum class Placement : uint8_t {
   kSlotMajor,    ///< [slot][head][dim], dense
   kHeadMajor,    ///< [head][slot][dim]: heads far apart
   kBlockMajor,   ///< [block][head][slot][dim], as engines with paged caches have it
@@ -33,7 +33,7 @@ struct OperatorConfig {
   DType v_type = DType::kF32;
   DType q_type = DType::kF32;
   DType out_type = DType::kF32;
-  KvLayout kv_layout = KvLayout::kSlotMajor;
+  Placement placement = Placement::kSlotMajor;
   RowsLayout q_layout = RowsLayout::kDense;
   RowsLayout out_layout = RowsLayout::kDense;
   int64_t rows_per_block = 3;  ///< of kBlocked

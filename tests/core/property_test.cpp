@@ -208,7 +208,7 @@ TEST_P(HeadSizes, EveryKvType) {
     OperatorConfig config;
     config.shape = {.q_heads = 4, .kv_heads = 2, .qk_dim = GetParam().qk, .v_dim = GetParam().v};
     config.k_type = config.v_type = type;
-    config.kv_layout = KvLayout::kPadded;
+    config.placement = Placement::kPadded;
     check_config(config, 100 + static_cast<uint64_t>(type));
     if (HasFatalFailure()) return;
   }

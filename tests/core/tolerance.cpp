@@ -10,6 +10,7 @@ namespace {
 constexpr double kUnit = 0x1p-24;
 constexpr double kBF16Unit = 0x1p-8;  // 8 significant bits, one of them implicit
 constexpr double kExp = 8;
+constexpr double kCoarseExp = 1.1e-4;
 constexpr double kTanh = 16;
 constexpr double kFlushed = 0x1p-100;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -25,9 +26,10 @@ double norm(std::span<const float> values) {
 }  // namespace
 
 Arithmetic arithmetic_of(const std::string& isa, DType k_type, DType v_type) {
-  const bool bf16_pairs = isa == "avx512bf16";
-  return {.query_rounding = bf16_pairs && k_type == DType::kBF16 ? kBF16Unit : 0.0,
-          .weight_rounding = bf16_pairs && v_type == DType::kBF16 ? kBF16Unit : 0.0};
+  const bool bf16_pairs = isa == "avx512bf16" && k_type == DType::kBF16 && v_type == DType::kBF16;
+  return bf16_pairs
+             ? Arithmetic{.query_rounding = kBF16Unit, .weight_rounding = kBF16Unit + kCoarseExp}
+             : Arithmetic{};
 }
 
 double unit_roundoff(DType type) {

@@ -3,9 +3,9 @@
 // Notation for one row and query head: slots s = 1..n with logits l_s, weights w_s = softmax(l)_s
 // (a sink is one more weight without a value), m = max l_s, output o = sum_s w_s v_s. u = 2^-24 is
 // the unit roundoff of f32, in which kernels compute; elements of f32, f16, bf16, q8_0 and unpacked
-// custom KV are exact in f32, and products of them are rounded once. Where K (or V) is bf16 and the
-// CPU multiplies bf16 pairs, Q (or the weights P) is first rounded to bf16: u_q, u_p = 2^-8 there
-// and 0 elsewhere.
+// custom KV are exact in f32, and products of them are rounded once. Where K and V are bf16 and the
+// CPU multiplies bf16 pairs, Q and the weights P are first rounded to bf16, and P comes from an
+// exponential of 1.1e-4 relative: u_q = 2^-8, u_p = 2^-8 + 1.1e-4 there and 0 elsewhere.
 //
 // 1. Logits. A dot product of length d in any order of summation errs by at most
 //    d u sum_i |q_i k_i| <= d u |q||k| (Higham 2002, section 3.1; |q|, |k| are 2-norms, the step is

@@ -253,6 +253,16 @@ def test_tool_call(tool_client, choice):
     assert call.function.arguments.startswith("{") and not only.message.content
 
 
+def test_a_tool_whose_schema_does_not_compile(tool_client):
+    broken = {"name": "move", "parameters": {"$ref": "#/definitions/none"}}
+    tools = [TOOL, {"type": "function", "function": broken}]
+    with pytest.raises(openai.BadRequestError) as error:
+        tool_client.chat.completions.create(messages=HELLO, model="tiny", tools=tools)
+    assert error.value.code == "invalid_grammar"
+    assert error.value.param == "tools[1].function.parameters"
+    assert "#/definitions/none" in error.value.message
+
+
 def test_tool_call_stream(tool_client):
     whole = tool_client.chat.completions.create(tool_choice="required", **CALL).choices[0]
     name, arguments, ids = "", "", set()

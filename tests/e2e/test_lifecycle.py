@@ -226,6 +226,72 @@ def test_json_prompt_file(start_server, tmp_path):
     assert server.stop() == 0
 
 
+# As Llama 3's template prints the date before the system prompt; the seconds, to see them change.
+CLOCK_TEMPLATE = """Now: {{ strftime_now('%H:%M:%S') }}
+{% for m in messages %}<|{{ m.role }}|>
+{{ m.content }}<|end|>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+
+
+def test_a_pinned_prompt_follows_the_clock_in_its_template(start_server, prompt_file, tmp_path):
+    template = tmp_path / "clock.jinja"
+    template.write_text(CLOCK_TEMPLATE)
+    admin = tmp_path / "admin.txt"
+    admin.write_text("root-key")
+    arguments = ["--chat-template-file", template, "--pin-prompt", prompt_file, "-c", "8192"]
+    arguments += ["--pin-budget", "0.5", "--admin-key-file", admin]
+    server = start_server(*arguments, "--pin-refresh", "0.1")
+    chat = [{"role": "system", "content": LONG_PROMPT}, *HELLO]
+    url, root = server.url + "/v1/cached_prompts", {"Authorization": "Bearer root-key"}
+
+    def pinned():
+        return httpx.get(url, headers=root, timeout=60).json()["data"]
+
+    (first,) = pinned()
+
+    def follows():
+        (now,) = pinned()
+        body = {"messages": chat, "max_tokens": 1}
+        usage = httpx.post(server.url + CHAT, json=body, timeout=60).json()["usage"]
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        changed = now["prefix_sha256"] != first["prefix_sha256"]
+        return now["id"] == first["id"] and changed and cached >= now["tokens"] - 1
+
+    eventually(follows, 20)
+    assert "reads differently" in server.errors()
+    assert httpx.delete(f"{url}/{first['id']}", headers=root, timeout=60).status_code == 200
+    assert pinned() == []
+    assert server.metric("relay:pinned_tokens") == 0
+    assert server.stop() == 0
+
+
+def test_template_kwargs_are_given_to_every_chat(start_server, tmp_path):
+    template = tmp_path / "kwargs.jinja"
+    template.write_text("{{ word * 50 }}{{ messages[0].content }}")
+    server = start_server(
+        *("--chat-template-file", template, "-c", "2048"),
+        *("--chat-template-kwargs", '{"word": "door "}'),
+    )
+
+    def prompt_tokens(**kwargs):
+        body = {"messages": HELLO, "max_tokens": 1, **kwargs}
+        return httpx.post(server.url + CHAT, json=body).json()["usage"]["prompt_tokens"]
+
+    assert prompt_tokens() >= 50
+    assert prompt_tokens(chat_template_kwargs={"word": ""}) < 10
+    assert server.stop() == 0
+
+
+WRONG = [["--chat-template-kwargs", "[1]"], ["--prot", "1"], ["serv"]]
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_usage_errors_say_where_help_is(model, arguments):
+    result = run_serve("-m", model, "--port", "0", *arguments)
+    assert result.returncode != 0 and arguments[0] in result.stderr
+
+
 def test_several_names(start_server):
     server = start_server("--served-model-name", "one,two", "-c", "2048")
     client = server.client()

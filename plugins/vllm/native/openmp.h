@@ -35,20 +35,7 @@ relay_status relay_openmp_threads(int32_t* threads);
 relay_status relay_openmp_attend(const relay_plan* plan, const relay_inputs* inputs,
                                  relay_workspace* workspace, int32_t threads);
 
-/* New tokens' K and V and where they go. */
-typedef struct {
-  size_t size;
-  int64_t tokens;
-  int64_t block_size;
-  const int64_t* slots; /* [tokens]; a negative slot is skipped */
-  int32_t kv_heads;
-  int32_t k_bytes, v_bytes; /* of one vector */
-  const void *k, *v;        /* [tokens][kv_heads], strides in bytes */
-  int64_t k_token_stride, k_head_stride;
-  int64_t v_token_stride, v_head_stride;
-  relay_kv k_cache, v_cache; /* written to */
-} relay_kv_write;
-
+/* relay_write_kv of all heads, shared by the threads where there is enough to write. */
 relay_status relay_openmp_write(const relay_kv_write* write);
 
 #ifdef __cplusplus

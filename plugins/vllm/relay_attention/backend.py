@@ -38,7 +38,7 @@ class RelayAttentionBackend(CPUAttentionBackend):
 
 @dataclass
 class RelayAttentionMetadata(CPUAttentionMetadata):
-    """vLLM's metadata of a step, and Relay's. For layers of vLLM's own, scheduler_metadata is set."""
+    """vLLM's metadata of a step, and Relay's. scheduler_metadata is for layers of vLLM's own."""
 
     planner: Planner | None = None
     step: Step | None = None

@@ -1,8 +1,9 @@
 """How K and V lie inside a block of vLLM's KV cache.
 
 vLLM allocates a layer's cache as [num_blocks, kv_heads, block_size, 2 * head_size]; what stands
-inside one (block, head) is the attention backend's own affair. Relay keeps all K vectors of the
-block, [block_size, head_size], and then all V vectors, so that each is read in one run.
+inside one (block, head) is the attention backend's own affair. Relay keeps all K of the block and
+then all V: in tiles, as its kernels multiply them (RELAY_TILES), or, where the sizes do not allow
+that, one vector after the other.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +13,11 @@ from relay_attention.errors import RelayError
 
 if TYPE_CHECKING:
     import torch
+
+
+def layout_of(block_size: int, head_size: int) -> int:
+    """The relay_layout inside a block of `block_size` tokens: tiles of 64, head sizes of 16."""
+    return native.TILES if block_size % 64 == 0 and head_size % 16 == 0 else native.ROWS
 
 
 def planes(kv_cache: "torch.Tensor") -> tuple[native.Kv, native.Kv]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from relay_attention.errors import RelayError
 
 F32, F16, BF16 = 0, 1, 2  # relay_dtype
+ROWS, TILES = 0, 1  # relay_layout
 
 
 class _Sized(ctypes.Structure):
@@ -45,6 +46,7 @@ class PlanOptions(_Sized):
         ("v_type", c_int32),
         ("threads", c_int32),
         ("sharing", c_int32),
+        ("layout", c_int32),
     ]
 
 
@@ -91,20 +93,23 @@ class OpenMp(_Sized):
 class KvWrite(_Sized):
     _fields_ = [
         ("size", c_size_t),
-        ("tokens", c_int64),
-        ("block_size", c_int64),
-        ("slots", c_void_p),
         ("kv_heads", c_int32),
-        ("k_bytes", c_int32),
-        ("v_bytes", c_int32),
-        ("k", c_void_p),
-        ("v", c_void_p),
-        ("k_token_stride", c_int64),
-        ("k_head_stride", c_int64),
-        ("v_token_stride", c_int64),
-        ("v_head_stride", c_int64),
+        ("k_dim", c_int32),
+        ("v_dim", c_int32),
+        ("k_type", c_int32),
+        ("v_type", c_int32),
+        ("layout", c_int32),
+        ("block_size", c_int64),
         ("k_cache", Kv),
         ("v_cache", Kv),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("k_row_stride", c_int64),
+        ("k_head_stride", c_int64),
+        ("v_row_stride", c_int64),
+        ("v_head_stride", c_int64),
+        ("tokens", c_int64),
+        ("slots", c_void_p),
     ]
 
 

@@ -37,7 +37,7 @@ class Operator:
         self._inputs = native.Inputs(
             scale=scale, softcap=softcap, slopes=slopes.data_ptr() if slopes is not None else None
         )
-        self._write = native.KvWrite(kv_heads=kv_heads)
+        self._write = native.KvWrite(kv_heads=kv_heads, k_dim=head_size, v_dim=head_size)
         self._cache: int | None = None  # address of the KV cache that the structs describe
         self.shape: Shape | None = None
 
@@ -68,8 +68,8 @@ class Operator:
         k_strides, v_strides = key.stride(), value.stride()
         if k_strides[2] != 1 or v_strides[2] != 1:
             raise RelayError("the elements of a key or value vector are not contiguous")
-        w.k_token_stride, w.k_head_stride = k_strides[0] * size, k_strides[1] * size
-        w.v_token_stride, w.v_head_stride = v_strides[0] * size, v_strides[1] * size
+        w.k_row_stride, w.k_head_stride = k_strides[0] * size, k_strides[1] * size
+        w.v_row_stride, w.v_head_stride = v_strides[0] * size, v_strides[1] * size
         native.check_openmp(native.library().relay_openmp_write(w))
 
     def attend(
@@ -113,8 +113,8 @@ class Operator:
         i.k, i.v = layout.planes(kv_cache)
         w.k_cache, w.v_cache = i.k, i.v
         w.block_size = block_size
-        w.k_bytes = w.v_bytes = self.head_size * kv_cache.element_size()
-        i.q_type = i.out_type = dtype_of(kv_cache.dtype)
+        w.layout = layout.layout_of(block_size, self.head_size)
+        i.q_type = i.out_type = w.k_type = w.v_type = dtype_of(kv_cache.dtype)
         self.shape = Shape(
             q_heads=self.q_heads,
             kv_heads=self.kv_heads,

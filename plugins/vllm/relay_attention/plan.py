@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from relay_attention import native, openmp, settings
+from relay_attention import layout, native, openmp, settings
 from relay_attention.errors import RelayError
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Plan:
             v_type=dtype_of(shape.dtype),
             threads=self.threads,
             sharing=int(settings.sharing()),
+            layout=layout.layout_of(shape.block_size, shape.head_size),
         )
         self.handle = ctypes.c_void_p()
         self.workspace = ctypes.c_void_p()
@@ -134,7 +135,7 @@ class Planner:
     _plans: dict[Shape, Plan] = field(default_factory=dict)
 
     def plan(self, step: Step, shape: Shape) -> Plan:
-        """The plan of `step` for layers of `shape`: made for the first of them, then found again."""
+        """The plan of `step` for layers of `shape`: made for the first, then found again."""
         plan = self._plans.get(shape)
         if plan is None:
             plan = self._plans[shape] = Plan(shape)

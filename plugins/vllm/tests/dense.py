@@ -19,8 +19,8 @@ def attend(
     """Output [rows, q_heads, head_size] in float64, and the error that each element may have.
 
     With weights p (sum 1) and logits x, an error of at most e in every logit changes each weight by
-    a factor within exp(+-2e), so the output by 2e * sum p |v|. Beside that, each weight and each sum
-    is rounded as the dtype's kernels round (bf16 weights at worst), and so is the output.
+    a factor within exp(+-2e), so the output by 2e * sum p |v|. Beside that, each weight and each
+    sum is rounded as the dtype's kernels round (bf16 weights at worst), and so is the output.
     """
     dtype = batch.query.dtype
     outputs, errors = [], []

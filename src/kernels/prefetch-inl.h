@@ -1,0 +1,46 @@
+// Asking for what comes next while working on what is here.
+//
+// A tile's vectors lie a whole slot apart, too far for the hardware's prefetchers, so the kernels
+// ask themselves, in the order of memory. They ask for a line or two at a time, evenly over the
+// work: a core has some twenty misses under way at most, and a burst beyond that stalls it.
+class Prefetcher {
+ public:
+  /// `steps`: how often step() will be called.
+  Prefetcher(const Tile& tile, int steps) : tile_(tile) {
+    const int lines = tile.next_slots * (lines_of(tile.next_k_bytes) + lines_of(tile.next_v_bytes));
+    lines_per_step_ = (lines + steps - 1) / steps;
+    if (lines > 0) begin_run();
+  }
+
+  RELAY_INLINE void step() {
+    for (int n = 0; n < lines_per_step_; ++n) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += 64;
+      if (at_ >= end_) next_run();
+    }
+  }
+
+ private:
+  static int lines_of(int bytes) { return (bytes + 63) / 64; }
+
+  /// All K of the next slots, then all V: each in the order of memory.
+  void begin_run() {
+    const bool k = run_ < tile_.next_slots;
+    at_ = k ? tile_.next_k[run_] + tile_.next_k_offset
+            : tile_.next_v[run_ - tile_.next_slots] + tile_.next_v_offset;
+    end_ = at_ + (k ? tile_.next_k_bytes : tile_.next_v_bytes);
+  }
+  __attribute__((noinline)) void next_run() {
+    if (++run_ < 2 * tile_.next_slots) {
+      begin_run();
+    } else {
+      lines_per_step_ = 0;
+    }
+  }
+
+  const Tile& tile_;
+  int lines_per_step_;
+  int run_ = 0;
+  const uint8_t* at_ = nullptr;
+  const uint8_t* end_ = nullptr;
+};

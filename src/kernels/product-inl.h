@@ -1,0 +1,193 @@
+// Register-blocked matrix products: kBlockRows query rows by kPanel vectors of columns at a time.
+
+/// How a product's operands lie: one f32, or (below) a pair of bf16, per element.
+struct F32Product {
+  using Element = float;
+  static constexpr Weights kWeights = Weights::kF32;
+  static constexpr int kDepth = 1;  ///< elements of the summed dimension in one Element
+  static Vec load(const float* p) { return load_f32(reinterpret_cast<const uint8_t*>(p)); }
+  static Vec multiply_add(float a, Vec b, Vec c) { return fma(splat(a), b, c); }
+};
+
+#ifdef RELAY_HAS_BF16_DOT
+/// Pairs of bf16, multiplied and added two by two in f32 (vdpbf16ps): twice the f32 rate.
+struct BF16Product {
+  using Element = uint32_t;
+  static constexpr Weights kWeights = Weights::kBF16Pairs;
+  static constexpr int kDepth = 2;
+  static __m512i load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static Vec multiply_add(uint32_t a, __m512i b, Vec c) {
+    return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
+                                 (__m512bh)b);
+  }
+};
+#endif
+
+/// What becomes of the former contents of a product's result.
+enum class Former : uint8_t { kDropped, kScaled, kKept };
+
+/// c[MR][NV vectors] = former + a[MR][depth] b[depth][NV vectors], where former is 0, c * alpha (by
+/// row) or c.
+template <typename Product, int MR, int NV>
+void product_block(const typename Product::Element* a, int64_t a_stride,
+                   const typename Product::Element* b, int64_t b_stride, float* c, int64_t c_stride,
+                   int depth, Former former, const float* alpha) {
+  using B = decltype(Product::load(b));
+  Vec acc[MR][NV];
+  if (former == Former::kDropped) {
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) acc[i][j] = splat(0.0f);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const Vec factor = splat(former == Former::kScaled ? alpha[i] : 1.0f);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) acc[i][j] = load(c + i * c_stride + j * kLanes) * factor;
+    }
+  }
+  for (int k = 0; k < depth; ++k) {
+    B column[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) column[j] = Product::load(b + k * b_stride + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const typename Product::Element x = a[i * a_stride + k];
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) acc[i][j] = Product::multiply_add(x, column[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) store(c + i * c_stride + j * kLanes, acc[i][j]);
+  }
+}
+
+template <typename Product, int NV>
+inline void product_rows(int rows, const typename Product::Element* a, int64_t a_stride,
+                         const typename Product::Element* b, int64_t b_stride, float* c,
+                         int64_t c_stride, int depth, Former former, const float* alpha,
+                         Prefetcher& prefetch) {
+  while (rows > 0) {
+    auto block = [&]<int MR>() {
+      product_block<Product, MR, NV>(a, a_stride, b, b_stride, c, c_stride, depth, former, alpha);
+      return MR;
+    };
+    // Two even blocks beat a full one and a thin one.
+    int done;
+    if (rows >= kBlockRows && (rows >= 9 || rows == kBlockRows)) {
+      done = block.template operator()<kBlockRows>();
+    } else if (rows >= 4) {
+      done = block.template operator()<4>();
+    } else if (rows == 3) {
+      done = block.template operator()<3>();
+    } else if (rows == 2) {
+      done = block.template operator()<2>();
+    } else {
+      done = block.template operator()<1>();
+    }
+    prefetch.step();
+    rows -= done;
+    a += done * a_stride;
+    c += done * c_stride;
+    if (alpha != nullptr) alpha += done;
+  }
+}
+
+/// One panel of a product: c[rows][vectors] = former + a b, vectors <= kPanel.
+template <typename Product>
+inline void product_panel(int rows, int vectors, const typename Product::Element* a,
+                          int64_t a_stride, const typename Product::Element* b, int64_t b_stride,
+                          float* c, int64_t c_stride, int depth, Former former, const float* alpha,
+                          Prefetcher& prefetch) {
+  auto rows_of = [&]<int NV>() {
+    product_rows<Product, NV>(rows, a, a_stride, b, b_stride, c, c_stride, depth, former, alpha,
+                              prefetch);
+  };
+  switch (vectors) {
+    case 1:
+      rows_of.template operator()<1>();
+      break;
+    case 2:
+      rows_of.template operator()<2>();
+      break;
+    case 3:
+      rows_of.template operator()<(kPanel < 3 ? kPanel : 3)>();
+      break;
+    default:
+      rows_of.template operator()<kPanel>();
+      break;
+  }
+}
+
+/// A tile's K and V as the products read them. Keys are [qk_dim / kDepth][kTileSlots]. Element
+/// column i (a multiple of kLanes) of value row t lies at values[i / kPanelColumns * panel_stride +
+/// t * row_stride + i % kPanelColumns].
+template <typename Product>
+struct Operands {
+  const typename Product::Element* keys;
+  const typename Product::Element* values;
+  int64_t row_stride;
+  int64_t panel_stride;
+};
+
+inline constexpr int kPanelColumns = kPanel * kLanes;
+
+/// Rows of the keys that stay in the first-level cache while all query rows go over them.
+inline constexpr int kDepthBlock = 64;
+
+/// s[rows][kTileSlots] = q k.
+template <typename Product>
+inline void product_scores(int rows, int slot_vectors, const typename Product::Element* q,
+                           int64_t q_stride, const typename Product::Element* k, int depth,
+                           float* s, Prefetcher& prefetch) {
+  for (int i = 0; i < depth; i += kDepthBlock) {
+    const int here = depth - i < kDepthBlock ? depth - i : kDepthBlock;
+    for (int j = 0; j < slot_vectors; j += kPanel) {
+      product_panel<Product>(rows, slot_vectors - j, q + i, q_stride,
+                             k + i * kTileSlots + j * kLanes, kTileSlots, s + j * kLanes,
+                             kTileSlots, here, i == 0 ? Former::kDropped : Former::kKept, nullptr,
+                             prefetch);
+    }
+  }
+}
+
+/// o[rows] = former + p v, where p is [rows][kTileSlots] and depth counts Elements.
+template <typename Product>
+inline void product_values(int rows, int value_vectors, const float* p,
+                           const Operands<Product>& operands, int depth, float* o, int64_t o_stride,
+                           Former former, const float* alpha, Prefetcher& prefetch) {
+  for (int j = 0; j < value_vectors; j += kPanel) {
+    product_panel<Product>(
+        rows, value_vectors - j, reinterpret_cast<const typename Product::Element*>(p), kTileSlots,
+        operands.values + j / kPanel * operands.panel_stride, operands.row_stride, o + j * kLanes,
+        o_stride, depth, former, alpha, prefetch);
+  }
+}
+
+/// All query rows of a tile over its operands.
+template <typename Product>
+inline void attend_operands(const Tile& t, const Operands<Product>& operands, float* s) {
+  alignas(64) float alpha[kScoreRows];
+  const int slot_vectors = (t.slots + kLanes - 1) / kLanes;
+  const int value_vectors = (t.v_dim + kLanes - 1) / kLanes;
+  const int key_depth = (t.qk_dim + Product::kDepth - 1) / Product::kDepth;
+  const int value_depth = (t.slots + Product::kDepth - 1) / Product::kDepth;
+  // A step for each register block of query rows in each panel.
+  const int panels =
+      (key_depth + kDepthBlock - 1) / kDepthBlock * ((slot_vectors + kPanel - 1) / kPanel) +
+      (value_vectors + kPanel - 1) / kPanel;
+  Prefetcher prefetch(t, panels * ((t.rows + kBlockRows - 1) / kBlockRows));
+  for (int first = 0; first < t.rows; first += kScoreRows) {
+    const int rows = t.rows - first < kScoreRows ? t.rows - first : kScoreRows;
+    product_scores<Product>(rows, slot_vectors,
+                            static_cast<const typename Product::Element*>(t.q) + first * t.q_stride,
+                            t.q_stride, operands.keys, key_depth, s, prefetch);
+    softmax<Product::kWeights>(t, first, rows, s, alpha);
+    product_values<Product>(rows, value_vectors, s, operands, value_depth, t.o + first * t.o_stride,
+                            t.o_stride, Former::kScaled, alpha, prefetch);
+  }
+}

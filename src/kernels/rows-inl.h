@@ -1,0 +1,61 @@
+// Query rows in, output rows out.
+
+inline void pack_query(DType type, const void* src, int n, QueryLayout layout, void* dst) {
+  const auto* row = static_cast<const uint8_t*>(src);
+  auto* out = static_cast<float*>(dst);
+  with_elements(type, [&](auto e) {
+    using E = decltype(e);
+    for (int i = 0; i < padded_dim(n); i += kLanes) {
+      const Vec v = i < n ? load_padded<E>(row, i, n) : splat(0.0f);
+#ifdef RELAY_HAS_BF16_DOT
+      if (layout == QueryLayout::kBF16Pairs) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(dst) + i),
+                            (__m256i)_mm512_cvtneps_pbh((__m512)v));
+        continue;
+      }
+#endif
+      (void)layout;
+      store(out + i, v);
+    }
+  });
+}
+
+inline void expand_f16(const uint16_t* src, float* dst, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    store(dst + i, load_f16(reinterpret_cast<const uint8_t*>(src + i)));
+  }
+  for (; i < count; ++i) dst[i] = f16_to_f32(src[i]);
+}
+
+inline void scale_add(float* acc, float a, const float* part, float b, int n) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    store(acc + i, fma(load(part + i), splat(b), load(acc + i) * splat(a)));
+  }
+  for (; i < n; ++i) acc[i] = acc[i] * a + part[i] * b;
+}
+
+/// Round to nearest, ties to even; NaN stays NaN.
+inline uint16_t f32_to_bf16(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof(u));
+  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);
+  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+inline void store_output(DType type, const float* o, float factor, int n, void* dst) {
+  int i = 0;
+  if (type == DType::kF32) {
+    auto* out = static_cast<float*>(dst);
+    for (; i + kLanes <= n; i += kLanes) store(out + i, load(o + i) * splat(factor));
+    for (; i < n; ++i) out[i] = o[i] * factor;
+  } else if (type == DType::kF16) {
+    auto* out = static_cast<uint16_t*>(dst);
+    for (; i + kLanes <= n; i += kLanes) store_f16(out + i, load(o + i) * splat(factor));
+    for (; i < n; ++i) out[i] = f32_to_f16(o[i] * factor);
+  } else {
+    auto* out = static_cast<uint16_t*>(dst);
+    for (; i < n; ++i) out[i] = f32_to_bf16(o[i] * factor);
+  }
+}

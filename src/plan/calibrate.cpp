@@ -1,0 +1,171 @@
+#include "plan/calibrate.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace relay {
+namespace {
+
+using kernels::KernelSet;
+using kernels::QueryLayout;
+using kernels::Tile;
+
+constexpr int kSmallDim = 64;
+constexpr int kLargeDim = 128;
+constexpr int kMostRows = 48;  // a multiple of every register block
+/// Tiles in turn: together more than a first-level cache, as KV that was fetched ahead lies in the
+/// second.
+constexpr int kTiles = 4;
+constexpr int kRepeats = 5;
+
+/// kCustom reaches the kernels as f32; what unpacking costs, only its owner knows.
+DType kernel_type(DType type) { return type == DType::kCustom ? DType::kF32 : type; }
+
+template <typename Work>
+double least_seconds(Work work) {
+  using Clock = std::chrono::steady_clock;
+  double least = 1e9;
+  work();  // warms up
+  for (int i = 0; i < kRepeats; ++i) {
+    const Clock::time_point start = Clock::now();
+    work();
+    least = std::min(least, std::chrono::duration<double>(Clock::now() - start).count());
+  }
+  return least;
+}
+
+class Calibration {
+ public:
+  Calibration(const KernelSet& kernels, DType k_type, DType v_type)
+      : kernels_(kernels),
+        k_type_(kernel_type(k_type)),
+        v_type_(kernel_type(v_type)),
+        memory_(allocate(kFloats + kernels::scratch_floats(kLargeDim, kLargeDim))) {
+    if (!memory_) throw std::bad_alloc();
+    std::fill_n(memory_.get(), kFloats, 0.0f);
+  }
+
+  KernelCosts measure() {
+    KernelCosts costs;
+    costs.few = path(true, 1, kernels_.few_rows);
+    costs.many = path(false, kernels_.few_rows + 4, kMostRows);
+    float* from = queries();
+    float* to = outputs();
+    const QueryLayout layout = kernels_.many_layout(k_type_, v_type_);
+    costs.state_element = least_seconds([&] {
+                            for (int r = 0; r < kMostRows; ++r) {
+                              const int at = r * kLargeDim;
+                              kernels_.pack_query(DType::kF32, from, kLargeDim, layout, to + at);
+                              std::fill_n(to + at, kLargeDim, 0.0f);
+                              kernels_.store_output(DType::kF32, to + at, 1.0f, kLargeDim, from);
+                            }
+                          }) /
+                          (kMostRows * 2 * kLargeDim);
+    // Stored by one core and fetched by another: some of both goes through the shared cache.
+    constexpr double kBetweenCores = 3;
+    costs.partial_element = kBetweenCores * least_seconds([&] {
+                              for (int r = 0; r < kMostRows; ++r) {
+                                const int at = r * kLargeDim;
+                                std::memcpy(to + at, from + at, kLargeDim * sizeof(float));
+                                kernels_.scale_add(from, 1.0f, to + at, 0.5f, kLargeDim);
+                              }
+                            }) /
+                            (kMostRows * kLargeDim);
+    return costs;
+  }
+
+ private:
+  static constexpr int64_t kPlane = int64_t{kTiles} * kTileSlots * kLargeDim;
+  static constexpr int64_t kStates = int64_t{kMostRows} * kLargeDim;
+  static constexpr int64_t kFloats = 2 * kPlane + 2 * kStates + 2 * kMostRows;
+
+  static float* allocate(int64_t floats) {
+    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+    return static_cast<float*>(std::aligned_alloc(64, bytes));
+  }
+
+  float* keys() { return memory_.get(); }
+  float* values() { return keys() + kPlane; }
+  float* queries() { return values() + kPlane; }
+  float* outputs() { return queries() + kStates; }
+  float* maxima() { return outputs() + kStates; }
+  float* sums() { return maxima() + kMostRows; }
+  float* scratch() { return memory_.get() + kFloats; }
+
+  /// Solves the bilinear law from its four corners.
+  KernelCosts::Path path(bool few, int low, int high) {
+    const double a = slot_seconds(few, low, kSmallDim);
+    const double b = slot_seconds(few, high, kSmallDim);
+    const double c = slot_seconds(few, low, kLargeDim);
+    const double d = slot_seconds(few, high, kLargeDim);
+    const double small = (b - a) / (high - low);  // per row
+    const double large = (d - c) / (high - low);
+    constexpr double kSmall = 2 * kSmallDim;  // E
+    constexpr double kLarge = 2 * kLargeDim;
+    KernelCosts::Path p;
+    p.row_element = std::max(0.0, (large - small) / (kLarge - kSmall));
+    p.row = std::max(0.0, small - kSmall * p.row_element);
+    const double small_slot = a - low * small;
+    const double large_slot = c - low * large;
+    p.slot_element = std::max(0.0, (large_slot - small_slot) / (kLarge - kSmall));
+    p.slot = std::max(0.0, small_slot - kSmall * p.slot_element);
+    return p;
+  }
+
+  double slot_seconds(bool few, int rows, int dim) {
+    std::fill_n(maxima(), kMostRows, 0.0f);
+    std::fill_n(sums(), kMostRows, 1.0f);
+    const uint8_t* k[kTileSlots];
+    const uint8_t* v[kTileSlots];
+    Tile tile;
+    tile.slots = kTileSlots;
+    tile.k = k;
+    tile.v = v;
+    tile.k_type = k_type_;
+    tile.v_type = v_type_;
+    tile.qk_dim = tile.v_dim = dim;
+    tile.rows = rows;
+    tile.q = queries();
+    tile.q_stride = dim;
+    tile.o = outputs();
+    tile.o_stride = dim;
+    tile.max = maxima();
+    tile.sum = sums();
+    tile.scratch = scratch();
+    const double seconds = least_seconds([&] {
+      for (int t = 0; t < kTiles; ++t) {
+        for (int s = 0; s < kTileSlots; ++s) {
+          const int64_t slot = int64_t{t} * kTileSlots + s;
+          k[s] = reinterpret_cast<const uint8_t*>(keys()) + slot * row_bytes(k_type_, dim);
+          v[s] = reinterpret_cast<const uint8_t*>(values()) + slot * row_bytes(v_type_, dim);
+        }
+        if (few) {
+          kernels_.attend_few(tile);
+        } else {
+          kernels_.attend_many(tile);
+        }
+      }
+    });
+    return seconds / (kTiles * kTileSlots);
+  }
+
+  const KernelSet& kernels_;
+  const DType k_type_;
+  const DType v_type_;
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> memory_;
+};
+
+}  // namespace
+
+KernelCosts measure_kernel_costs(const KernelSet& kernels, DType k_type, DType v_type) {
+  return Calibration(kernels, k_type, v_type).measure();
+}
+
+}  // namespace relay

@@ -1,0 +1,454 @@
+// How a batch is cut. Threads take items from one list, so it must be cut such that they finish
+// near together while little has to be merged:
+//   1. A segment is cut by rows only as far as their states must stay in the cache, since each row
+//      tile reads the KV again. What comes out is a block.
+//   2. A block is cut by slots into chunks, at the cost of a partial result for each row and chunk,
+//      and a chunk by heads into items, at the cost of reading memory in shorter runs, since a
+//      slot's heads lie side by side.
+//   3. There are several ways to choose the sizes (kWays), and none is best for all batches: each
+//      is tried, and the one that is foretold to finish first is kept.
+#include "plan/planner.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <tuple>
+
+#include "kernels/kernels.h"
+#include "plan/schedule.h"
+
+namespace relay {
+namespace {
+
+using kernels::padded_dim;
+
+/// Chunks are multiples of this many slots (KvLayout::kRows): a short last tile costs less than
+/// uneven threads.
+constexpr int64_t kRowsUnit = 8;
+
+/// Queries and outputs of one KV head take this part of a core's cache while its KV streams by;
+/// rows beyond that are another item, which reads the KV again.
+constexpr double kStatesOfHead = 1.0 / 2;
+/// Heads share an item while their queries and outputs together are this small: reading a slot's
+/// heads in one run gains less than a crowded cache costs (measured with a cache of 1 MiB: 96 KiB
+/// beats 192 to 512 by 10 to 40 % for 32 to 128 query rows).
+constexpr double kStatesOfItem = 3.0 / 32;
+/// And while a tile of all of their KV is: the next one is fetched beside it.
+constexpr double kTileOfItem = 1.0 / 4;
+/// Where the heads of a slot lie side by side but are read by several items, those follow one
+/// another, and a chunk of all heads is not more than this many times a core's cache: what one of
+/// them brings into the shared cache and the TLB, the others still find there (measured: 20 % for
+/// 128 query rows over 16384 slots of bf16).
+constexpr double kChunkOfHeads = 8;
+/// A foretold item may take longer by this much of itself; so a long last one counts against a
+/// plan.
+constexpr double kUncertainty = 0.1;
+/// A plan this near to an even share of the bare work is not worth improving.
+constexpr double kGoodEnough = 1.04;
+
+struct Way {
+  /// Items per thread, all alike; small blocks fill the gaps. 0: sizes decrease, as in factoring
+  /// (Hummel, Schonberg and Flynn, 1992): an item is at most half of a thread's even share of what
+  /// is left, so most of the work is in few large items, and what is open at the end is small.
+  int32_t items_per_thread;
+  bool heads_first;  ///< by heads as far as there are threads, by slots only then
+};
+/// A piece that falls short by this part of an item is not made.
+constexpr double kRest = 0.25;
+/// Likewise where items are all alike and meant to fit together.
+constexpr double kLeastRoom = 0.03;
+constexpr Way kWays[] = {{0, false}, {0, true}, {1, false}, {1, true},
+                         {2, false}, {2, true}, {3, false}, {3, true}};
+
+class Planner {
+ public:
+  Planner(Plan& plan, const Forest& forest, const PlanOptions& options, const CostModel& costs)
+      : plan_(plan), costs_(costs), shape_(options.shape), threads_(options.threads) {
+    plan_.options = options;
+    plan_.forest = forest;
+    plan_.row_index.assign(forest.row_index.begin(), forest.row_index.end());
+    const double state = 4.0 * (padded_dim(shape_.qk_dim) + padded_dim(shape_.v_dim));
+    const auto cache = static_cast<double>(costs.cache_bytes);
+    rows_at_once_ =
+        std::max<int64_t>(1, static_cast<int64_t>(cache * kStatesOfHead / state) / shape_.group());
+    states_together_ = static_cast<int64_t>(cache * kStatesOfItem / state);
+    const auto slot_bytes = static_cast<double>(costs.slot_bytes);
+    heads_together_ = static_cast<int64_t>(cache * kTileOfItem / (slot_bytes * kTileSlots));
+    unit_ = options.layout == KvLayout::kTiles ? kTileSlots : kRowsUnit;
+    if (options.layout == KvLayout::kRows) {
+      most_units_ = std::max<int64_t>(
+          1, static_cast<int64_t>(cache * kChunkOfHeads / (slot_bytes * shape_.kv_heads)) / unit_);
+    }
+  }
+
+  void run() {
+    make_blocks();
+    cut(best_way());
+    place_partials();
+    // Longest first: what comes last is short, so threads finish near together. Ties by place,
+    // since a stable sort would allocate.
+    std::sort(plan_.items.begin(), plan_.items.end(), [](const WorkItem& a, const WorkItem& b) {
+      return a.cost != b.cost ? a.cost > b.cost
+                              : std::tie(a.partials, a.head_begin, a.row_begin) <
+                                    std::tie(b.partials, b.head_begin, b.row_begin);
+    });
+    add_empty_rows();
+  }
+
+ private:
+  using Block = Plan::Block;
+
+  // --- Blocks ------------------------------------------------------------------------------------
+
+  void make_blocks() {
+    plan_.blocks.clear();
+    plan_.unit_rows.clear();
+    for (size_t i = 0; i < plan_.forest.segments.size(); ++i) {
+      const Segment& segment = plan_.forest.segments[i];
+      const int64_t tiles = (segment.rows() + rows_at_once_ - 1) / rows_at_once_;
+      const auto rows_each = static_cast<uint32_t>((segment.rows() + tiles - 1) / tiles);
+      for (uint32_t row = segment.row_begin; row < segment.row_end; row += rows_each) {
+        Block block;
+        block.segment = static_cast<uint32_t>(i);
+        block.row_begin = row;
+        block.row_end = std::min<uint32_t>(segment.row_end, row + rows_each);
+        block.slots = segment.slots;
+        if (segment.visibility == Visibility::kPositions) look_at_units(block);
+        if (block.slots > 0) plan_.blocks.push_back(block);
+      }
+    }
+    count_company();
+    total_ = 0;
+    for (Block& block : plan_.blocks) {
+      block.parts = least_parts(block);
+      const double states = shape_.kv_heads * static_cast<double>(query_rows(block));
+      block.overhead =
+          static_cast<double>(block.parts) * costs_.item + states * (costs_.state + costs_.partial);
+      block.cost = block.overhead + seconds_of(block, 0, units_of(block));
+      total_ += block.cost;
+    }
+    // Large ones first: they are cut while much is left, and so into large items.
+    std::sort(plan_.blocks.begin(), plan_.blocks.end(), [](const Block& a, const Block& b) {
+      return a.cost != b.cost ? a.cost > b.cost : a.row_begin < b.row_begin;
+    });
+  }
+
+  /// Notes how many query rows see something of each unit, if positions ascend (else all may).
+  /// Slots after the last that any row sees are left out: no item will hold them.
+  void look_at_units(Block& block) {
+    const auto position = [&](uint32_t row) {
+      return plan_.forest.positions[plan_.row_index[row]];
+    };
+    for (uint32_t row = block.row_begin + 1; row < block.row_end; ++row) {
+      if (position(row) < position(row - 1)) return;
+    }
+    block.unit_rows = static_cast<int64_t>(plan_.unit_rows.size());
+    const Segment& segment = plan_.forest.segments[block.segment];
+    uint32_t span = segment.span_begin;
+    int64_t offset = 0;
+    uint32_t row = block.row_begin;  // the first that sees the unit
+    for (int64_t slot = 0; slot < block.slots; slot += unit_) {
+      const int64_t column = plan_.forest.spans[span].column + offset;
+      while (row < block.row_end && position(row) < column) ++row;
+      if (row == block.row_end) {
+        block.slots = slot;
+        return;
+      }
+      plan_.unit_rows.push_back(query_rows(block.row_end - row));
+      advance(unit_, span, offset);
+    }
+  }
+
+  void advance(int64_t slots, uint32_t& span, int64_t& offset) const {
+    offset += slots;
+    while (span < plan_.forest.spans.size() && offset >= plan_.forest.spans[span].count) {
+      offset -= plan_.forest.spans[span++].count;
+    }
+  }
+
+  /// Counts the rows of each block that other blocks list too: their results are always partial.
+  void count_company() {
+    plan_.next_partial.assign(static_cast<size_t>(plan_.forest.rows), 0);
+    const auto each_row = [&](const Block& block, auto visit) {
+      for (uint32_t i = block.row_begin; i < block.row_end; ++i) {
+        visit(plan_.next_partial[plan_.row_index[i]]);
+      }
+    };
+    for (const Block& block : plan_.blocks) {
+      each_row(block, [](uint32_t& blocks) { ++blocks; });
+    }
+    for (Block& block : plan_.blocks) {
+      each_row(block, [&](uint32_t blocks) { block.shared_rows += blocks > 1; });
+    }
+  }
+
+  int64_t query_rows(uint32_t rows) const { return int64_t{rows} * shape_.group(); }
+  int64_t query_rows(const Block& block) const { return query_rows(block.rows()); }
+  bool few(const Block& block) const { return query_rows(block) <= costs_.few_rows; }
+
+  /// Into how many items the heads must go for their states to stay at hand.
+  int64_t least_parts(const Block& block) const {
+    const int64_t together = std::clamp<int64_t>(
+        std::min(states_together_ / query_rows(block), heads_together_), 1, shape_.kv_heads);
+    return (shape_.kv_heads + together - 1) / together;
+  }
+
+  int64_t units_of(const Block& block) const { return (block.slots + unit_ - 1) / unit_; }
+  int64_t slots_of(const Block& block, int64_t first, int64_t last) const {
+    return std::min(last * unit_, block.slots) - first * unit_;
+  }
+  int64_t row_slots_of(const Block& block, int64_t first, int64_t last) const {
+    if (block.unit_rows < 0) return slots_of(block, first, last) * query_rows(block);
+    int64_t sum = 0;
+    for (int64_t unit = first; unit < last; ++unit) {
+      sum += slots_of(block, unit, unit + 1) * plan_.unit_rows[block.unit_rows + unit];
+    }
+    return sum;
+  }
+  /// Seconds of the units [first, last) for all heads, `block.parts` items together.
+  double seconds_of(const Block& block, int64_t first, int64_t last) const {
+    const auto parts = static_cast<double>(block.parts);
+    const double heads = shape_.kv_heads / parts;
+    return parts * costs_.kv_seconds(few(block), heads, slots_of(block, first, last),
+                                     row_slots_of(block, first, last));
+  }
+
+  // --- Cutting -----------------------------------------------------------------------------------
+
+  /// The way whose threads are foretold to finish first.
+  Way best_way() {
+    if (threads_ == 1) return {1, false};  // nothing to balance
+    Way best = kWays[0];
+    double least = 0;
+    for (const Way& way : kWays) {
+      cut(way);
+      const double seconds = foretold_seconds();
+      if (least == 0 || seconds < least) {
+        best = way;
+        least = seconds;
+      }
+      if (least <= kGoodEnough * total_ / threads_) break;
+    }
+    return best;
+  }
+
+  double foretold_seconds() {
+    plan_.costs.clear();
+    for (const WorkItem& item : plan_.items) plan_.costs.push_back(item.cost);
+    std::sort(plan_.costs.begin(), plan_.costs.end(), std::greater<>());
+    const Schedule schedule = foretell(plan_.costs, threads_, plan_.free_at);
+    return schedule.seconds + kUncertainty * schedule.last_item;
+  }
+
+  void cut(const Way& way) {
+    plan_.items.clear();
+    plan_.max_states = 0;
+    plan_.max_bias_rows = 0;
+    partial_rows_ = 0;
+    left_ = total_;
+    room_ = 0;
+    size_ = way.items_per_thread > 0 ? even_size(way.items_per_thread) : 0;
+    for (const Block& block : plan_.blocks) cut(block, way);
+  }
+
+  void cut(const Block& block, const Way& way) {
+    WorkItem item;
+    item.segment = block.segment;
+    item.row_begin = block.row_begin;
+    item.row_end = block.row_end;
+    item.few = few(block);
+    item.span = plan_.forest.segments[block.segment].span_begin;
+    const size_t first_item = plan_.items.size();
+    const int64_t units = units_of(block);
+    double block_left = seconds_of(block, 0, units);
+    for (int64_t first = 0; first < units;) {
+      const double size = item_size(block, way);
+      const int64_t parts = way.heads_first
+                                ? head_parts(block, std::min<double>(threads_, block_left / size))
+                                : block.parts;
+      const double wanted =
+          std::max(size * static_cast<double>(parts) - block.overhead, block.overhead);
+      const int64_t last = chunk_end(block, first, chunk_seconds(block_left, wanted, way));
+      const double seconds = seconds_of(block, first, last);
+      item.slots = slots_of(block, first, last);
+      item.row_slots = static_cast<double>(row_slots_of(block, first, last));
+      // Where slots have run out before the items are small, heads go apart.
+      const int64_t most = std::max(parts, head_parts(block, std::ceil(seconds / size - kRest)));
+      emit(item, most);
+      advance(item.slots, item.span, item.span_offset);
+      block_left -= seconds;
+      left_ -= seconds;
+      room_ -= (seconds + block.overhead) / static_cast<double>(most);
+      first = last;
+    }
+    left_ -= block.overhead;
+    const bool whole = item.slots == block.slots;
+    for (size_t i = first_item; i < plan_.items.size(); ++i) {
+      WorkItem& made = plan_.items[i];
+      made.partial_rows = whole ? block.shared_rows : block.rows();
+      made.cost = item_seconds(costs_, made, shape_);
+    }
+  }
+
+  /// Seconds that the next item should take. With T seconds of work on n threads, an overhead of o
+  /// per item and items of a seconds, the threads finish after some T/n + (T/n) o/a + a/2, which is
+  /// least for a = sqrt(2 o T/n): smaller ones are not worth having.
+  double item_size(const Block& block, const Way& way) {
+    const double share = total_ / threads_;
+    if (way.items_per_thread > 0) {
+      if (room_ < kLeastRoom * size_) room_ = size_;
+      return room_;
+    }
+    return std::max(std::sqrt(2 * block.overhead / static_cast<double>(block.parts) * share),
+                    left_ / static_cast<double>(2 * std::max<int64_t>(threads_, block.parts)));
+  }
+
+  /// Seconds of each of `count` items per thread, the overhead of cutting included.
+  double even_size(int32_t count) const {
+    const double items = static_cast<double>(count) * threads_;
+    double seconds = total_;
+    for (const Block& block : plan_.blocks) {
+      seconds +=
+          block.overhead * std::max(0.0, std::ceil(block.cost / total_ * items / block.parts) - 1);
+    }
+    return seconds / items;
+  }
+
+  /// Seconds of the next chunk, of a block that has `left` and where `wanted` would be right.
+  static double chunk_seconds(double left, double wanted, const Way& way) {
+    // A little left over is better spread than made a piece of its own.
+    if (way.items_per_thread > 0) return left < (1 + kLeastRoom) * wanted ? left : wanted;
+    return left / std::max(1.0, std::ceil(left / wanted - kRest));
+  }
+
+  /// Parts of the heads: at least as many as wanted, and no fewer than their states need.
+  int64_t head_parts(const Block& block, double wanted) const {
+    if (wanted <= static_cast<double>(block.parts)) return block.parts;
+    auto parts = static_cast<int64_t>(
+        std::ceil(std::min<double>(wanted, static_cast<double>(shape_.kv_heads))));
+    while (shape_.kv_heads % parts != 0) ++parts;
+    return parts;
+  }
+
+  /// End of the chunk that begins with unit `first` and takes about `seconds`.
+  int64_t chunk_end(const Block& block, int64_t first, double seconds) const {
+    int64_t units = units_of(block);
+    if (block.parts > 1 && units - first > most_units_) {
+      // Evenly, so that no small rest remains.
+      const int64_t chunks = (units - first + most_units_ - 1) / most_units_;
+      units = first + (units - first + chunks - 1) / chunks;
+    }
+    if (block.unit_rows < 0) {
+      const double unit = seconds_of(block, 0, 1);
+      return std::clamp<int64_t>(first + static_cast<int64_t>(std::ceil(seconds / unit)), first + 1,
+                                 units);
+    }
+    // Up to the unit whose middle passes the mark.
+    int64_t last = first;
+    double cost = 0;
+    while (last < units) {
+      const double unit = seconds_of(block, last, last + 1);
+      if (last > first && cost + unit / 2 > seconds) break;
+      cost += unit;
+      ++last;
+    }
+    return last;
+  }
+
+  void emit(WorkItem& item, int64_t parts) {
+    // One partial per row for the chunk, whichever item computes which heads of it.
+    item.partials = partial_rows_;
+    partial_rows_ += item.rows();
+    const int64_t m = query_rows(item.rows());
+    for (int64_t p = 0; p < parts; ++p) {
+      item.head_begin = static_cast<int32_t>(shape_.kv_heads * p / parts);
+      item.head_end = static_cast<int32_t>(shape_.kv_heads * (p + 1) / parts);
+      plan_.max_states = std::max(plan_.max_states, m * (item.head_end - item.head_begin));
+      plan_.items.push_back(item);
+    }
+    plan_.max_bias_rows = std::max(plan_.max_bias_rows, m);
+  }
+
+  // --- Places of the results ---------------------------------------------------------------------
+
+  /// Numbers the partials row by row, in the order of the items as cut.
+  void place_partials() {
+    plan_.partial_of.resize(partial_rows_);
+    const auto rows = static_cast<size_t>(plan_.forest.rows);
+    plan_.partial_begin.assign(rows + 1, 0);
+    const auto each_chunk = [&](auto visit) {
+      uint32_t seen = UINT32_MAX;
+      for (const WorkItem& item : plan_.items) {
+        if (item.partials == seen) continue;  // further heads of the same chunk
+        seen = item.partials;
+        visit(item);
+      }
+    };
+    each_chunk([&](const WorkItem& item) {
+      for (uint32_t i = item.row_begin; i < item.row_end; ++i) {
+        ++plan_.partial_begin[plan_.row_index[i] + 1];
+      }
+    });
+    // A lone result needs no partial: mark the row by giving it none.
+    plan_.next_partial.assign(rows, Plan::kDirect);
+    for (size_t r = 0; r < rows; ++r) {
+      uint32_t& end = plan_.partial_begin[r + 1];
+      if (end == 0) plan_.next_partial[r] = Plan::kDirect - 1;  // attends nothing
+      if (end <= 1) end = 0;
+      end += plan_.partial_begin[r];
+      if (end > plan_.partial_begin[r]) plan_.next_partial[r] = plan_.partial_begin[r];
+    }
+    plan_.partials = plan_.partial_begin[rows];
+    each_chunk([&](const WorkItem& item) {
+      for (uint32_t i = 0; i < item.rows(); ++i) {
+        uint32_t& next = plan_.next_partial[plan_.row_index[item.row_begin + i]];
+        plan_.partial_of[item.partials + i] = next;
+        if (next != Plan::kDirect) ++next;
+      }
+    });
+  }
+
+  void add_empty_rows() {
+    WorkItem item;
+    item.row_begin = static_cast<uint32_t>(plan_.row_index.size());
+    for (int32_t r = 0; r < plan_.forest.rows; ++r) {
+      if (plan_.next_partial[r] == Plan::kDirect - 1) {
+        plan_.row_index.push_back(static_cast<uint32_t>(r));
+      }
+    }
+    item.row_end = static_cast<uint32_t>(plan_.row_index.size());
+    if (item.rows() > 0) plan_.items.push_back(item);
+  }
+
+  Plan& plan_;
+  const CostModel& costs_;
+  const HeadShape shape_;
+  const int32_t threads_;
+  int64_t rows_at_once_ = 0;        ///< of one row tile
+  int64_t states_together_ = 0;     ///< (query row, KV head) pairs of one item
+  int64_t heads_together_ = 0;      ///< KV heads of one item
+  int64_t unit_ = kRowsUnit;        ///< slots
+  int64_t most_units_ = INT64_MAX;  ///< of a chunk whose heads are not all in one item
+  double total_ = 0;                ///< seconds of all blocks
+  double left_ = 0;                 ///< of what is not yet cut
+  double size_ = 0;                 ///< of items that are all alike
+  double room_ = 0;                 ///< left in the one that is being filled
+  uint32_t partial_rows_ = 0;       ///< (chunk, row) pairs so far
+};
+
+}  // namespace
+
+double item_seconds(const CostModel& costs, const WorkItem& item, const HeadShape& shape) {
+  const double heads = item.head_end - item.head_begin;
+  const double states = static_cast<double>(item.rows()) * shape.group();
+  const double partials = static_cast<double>(item.partial_rows) * shape.group();
+  return costs.item + heads * (states * costs.state + partials * costs.partial) +
+         costs.kv_seconds(item.few, heads, item.slots, item.row_slots);
+}
+
+void cut_plan(Plan& plan, const Forest& forest, const PlanOptions& options,
+              const CostModel& costs) {
+  Planner(plan, forest, options, costs).run();
+}
+
+}  // namespace relay

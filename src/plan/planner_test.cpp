@@ -1,0 +1,311 @@
+// Plans by a fixed cost model, and what is foretold of them: no clock is read here.
+#include "plan/planner.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "plan/cost_model.h"
+#include "plan/plan.h"
+#include "plan/schedule.h"
+#include "relay/forest.h"
+
+namespace relay {
+namespace {
+
+enum class Batch { kShared, kApart, kPrefill };
+
+struct Case {
+  std::string name;
+  PlanOptions options;
+  Forest forest;
+};
+
+/// Requests behind one prefix, each with a context of its own (0: of many lengths); kPrefill: the
+/// first of them brings 512 new tokens.
+Case make_case(const std::string& shape_name, HeadShape shape, DType type, int64_t prefix,
+               int32_t batch, int64_t context, Batch kind) {
+  Case c;
+  c.options = {.shape = shape, .k_type = type, .v_type = type};
+  c.name = shape_name + " " + to_string(type) + ", prefix " + std::to_string(prefix) + ", batch " +
+           std::to_string(batch) + ", context " + std::to_string(context) +
+           (kind == Batch::kShared  ? ""
+            : kind == Batch::kApart ? ", sharing off"
+                                    : ", one prefilling");
+  std::vector<TreeNode> nodes = {{.parent = -1, .spans = {{0, 0, prefix}}}};
+  std::vector<int32_t> leaf_of_row;
+  std::vector<int64_t> positions;
+  int64_t slot = prefix;
+  for (int32_t request = 0; request < batch; ++request) {
+    const bool prefills = kind == Batch::kPrefill && request == 0;
+    const int64_t slots = prefills ? 512 : context > 0 ? context : 16 + request * 197 % 497;
+    nodes.push_back({.parent = 0, .spans = {{slot, prefix, slots}}});
+    slot += slots;
+    for (int64_t row = prefills ? 0 : slots - 1; row < slots; ++row) {
+      leaf_of_row.push_back(request + 1);
+      positions.push_back(prefix + row);
+    }
+  }
+  build_from_tree({.nodes = nodes, .leaf_of_row = leaf_of_row, .position_of_row = positions},
+                  kind == Batch::kApart ? Sharing::kOff : Sharing::kOn, c.forest);
+  return c;
+}
+
+std::vector<Case> realistic_cases() {
+  struct Named {
+    const char* name;
+    HeadShape shape;
+  };
+  const Named shapes[] = {
+      {"1B", {.q_heads = 32, .kv_heads = 8, .qk_dim = 64, .v_dim = 64}},
+      {"7B", {.q_heads = 32, .kv_heads = 32, .qk_dim = 128, .v_dim = 128}},
+      {"8B", {.q_heads = 32, .kv_heads = 8, .qk_dim = 128, .v_dim = 128}},
+  };
+  std::vector<Case> cases;
+  for (const Named& s : shapes) {
+    for (DType type : {DType::kF16, DType::kBF16}) {
+      for (int64_t prefix : {512, 2048, 4096, 16384}) {
+        for (int32_t batch : {1, 2, 5, 8, 16, 32, 64}) {
+          for (int64_t context : {16, 128, 512, 0}) {
+            for (Batch kind : {Batch::kShared, Batch::kApart, Batch::kPrefill}) {
+              if (kind == Batch::kPrefill && context != 128) continue;
+              cases.push_back(make_case(s.name, s.shape, type, prefix, batch, context, kind));
+            }
+          }
+        }
+      }
+    }
+  }
+  return cases;
+}
+
+/// The built-in costs, whatever machine this is.
+CostModel costs_of(const PlanOptions& options) {
+  CostModel costs = make_cost_model(fixed_costs(options.k_type, options.v_type, true), options,
+                                    guessed_read_bytes(options.threads));
+  costs.cache_bytes = int64_t{1} << 20;
+  costs.few_rows = 8;
+  return costs;
+}
+
+PlanPtr plan_of(const Case& c, int32_t threads) {
+  PlanOptions options = c.options;
+  options.threads = threads;
+  PlanPtr plan(new Plan);
+  remake_plan(*plan, c.forest, options, costs_of(options));
+  return plan;
+}
+
+/// Seconds of all items, uncut, at the memory speed that a thread has beside so many.
+double bare_seconds(const Case& c, int32_t threads) {
+  PlanOptions options = c.options;
+  options.threads = threads;
+  const CostModel costs = costs_of(options);
+  options.threads = 1;
+  PlanPtr plan(new Plan);
+  remake_plan(*plan, c.forest, options, costs);
+  return foretell(*plan).busy;
+}
+
+TEST(Balance, EightThreadsIdleUnderFivePercent) {
+  double sum = 0;
+  const std::vector<Case> cases = realistic_cases();
+  for (const Case& c : cases) {
+    const Schedule schedule = foretell(*plan_of(c, 8));
+    sum += schedule.idle_share();
+    // Below that a thread has a few dozen slots, and their number decides.
+    if (schedule.seconds < 50e-6) continue;
+    EXPECT_LT(schedule.idle_share(), 0.06) << c.name << ": " << schedule.seconds * 1e6 << " us";
+  }
+  EXPECT_LT(sum / static_cast<double>(cases.size()), 0.015) << "mean";
+}
+
+TEST(Balance, CuttingCostsLittleForOneToSixtyFourThreads) {
+  // Idle threads and what cutting adds, together: against an even share of the bare work.
+  const std::vector<Case> cases = realistic_cases();
+  for (int32_t threads = 1; threads <= 64; threads += threads < 8 ? 1 : 7) {
+    double sum = 0;
+    for (const Case& c : cases) {
+      const double bare = bare_seconds(c, threads) / threads;
+      const double seconds = foretell(*plan_of(c, threads)).seconds;
+      EXPECT_GE(seconds, bare * (1 - 1e-9)) << c.name;
+      EXPECT_LT(seconds, (threads <= 8 ? 1.12 : 1.3) * bare + 20e-6)
+          << threads << " threads, " << c.name;
+      sum += 1 - bare / seconds;
+    }
+    EXPECT_LT(sum / static_cast<double>(cases.size()), 0.002 * threads + 0.01) << threads;
+  }
+}
+
+TEST(Balance, SurvivesCostsThatAreWrong) {
+  // Planned by one model, run by another whose costs are up to 1.5 times as high or low.
+  const std::vector<Case> cases = realistic_cases();
+  double worst = 0;
+  double sum = 0;
+  int count = 0;
+  for (size_t i = 0; i < cases.size(); i += 7) {
+    const PlanPtr plan = plan_of(cases[i], 8);
+    for (int wrong = 0; wrong < 8; ++wrong) {
+      CostModel costs = costs_of(plan->options);
+      const auto bend = [&](int bit) { return (wrong >> bit & 1) != 0 ? 1.5 : 1 / 1.5; };
+      costs.few.slot *= bend(0);
+      costs.few.row *= bend(0);
+      costs.many.slot *= bend(1);
+      costs.state *= bend(2);
+      costs.partial *= bend(2);
+      costs.item *= bend(2);
+      costs.byte *= bend(0);
+      const Schedule schedule = foretell(*plan, costs);
+      if (schedule.seconds < 50e-6) continue;
+      worst = std::max(worst, schedule.idle_share());
+      sum += schedule.idle_share();
+      ++count;
+    }
+  }
+  EXPECT_LT(sum / count, 0.04);
+  EXPECT_LT(worst, 0.25);
+}
+
+TEST(Balance, OneThreadHasNothingToCut) {
+  const HeadShape shape = {.q_heads = 32, .kv_heads = 8, .qk_dim = 64, .v_dim = 64};
+  const Case c = make_case("1B", shape, DType::kF16, 4096, 4, 128, Batch::kShared);
+  EXPECT_EQ(plan_of(c, 1)->items.size(), 5u) << "a prefix and four contexts";
+}
+
+TEST(Cutting, EverySlotOfEveryHeadOnce) {
+  for (const Case& c : realistic_cases()) {
+    const PlanPtr plan = plan_of(c, 8);
+    // Causal segments lose the slots that none of a row tile's rows sees; here each is seen.
+    const int64_t heads = c.options.shape.kv_heads;
+    std::vector<int64_t> of_segment(c.forest.segments.size(), 0);
+    for (const WorkItem& item : plan->items) {
+      of_segment[item.segment] += item.slots * item.rows() * (item.head_end - item.head_begin);
+    }
+    for (size_t s = 0; s < of_segment.size(); ++s) {
+      const Segment& segment = c.forest.segments[s];
+      const int64_t all = segment.slots * segment.rows() * heads;
+      if (segment.visibility == Visibility::kPositions) {
+        ASSERT_LE(of_segment[s], all) << c.name;
+      } else {
+        ASSERT_EQ(of_segment[s], all) << c.name;
+      }
+    }
+  }
+}
+
+TEST(Cutting, HiddenSlotsCostNothing) {
+  // 512 new tokens over themselves: a good half of the triangle is hidden.
+  const HeadShape shape = {.q_heads = 8, .kv_heads = 2, .qk_dim = 64, .v_dim = 64};
+  Case c = make_case("", shape, DType::kF16, 0, 1, 0, Batch::kPrefill);
+  const PlanPtr causal = plan_of(c, 4);
+  double row_slots = 0;
+  for (const WorkItem& item : causal->items) {
+    row_slots += item.row_slots * (item.head_end - item.head_begin);
+  }
+  const double square = 512.0 * 512 * shape.q_heads;
+  EXPECT_GT(row_slots, square / 2);
+  EXPECT_LT(row_slots, square * 0.52);
+  for (Segment& s : c.forest.segments) s.visibility = Visibility::kAll;
+  EXPECT_LT(foretell(*causal).busy, 0.7 * foretell(*plan_of(c, 4)).busy);
+}
+
+bool same(const Plan& a, const Plan& b) {
+  const auto equal = [](const WorkItem& x, const WorkItem& y) {
+    return x.segment == y.segment && x.row_begin == y.row_begin && x.row_end == y.row_end &&
+           x.span == y.span && x.span_offset == y.span_offset && x.slots == y.slots &&
+           x.head_begin == y.head_begin && x.head_end == y.head_end && x.few == y.few &&
+           x.partials == y.partials && x.cost == y.cost;
+  };
+  return a.partial_of == b.partial_of && a.partial_begin == b.partial_begin &&
+         std::equal(a.items.begin(), a.items.end(), b.items.begin(), b.items.end(), equal);
+}
+
+TEST(Cutting, DependsOnItsArgumentsAlone) {
+  PlanPtr used(new Plan);
+  for (const Case& c : realistic_cases()) {
+    PlanOptions options = c.options;
+    options.threads = 6;
+    remake_plan(*used, c.forest, options, costs_of(options));  // in the memory of another plan
+    ASSERT_TRUE(same(*used, *plan_of(c, 6))) << c.name;
+  }
+}
+
+TEST(Cutting, OneRequestIsPlannedAlikeWithSharingAndWithout) {
+  const HeadShape shape = {.q_heads = 32, .kv_heads = 8, .qk_dim = 64, .v_dim = 64};
+  for (int64_t context : {16, 100, 512}) {
+    const Case on = make_case("", shape, DType::kF16, 4096, 1, context, Batch::kShared);
+    const Case off = make_case("", shape, DType::kF16, 4096, 1, context, Batch::kApart);
+    for (int32_t threads : {1, 2, 8, 64}) {
+      EXPECT_TRUE(same(*plan_of(on, threads), *plan_of(off, threads))) << threads;
+    }
+  }
+}
+
+// --- Costs ---------------------------------------------------------------------------------------
+
+const PlanOptions kOptions = {.shape = {.q_heads = 32, .kv_heads = 8, .qk_dim = 64, .v_dim = 64},
+                              .threads = 4};
+
+TEST(Costs, NoiseDoesNotChangeWhatPlansAreMadeWith) {
+  const CostModel fixed = costs_of(kOptions);
+  CostModel measured = fixed;
+  // Another clock, and each cost off by up to a tenth.
+  measured.few.slot *= 2.5 * 1.1;
+  measured.few.row *= 2.5 * 0.9;
+  measured.many.slot *= 2.5 * 1.05;
+  measured.many.row *= 2.5 * 1.1;
+  measured.state *= 2.5 * 0.95;
+  measured.partial *= 2.5 * 1.1;
+  measured.byte *= 2.5;
+  const CostModel coarse = coarse_cost_model(fixed, measured);
+  EXPECT_EQ(coarse.few.slot, fixed.few.slot);
+  EXPECT_EQ(coarse.few.row, fixed.few.row);
+  EXPECT_EQ(coarse.many.slot, fixed.many.slot);
+  EXPECT_EQ(coarse.many.row, fixed.many.row);
+  EXPECT_EQ(coarse.state, fixed.state);
+  EXPECT_EQ(coarse.partial, fixed.partial);
+  EXPECT_EQ(coarse.byte, fixed.byte);
+}
+
+TEST(Costs, OtherRatiosDo) {
+  const CostModel fixed = costs_of(kOptions);
+  CostModel measured = fixed;
+  measured.few.row *= 4.3;
+  measured.partial /= 1.9;
+  measured.many.slot = 0;  // what noise may make of a small one
+  const CostModel coarse = coarse_cost_model(fixed, measured);
+  EXPECT_EQ(coarse.few.row, 4 * fixed.few.row);
+  EXPECT_EQ(coarse.partial, fixed.partial / 2);
+  EXPECT_EQ(coarse.many.slot, fixed.many.slot);
+}
+
+TEST(Costs, AreMeasuredOnce) {
+  for (DType type : {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0, DType::kCustom}) {
+    PlanOptions options = kOptions;
+    options.k_type = options.v_type = type;
+    const CostModel first = measured_costs(options, 1e10);
+    const CostModel second = measured_costs(options, 1e10);
+    EXPECT_EQ(first.few.row, second.few.row);
+    EXPECT_EQ(first.many.slot, second.many.slot);
+    for (const double cost : {first.few.slot + first.few.row, first.many.row, first.state,
+                              first.partial, first.byte, first.item}) {
+      EXPECT_GT(cost, 0) << to_string(type);
+      EXPECT_LT(cost, 1e-3) << to_string(type);
+    }
+  }
+}
+
+TEST(Costs, GrowWithTheWork) {
+  const CostModel costs = costs_of(kOptions);
+  for (bool few : {true, false}) {
+    EXPECT_GT(costs.kv_seconds(few, 1, 128, 128 * 60), costs.kv_seconds(few, 1, 64, 64 * 60));
+    EXPECT_GT(costs.kv_seconds(few, 1, 64, 64 * 60), costs.kv_seconds(few, 1, 64, 64 * 50));
+    EXPECT_GT(costs.kv_seconds(few, 2, 64, 64 * 60), costs.kv_seconds(few, 1, 64, 64 * 60));
+  }
+}
+
+}  // namespace
+}  // namespace relay

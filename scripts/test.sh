@@ -3,7 +3,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-stages=(format build lint unit asan tsan aarch64 ggml-ops install e2e)
+stages=(format build lint unit asan tsan aarch64 ggml-ops install e2e vllm)
 declare -A about=(
   [format]="sources are in the pinned format, Python is lint-free"
   [build]="release build, warnings in our code are errors"
@@ -15,6 +15,7 @@ declare -A about=(
   [ggml-ops]="ggml's own suite for FLASH_ATTN_EXT through libggml-relay.so, and who served it"
   [install]="an installed prefix: relay runs, CMake and pkg-config consumers build"
   [e2e]="the server end to end, with the openai client"
+  [vllm]="Relay in an unmodified vLLM: operator, models, random arrivals"
 )
 
 usage() {
@@ -76,6 +77,16 @@ stage_e2e() {
   .venv/bin/python -m pytest -q tests/e2e
 }
 
+# vLLM lies outside the checkout, so that it is installed once; the 1,000 random requests run on one
+# model here, on two where the whole folder is run by hand.
+stage_vllm() {
+  plugins/vllm/setup_vllm.sh || return 1
+  local venv="${RELAY_VLLM_VENV:-$HOME/.cache/relay/vllm-0.32.0}"
+  "$venv/bin/python" -m relay_attention.doctor &&
+    "$venv/bin/python" -m pytest -q -p no:cacheprovider plugins/vllm/tests \
+      --deselect "plugins/vllm/tests/test_random_arrivals.py::test_random_arrivals[mistral]"
+}
+
 # What a stage checked, for the table.
 measure() {
   local log="build/test-logs/$1.log"
@@ -84,7 +95,7 @@ measure() {
       cat "build/test-logs/$1/"*.xml 2>/dev/null | sed -n 's/^<testsuites tests="\([0-9]*\)" failures="\([0-9]*\)".*/\1 \2/p' |
         awk '{ all += $1; failed += $2 } END { if (all) print all " cases, " failed " failed" }' ;;
     ggml-ops) grep -oE '[0-9]+/[0-9]+ tests passed' "$log" | tail -n 1 ;;
-    e2e) grep -E '[0-9]+ (passed|failed|error)' "$log" | tail -n 1 | tr -d '=' ;;
+    e2e | vllm) grep -E '[0-9]+ (passed|failed|error)' "$log" | tail -n 1 | tr -d '=' ;;
   esac
 }
 

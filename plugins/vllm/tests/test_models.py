@@ -11,7 +11,7 @@ PREFIX = torch.randint(
 )
 
 
-def prompts(count: int = 10) -> list[engines.Prompt]:
+def prompts(count: int = 6) -> list[engines.Prompt]:
     """Prompts over one prefix of 300 tokens, of growing length."""
     generator = torch.Generator().manual_seed(2)
     return [
@@ -21,7 +21,7 @@ def prompts(count: int = 10) -> list[engines.Prompt]:
     ]
 
 
-def answers(model, relay, tokens=24, **options):
+def answers(model, relay, tokens=16, **options):
     with engines.engine(model, relay=relay, **options) as llm:
         return engines.generate(llm, prompts(), tokens)
 
@@ -100,7 +100,7 @@ def test_layers_of_both_kinds_in_one_model(llama, llama_answers, monkeypatch):
     with engines.engine(llama, relay=None, dtype="float32") as llm:
         operators = [layer.impl.operator is not None for layer in engines.layers(llm)]
         assert operators == [False, True, False, True]
-        found = engines.compare(llama_answers, engines.generate(llm, prompts(), 24))
+        found = engines.compare(llama_answers, engines.generate(llm, prompts(), 16))
     assert found.share == 1.0
 
 

@@ -6,7 +6,10 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <span>
 
+#include "plan/cache_size.h"
+#include "plan/schedule.h"
 #include "relay/forest.h"
 
 namespace relay::bench {
@@ -94,9 +97,32 @@ struct Way {
   Workspace workspace;
   std::vector<AttentionInputs> inputs;
   std::vector<double> seconds;
+  std::vector<double> idle_shares;
   std::vector<double> build_seconds;
   std::vector<double> plan_seconds;
 };
+
+/// When a thread was in one layer's operator.
+struct Stay {
+  Clock::time_point start;
+  Clock::time_point end;
+};
+
+/// Part of the threads' time between the first one's start and the last one's end that they were
+/// not at work.
+double idle_share(std::span<const std::vector<Stay>> threads, size_t layer) {
+  Clock::time_point start = threads[0][layer].start;
+  Clock::time_point end = threads[0][layer].end;
+  Clock::duration busy{};
+  for (const std::vector<Stay>& stays : threads) {
+    start = std::min(start, stays[layer].start);
+    end = std::max(end, stays[layer].end);
+    busy += stays[layer].end - stays[layer].start;
+  }
+  const auto whole =
+      static_cast<double>((end - start).count()) * static_cast<double>(threads.size());
+  return whole > 0 ? 1 - static_cast<double>(busy.count()) / whole : 0;
+}
 
 /// The batch as a prefix tree: slots [0, prefix) shared, then the contexts one after the other.
 void build(const OpProblem& p, Sharing sharing, Forest& forest) {
@@ -137,14 +163,23 @@ void plan_batch(const OpProblem& p, Sharing sharing, int32_t threads, Way& way) 
 
 /// All layers, one after the other; the time of one.
 double run_layers(Way& way, ThreadPool& pool) {
+  const size_t layers = way.inputs.size();
+  std::vector<std::vector<Stay>> stays(pool.size(), std::vector<Stay>(layers));
   const Clock::time_point start = Clock::now();
   pool.run([&](int32_t thread) {
-    for (const AttentionInputs& inputs : way.inputs) {
-      attend(*way.plan, inputs, way.workspace, thread);
+    for (size_t layer = 0; layer < layers; ++layer) {
+      Stay& stay = stays[thread][layer];
+      stay.start = Clock::now();
+      attend(*way.plan, way.inputs[layer], way.workspace, thread);
+      stay.end = Clock::now();
       pool.barrier().wait();
     }
   });
-  return seconds_since(start) / static_cast<double>(way.inputs.size());
+  const double seconds = seconds_since(start) / static_cast<double>(layers);
+  for (size_t layer = 0; layer < layers; ++layer) {
+    way.idle_shares.push_back(idle_share(stays, layer));
+  }
+  return seconds;
 }
 
 OpMeasurement measurement_of(const OpProblem& p, const Way& way) {
@@ -152,6 +187,8 @@ OpMeasurement measurement_of(const OpProblem& p, const Way& way) {
   m.time = timing_of(way.seconds);
   m.build_seconds = quantile(way.build_seconds, 0.5);
   m.plan_seconds = quantile(way.plan_seconds, 0.5);
+  m.idle_share = quantile(way.idle_shares, 0.5);
+  m.foretold_idle_share = foretell(*way.plan).idle_share();
   m.plan = summarize(*way.plan);
   m.flops = m.plan.flops;
   const int64_t slot_bytes = p.shape.kv_heads * (row_bytes(p.kv_type, p.shape.qk_dim) +
@@ -219,8 +256,10 @@ OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds) {
   validate(*on.plan, on.inputs[0]);
   validate(*off.plan, off.inputs[0]);
 
-  run_layers(on, pool);  // warm up: page tables, clocks
-  run_layers(off, pool);
+  for (Way* way : {&on, &off}) {  // warm up: page tables, clocks
+    run_layers(*way, pool);
+    way->idle_shares.clear();
+  }
   for (int round = 0; round < rounds; ++round) {
     // Whoever goes first may find the other's leftovers in the cache: take turns.
     Way* order[2] = {&on, &off};

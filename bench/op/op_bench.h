@@ -38,6 +38,8 @@ struct OpMeasurement {
   double plan_seconds = 0;   ///< planning, median
   double flops = 0;
   double bytes_read = 0;  ///< of KV, by the plan
+  double idle_share = 0;  ///< of the threads' time, until the last has finished: median of layers
+  double foretold_idle_share = 0;  ///< the same, by the plan's cost model
   PlanSummary plan;
 };
 

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <random>
 #include <span>
 
@@ -36,8 +38,27 @@ Timing timing_of(const std::vector<double>& seconds) {
           .best = *std::min_element(seconds.begin(), seconds.end())};
 }
 
+/// A KV buffer that begins with a cache line, as engines allocate it.
+class KvBuffer {
+ public:
+  void resize(int64_t bytes) {
+    size_ = (static_cast<size_t>(bytes) + 63) / 64 * 64;
+    data_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, size_)));
+    if (!data_) throw std::bad_alloc();
+  }
+  uint8_t* data() { return data_.get(); }
+  size_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(uint8_t* p) const { std::free(p); }
+  };
+  std::unique_ptr<uint8_t, Free> data_;
+  size_t size_ = 0;
+};
+
 /// Fills a KV buffer with vectors of moderate random values, whatever the type.
-void fill_random(DType type, std::vector<uint8_t>& bytes, uint64_t seed) {
+void fill_random(DType type, KvBuffer& bytes, uint64_t seed) {
   std::mt19937_64 random(seed);
   auto* words = reinterpret_cast<uint64_t*>(bytes.data());
   const size_t count = bytes.size() / 8;
@@ -68,7 +89,7 @@ void fill_random(DType type, std::vector<uint8_t>& bytes, uint64_t seed) {
 
 /// K and V of one layer, [slot][head][dim].
 struct Layer {
-  std::vector<uint8_t> k, v;
+  KvBuffer k, v;
   std::vector<float> out_on, out_off;
 
   KvCache cache(const OpProblem& p) {
@@ -226,8 +247,8 @@ OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds) {
 
   std::vector<Layer> layers(result.layers);
   for (size_t i = 0; i < layers.size(); ++i) {
-    layers[i].k.resize((k_bytes + 7) / 8 * 8);
-    layers[i].v.resize((v_bytes + 7) / 8 * 8);
+    layers[i].k.resize(k_bytes);
+    layers[i].v.resize(v_bytes);
     fill_random(p.kv_type, layers[i].k, 2 * i + 1);
     fill_random(p.kv_type, layers[i].v, 2 * i + 2);
     layers[i].out_on.resize(static_cast<int64_t>(p.batch) * p.shape.q_heads * p.shape.v_dim);

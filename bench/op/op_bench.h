@@ -23,6 +23,13 @@ struct OpProblem {
   int32_t batch = 32;     ///< requests, one row each
 };
 
+/// Throws Error for a problem without a request or a slot.
+void check(const OpProblem& problem);
+/// Bytes of one slot's K and V, of all KV heads.
+int64_t slot_bytes(const OpProblem& problem);
+/// The batch as a prefix tree: slots [0, prefix) shared, then the contexts one after the other.
+void build_batch(const OpProblem& problem, Sharing sharing, Forest& forest);
+
 /// Seconds of one operator over the rounds.
 struct Timing {
   double median = 0;
@@ -38,6 +45,8 @@ struct OpMeasurement {
   double plan_seconds = 0;   ///< planning, median
   double flops = 0;
   double bytes_read = 0;  ///< of KV, by the plan
+  double idle_share = 0;  ///< of the threads' time, until the last has finished: median of layers
+  double foretold_idle_share = 0;  ///< the same, by the plan's cost model
   PlanSummary plan;
 };
 

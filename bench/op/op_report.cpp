@@ -1,29 +1,12 @@
 // The two faces of an operator benchmark: a table for people, JSON for machines.
-#include <cstdarg>
-#include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "bench/op/format.h"
 #include "bench/op/op_bench.h"
 #include "relay_commit.h"
 
 namespace relay::bench {
 namespace {
-
-std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
-std::string format(const char* pattern, ...) {
-  char text[512];
-  va_list arguments;
-  va_start(arguments, pattern);
-  std::vsnprintf(text, sizeof(text), pattern, arguments);
-  va_end(arguments);
-  return text;
-}
-
-std::string duration(double seconds) {
-  if (seconds < 1e-3) return format("%.1f us", seconds * 1e6);
-  if (seconds < 1) return format("%.2f ms", seconds * 1e3);
-  return format("%.2f s", seconds);
-}
 
 bool uses_bf16(const OpReport& report, const OpResult& result) {
   return result.problem.kv_type == DType::kBF16 && report.isa == "avx512bf16";
@@ -51,11 +34,12 @@ std::string row(const OpReport& report, const OpResult& result, const OpMeasurem
                 const char* name) {
   const Shares shares = shares_of(report, result, m);
   const double spread = (m.time.high - m.time.low) / m.time.median;
-  return format("  %-8s %11s %5.1f%% %8.1f %7.2f %9.1f %6.2fx %7.0f%% %7.0f%% %7.0f%%   %s\n", name,
-                duration(m.time.median).c_str(), 100 * spread, shares.gflops, shares.gbytes,
-                m.bytes_read / 1048576, m.bytes_read / result.ideal_bytes, 100 * shares.compute,
-                100 * shares.memory, 100 * shares.floor,
-                duration(m.build_seconds + m.plan_seconds).c_str());
+  return format(
+      "  %-8s %11s %5.1f%% %8.1f %7.2f %9.1f %6.2fx %7.0f%% %7.0f%% %7.0f%% %6.1f%%   %s\n", name,
+      duration(m.time.median).c_str(), 100 * spread, shares.gflops, shares.gbytes,
+      m.bytes_read / 1048576, m.bytes_read / result.ideal_bytes, 100 * shares.compute,
+      100 * shares.memory, 100 * shares.floor, 100 * m.idle_share,
+      duration(m.build_seconds + m.plan_seconds).c_str());
 }
 
 nlohmann::json json_of(const OpReport& report, const OpResult& result, const OpMeasurement& m) {
@@ -74,6 +58,8 @@ nlohmann::json json_of(const OpReport& report, const OpResult& result, const OpM
           {"share_of_compute_peak", shares.compute},
           {"share_of_read_peak", shares.memory},
           {"share_of_roofline", shares.floor},
+          {"idle_share", m.idle_share},
+          {"idle_share_foretold", m.foretold_idle_share},
           {"items", m.plan.items},
           {"partials", m.plan.partials},
           {"workspace_bytes", m.plan.workspace_bytes},
@@ -105,8 +91,9 @@ std::string to_table(const OpReport& report) {
         "%d rounds\n",
         to_string(p.kv_type), static_cast<long long>(p.prefix), static_cast<long long>(p.context),
         p.batch, result.ideal_bytes / 1048576, result.layers, result.rounds);
-    text += format("  %-8s %11s %6s %8s %7s %9s %7s %8s %8s %8s   %s\n", "sharing", "median", "iqr",
-                   "GFLOP/s", "GB/s", "KV MiB", "reads", "compute", "memory", "roof", "build+plan");
+    text += format("  %-8s %11s %6s %8s %7s %9s %7s %8s %8s %8s %7s   %s\n", "sharing", "median",
+                   "iqr", "GFLOP/s", "GB/s", "KV MiB", "reads", "compute", "memory", "roof", "idle",
+                   "build+plan");
     text += row(report, result, result.on, "on");
     text += row(report, result, result.off, "off");
     text += format(
@@ -120,7 +107,8 @@ std::string to_table(const OpReport& report) {
       "read of every slot.\ncompute, memory: share of the measured peaks; bf16 KV on bf16 kernels "
       "counts "
       "against the bf16 peak.\nroof: the least time the problem needs on this machine (one "
-      "read, or all flops) over the time taken.\n";
+      "read, or all flops) over the time taken.\nidle: share of the threads' time that they waited "
+      "for the last one.\n";
   return text;
 }
 

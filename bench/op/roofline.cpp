@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #endif
 
+#include "plan/cache_size.h"
+
 namespace relay::bench {
 namespace {
 
@@ -159,20 +161,6 @@ double measure_read(ThreadPool& pool, int64_t bytes) {
 }
 
 }  // namespace
-
-int64_t last_level_cache_bytes() {
-  int64_t largest = 0;
-  for (int index = 0; index < 8; ++index) {
-    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) +
-                       "/size");
-    int64_t size = 0;
-    char unit = 0;
-    if (!(file >> size)) continue;
-    file >> unit;
-    largest = std::max(largest, unit == 'M' ? size << 20 : size << 10);
-  }
-  return largest > 0 ? largest : int64_t{32} << 20;
-}
 
 std::string cpu_model() {
   std::ifstream file("/proc/cpuinfo");

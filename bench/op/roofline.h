@@ -29,8 +29,6 @@ struct Roofline {
 /// Measures with all threads of the pool: about a second.
 Roofline measure_roofline(ThreadPool& pool);
 
-/// Bytes of the last-level cache; a guess of 32 MiB where the system does not tell.
-int64_t last_level_cache_bytes();
 std::string cpu_model();
 /// Mean number of runnable threads over the last minute; negative where the system does not tell.
 double load_average();

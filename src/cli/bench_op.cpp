@@ -7,6 +7,7 @@
 
 #include "bench/op/op_bench.h"
 #include "cli/commands.h"
+#include "cli/kv_type.h"
 
 namespace relay::cli {
 namespace {
@@ -25,13 +26,6 @@ struct BenchOpOptions {
   std::string isa;
   bool json = false;
 };
-
-DType parse_kv_type(const std::string& name) {
-  for (DType type : {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0}) {
-    if (name == to_string(type)) return type;
-  }
-  throw Error("--kv-type is one of f32, f16, bf16, q8_0, not '" + name + "'");
-}
 
 void run(const BenchOpOptions& options) {
   if (!options.isa.empty()) select_isa(options.isa);

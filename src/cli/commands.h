@@ -13,6 +13,7 @@ namespace relay::cli {
 void add_serve(CLI::App& app);     ///< relay serve: the OpenAI-compatible server
 void add_synth(CLI::App& app);     ///< relay synth: GGUF models with random weights
 void add_bench_op(CLI::App& app);  ///< relay bench op: `app` is the subcommand "bench"
+void add_explain(CLI::App& app);   ///< relay explain: what sharing a prompt saves here
 void add_isa(CLI::App& app);       ///< relay isa: the kernel sets of this CPU
 
 }  // namespace relay::cli

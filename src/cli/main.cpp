@@ -67,6 +67,9 @@ int main(int argc, char** argv) {
     bench->require_subcommand(1);
     relay::cli::add_bench_op(*bench);
 #endif
+#ifdef RELAY_CLI_EXPLAIN
+    relay::cli::add_explain(app);
+#endif
 #ifdef RELAY_CLI_ISA
     relay::cli::add_isa(app);
 #endif

@@ -58,9 +58,7 @@ class Runner {
     tile_.softcap = capped ? in.softcap * kLog2e : 0.0f;
   }
 
-  /// Does one item. `next` is what this thread will do after it, or null: its KV is asked for
-  /// early.
-  void run(const WorkItem& item, const WorkItem* next) {
+  void run(const WorkItem& item) {
     if (item.segment == WorkItem::kNoSegment) {
       for (uint32_t i = item.row_begin; i < item.row_end; ++i) {
         std::fill_n(o_, o_stride_, 0.0f);
@@ -69,7 +67,7 @@ class Runner {
       return;
     }
     start(item);
-    attend_chunk(item, next != nullptr && next->segment != WorkItem::kNoSegment ? next : nullptr);
+    attend_chunk(item);
     deliver(item);
   }
 
@@ -114,7 +112,7 @@ class Runner {
   };
 
   /// Goes over the chunk tile by tile, and over the item's heads within a tile.
-  void attend_chunk(const WorkItem& item, const WorkItem* next_item) {
+  void attend_chunk(const WorkItem& item) {
     const Segment& segment = plan_.forest.segments[item.segment];
     Cursor cursor{item.span, item.span_offset, item.slots};
     now_ = &tables_[0];
@@ -124,15 +122,23 @@ class Runner {
     while (now_->slots > 0) {
       locate_tile(cursor, *next_);
       const bool last = next_->slots == 0;
-      if (last && next_item != nullptr) {
-        Cursor first{next_item->span, next_item->span_offset, next_item->slots};
-        locate_tile(first, *next_);
-        next_of_ = next_item;
-      }
+      if (last) foresee_item();
       attend_tile(item, segment);
       if (last) break;
       std::swap(now_, next_);
     }
+  }
+
+  /// Makes next_ the first tile of the item that this thread will probably do after this one. It is
+  /// looked at, not taken: a thread that took it while it is at work would keep it from the others,
+  /// who may be free first.
+  void foresee_item() {
+    const uint32_t i = ws_.next_item.load(std::memory_order_relaxed);
+    if (i >= plan_.items.size() || plan_.items[i].segment == WorkItem::kNoSegment) return;
+    const WorkItem& item = plan_.items[i];
+    Cursor first{item.span, item.span_offset, item.slots};
+    locate_tile(first, *next_);
+    next_of_ = &item;
   }
 
   void locate_tile(Cursor& at, SlotTable& table) {
@@ -500,14 +506,10 @@ void attend(const Plan& plan, const AttentionInputs& inputs, Workspace& workspac
   if (thread < 0 || thread >= plan.options.threads) throw Error("attend: no such thread");
   Runner runner(plan, inputs, ws, thread);
   const auto items = static_cast<uint32_t>(plan.items.size());
-  const auto take = [&]() -> const WorkItem* {
+  for (;;) {
     const uint32_t i = ws.next_item.fetch_add(1, std::memory_order_relaxed);
-    return i < items ? &plan.items[i] : nullptr;
-  };
-  for (const WorkItem* item = take(); item != nullptr;) {
-    const WorkItem* next = take();  // early, so that its KV is under way when it is wanted
-    runner.run(*item, next);
-    item = next;
+    if (i >= items) break;
+    runner.run(plan.items[i]);
   }
   if (ws.finished_threads.fetch_add(1, std::memory_order_acq_rel) + 1 ==
       static_cast<uint32_t>(plan.options.threads)) {

@@ -1,0 +1,127 @@
+// relay explain: what sharing a prompt saves on this machine, foretold and, if asked, measured.
+#include "bench/explain/explain.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "cli/commands.h"
+#include "cli/kv_type.h"
+#include "cli/model_shape.h"
+#include "synth/shapes.h"
+
+namespace relay::cli {
+namespace {
+
+struct ExplainOptions {
+  std::string model;
+  std::string shape;
+  int32_t heads = 32;
+  int32_t kv_heads = 8;
+  int32_t head_dim = 128;
+  int32_t layers = 1;
+  int64_t prefix = 4096;
+  int64_t context = 128;
+  int32_t batch = 32;
+  std::string kv_type = "f16";
+  int32_t threads = 0;  ///< 0: all
+  bool measure = false;
+  int rounds = 10;
+  bool json = false;
+};
+
+bench::ExplainProblem problem_of(const ExplainOptions& options, int32_t threads) {
+  bench::ExplainProblem p;
+  if (!options.model.empty()) {
+    const ModelShape shape = read_model_shape(options.model);
+    p.name = shape.name;
+    p.layers = shape.layers;
+    p.op.shape = {.q_heads = shape.heads,
+                  .kv_heads = shape.kv_heads,
+                  .qk_dim = shape.k_dim,
+                  .v_dim = shape.v_dim};
+  } else if (!options.shape.empty()) {
+    const synth::Shape& shape = synth::find_shape(options.shape);
+    p.name = shape.name;
+    p.layers = static_cast<int32_t>(shape.layers);
+    p.op.shape = {.q_heads = static_cast<int32_t>(shape.heads),
+                  .kv_heads = static_cast<int32_t>(shape.kv_heads),
+                  .qk_dim = static_cast<int32_t>(shape.head_dim),
+                  .v_dim = static_cast<int32_t>(shape.head_dim)};
+  } else {
+    p.layers = options.layers;
+    p.op.shape = {.q_heads = options.heads,
+                  .kv_heads = options.kv_heads,
+                  .qk_dim = options.head_dim,
+                  .v_dim = options.head_dim};
+  }
+  p.op.kv_type = parse_kv_type(options.kv_type);
+  p.op.prefix = options.prefix;
+  p.op.context = options.context;
+  p.op.batch = options.batch;
+  p.threads = threads;
+  return p;
+}
+
+void run(const ExplainOptions& options) {
+  const int32_t all = std::max(1, static_cast<int32_t>(std::thread::hardware_concurrency()));
+  const int32_t threads = options.threads > 0 ? options.threads : all;
+  if (options.measure && threads > all) {
+    throw Error("--measure needs a core for each thread, and there are " + std::to_string(all));
+  }
+  const bench::ExplainProblem problem = problem_of(options, threads);
+  bench::check(problem.op);
+  bench::ThreadPool pool(std::min(threads, all));
+  if (!options.json) std::fprintf(stderr, "measuring what the machine can do ...\n");
+  bench::Explanation explanation =
+      bench::explain(problem, bench::scaled_to(bench::measure_roofline(pool), threads));
+  if (options.measure) {
+    if (!options.json) std::fprintf(stderr, "measuring the operator ...\n");
+    bench::measure(explanation, pool, options.rounds);
+  }
+  std::fputs(options.json ? (to_json(explanation) + "\n").c_str() : to_table(explanation).c_str(),
+             stdout);
+}
+
+}  // namespace
+
+void add_explain(CLI::App& app) {
+  auto options = std::make_shared<ExplainOptions>();
+  CLI::App* explain = app.add_subcommand(
+      "explain", "Foretells what sharing a prompt saves on this machine: bytes, flops, time");
+  CLI::Option* model =
+      explain->add_option("--model,-m", options->model, "A GGUF file, for its shape")
+          ->check(CLI::ExistingFile);
+  CLI::Option* shape =
+      explain->add_option("--shape", options->shape, "A shape of `relay synth --list`")
+          ->excludes(model);
+  for (CLI::Option* option :
+       {explain->add_option("--heads", options->heads, "Query heads"),
+        explain->add_option("--kv-heads", options->kv_heads, "KV heads"),
+        explain->add_option("--head-dim", options->head_dim, "Elements of a Q, K and V vector"),
+        explain->add_option("--layers", options->layers, "Layers")}) {
+    option->capture_default_str()->check(CLI::PositiveNumber)->excludes(model)->excludes(shape);
+  }
+  explain->add_option("--prefix", options->prefix, "Tokens of the shared prompt")
+      ->capture_default_str();
+  explain->add_option("--context", options->context, "Tokens of each request's own")
+      ->capture_default_str();
+  explain->add_option("--batch", options->batch, "Requests at once")->capture_default_str();
+  explain->add_option("--kv-type", options->kv_type, "f32, f16, bf16 or q8_0")
+      ->capture_default_str();
+  explain->add_option("--threads", options->threads,
+                      "Threads (default: all). For more than there are cores, arithmetic is "
+                      "scaled from what they do and memory taken as it is");
+  explain->add_flag("--measure", options->measure,
+                    "Runs the operator too, and says how far the prediction was off");
+  explain->add_option("--rounds", options->rounds, "Rounds of --measure")->capture_default_str();
+  explain->add_flag("--json", options->json, "Print JSON");
+  explain->footer(
+      "Attention alone, of one decode step; the rest of a step costs the same either way.\n"
+      "Example: relay explain --shape llama-3.2-1b --prefix 4096 --context 128 --batch 32");
+  explain->callback([options] { run(*options); });
+}
+
+}  // namespace relay::cli

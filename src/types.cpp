@@ -34,4 +34,15 @@ int64_t row_bytes(DType type, int64_t count) {
   throw Error("the size of a custom row is known to its owner alone");
 }
 
+const char* obstacle_to_tiles(const HeadShape& shape, DType k_type, DType v_type) {
+  if (k_type != v_type ||
+      (k_type != DType::kF32 && k_type != DType::kF16 && k_type != DType::kBF16)) {
+    return "tiled KV is f32, f16 or bf16, the same for K and V";
+  }
+  if (shape.qk_dim % 16 != 0 || shape.v_dim % 16 != 0) {
+    return "tiled KV needs head sizes that are multiples of 16";
+  }
+  return nullptr;
+}
+
 }  // namespace relay

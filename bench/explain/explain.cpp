@@ -41,10 +41,6 @@ std::optional<double> Explanation::measured_speedup() const {
   return *off.measured / *on.measured;
 }
 
-double relay_speedup(double batch, double prefix, double context) {
-  return batch * (prefix + context) / (prefix + batch * context);
-}
-
 Roofline scaled_to(const Roofline& roofline, int32_t threads) {
   Roofline scaled = roofline;
   const double factor = static_cast<double>(threads) / roofline.threads;
@@ -71,7 +67,7 @@ Explanation explain(const ExplainProblem& problem, const Roofline& roofline) {
   e.stored_shared = (prefix + batch * context) * bytes_of_slot;
   e.stored_apart = batch * (prefix + context) * bytes_of_slot;
   e.formula = relay_speedup(batch, prefix, context);
-  const bool bf16 = op.kv_type == DType::kBF16 && e.isa == "avx512bf16";
+  const bool bf16 = uses_bf16(op, e.isa);
   e.on = cost_of(problem, roofline, bf16, Sharing::kOn);
   e.off = cost_of(problem, roofline, bf16, Sharing::kOff);
   return e;

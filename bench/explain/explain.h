@@ -55,9 +55,6 @@ struct Explanation {
   std::optional<double> measured_speedup() const;
 };
 
-/// b (s + c) / (s + b c).
-double relay_speedup(double batch, double prefix, double context);
-
 /// A roofline of `threads` threads from that of others of the same machine: arithmetic grows with
 /// the threads, what memory gives does not.
 Roofline scaled_to(const Roofline& roofline, int32_t threads);

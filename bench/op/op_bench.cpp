@@ -241,10 +241,8 @@ OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds) {
   result.ideal_bytes = static_cast<double>(k_bytes + v_bytes);
   result.layers = static_cast<int>(
       std::clamp<int64_t>(4 * last_level_cache_bytes() / (k_bytes + v_bytes) + 1, 2, 2048));
-  const auto b = static_cast<double>(p.batch);
-  const auto s = static_cast<double>(p.prefix);
-  const auto c = static_cast<double>(p.context);
-  result.predicted = b * (s + c) / (s + b * c);
+  result.predicted =
+      relay_speedup(p.batch, static_cast<double>(p.prefix), static_cast<double>(p.context));
 
   std::vector<float> q(static_cast<int64_t>(p.batch) * p.shape.q_heads * p.shape.qk_dim);
   std::mt19937_64 random(1);

@@ -27,6 +27,15 @@ struct OpProblem {
 void check(const OpProblem& problem);
 /// Bytes of one slot's K and V, of all KV heads.
 int64_t slot_bytes(const OpProblem& problem);
+/// Whether kernel set `isa` multiplies it by bf16 pairs: which of the peaks counts.
+inline bool uses_bf16(const OpProblem& problem, const std::string& isa) {
+  return problem.kv_type == DType::kBF16 && isa == "avx512bf16";
+}
+/// The paper's speed-up of b requests over s shared slots and c of their own:
+/// b (s + c) / (s + b c).
+inline double relay_speedup(double batch, double prefix, double context) {
+  return batch * (prefix + context) / (prefix + batch * context);
+}
 /// The batch as a prefix tree: slots [0, prefix) shared, then the contexts one after the other.
 void build_batch(const OpProblem& problem, Sharing sharing, Forest& forest);
 

@@ -8,10 +8,6 @@
 namespace relay::bench {
 namespace {
 
-bool uses_bf16(const OpReport& report, const OpResult& result) {
-  return result.problem.kv_type == DType::kBF16 && report.isa == "avx512bf16";
-}
-
 /// Shares of the rooflines that a measurement reached.
 struct Shares {
   double gflops, gbytes, compute, memory, floor;
@@ -19,7 +15,7 @@ struct Shares {
 
 Shares shares_of(const OpReport& report, const OpResult& result, const OpMeasurement& m) {
   const Roofline& roofline = report.roofline;
-  const bool bf16 = uses_bf16(report, result);
+  const bool bf16 = uses_bf16(result.problem, report.isa);
   const double peak = bf16 && roofline.bf16_flops > 0 ? roofline.bf16_flops : roofline.f32_flops;
   const double seconds = m.time.median;
   return {.gflops = m.flops / seconds * 1e-9,

@@ -41,6 +41,9 @@ struct HeadShape {
   bool operator==(const HeadShape&) const = default;
 };
 
+/// Why KV of these types and sizes cannot lie in KvLayout::kTiles; null if it can.
+const char* obstacle_to_tiles(const HeadShape& shape, DType k_type, DType v_type);
+
 /// Expands one K or V vector of `count` elements to f32 (DType::kCustom).
 using UnpackRow = void (*)(const void* row, float* out, int64_t count);
 

@@ -50,10 +50,10 @@ void check(const KvCache& cache, const HeadShape& shape, const ConstRows& k, con
     return t == DType::kF32 || t == DType::kF16 || t == DType::kBF16;
   };
   if (!vector_type(k.type) || !vector_type(v.type)) fail("K and V are f32, f16 or bf16");
-  if (cache.layout == KvLayout::kTiles &&
-      (k.type != v.type || shape.qk_dim % 16 != 0 || shape.v_dim % 16 != 0 ||
-       cache.block_size % kTileSlots != 0)) {
-    fail("tiled KV has one type, head sizes in multiples of 16 and blocks of whole tiles");
+  if (cache.layout == KvLayout::kTiles) {
+    const char* obstacle = obstacle_to_tiles(shape, k.type, v.type);
+    if (obstacle != nullptr) fail(obstacle);
+    if (cache.block_size % kTileSlots != 0) fail("tiled KV needs blocks of whole tiles");
   }
 }
 

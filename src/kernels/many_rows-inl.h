@@ -87,20 +87,20 @@ inline QueryLayout many_layout([[maybe_unused]] DType k_type, [[maybe_unused]] D
 }
 
 inline void attend_many(const Tile& t) {
-  float* keys = t.scratch;
-  float* values = keys + padded_dim(t.qk_dim) * kTileSlots;
-  float* s = values + packed_v_floats(t.v_dim);
+  const Scratch scratch(t);
 #ifdef RELAY_HAS_BF16_DOT
   if (many_layout(t.k_type, t.v_type) == QueryLayout::kBF16Pairs) {
-    auto* key_pairs = reinterpret_cast<uint32_t*>(keys);
-    auto* value_pairs = reinterpret_cast<uint32_t*>(values);
+    auto* key_pairs = reinterpret_cast<uint32_t*>(scratch.keys);
+    auto* value_pairs = reinterpret_cast<uint32_t*>(scratch.values);
     unpack_k_pairs(t, key_pairs);
     unpack_v_pairs(t, value_pairs);
-    attend_operands<BF16Product>(t, {key_pairs, value_pairs, kPanelColumns, kPanelSize}, s);
+    attend_operands<BF16Product>(t, {key_pairs, value_pairs, kPanelColumns, kPanelSize},
+                                 scratch.scores);
     return;
   }
 #endif
-  with_elements(t.k_type, [&](auto e) { unpack_k<decltype(e)>(t, keys); });
-  with_elements(t.v_type, [&](auto e) { unpack_v<decltype(e)>(t, values); });
-  attend_operands<F32Product>(t, {keys, values, kPanelColumns, kPanelSize}, s);
+  with_elements(t.k_type, [&](auto e) { unpack_k<decltype(e)>(t, scratch.keys); });
+  with_elements(t.v_type, [&](auto e) { unpack_v<decltype(e)>(t, scratch.values); });
+  attend_operands<F32Product>(t, {scratch.keys, scratch.values, kPanelColumns, kPanelSize},
+                              scratch.scores);
 }

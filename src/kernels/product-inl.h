@@ -136,6 +136,17 @@ struct Operands {
 
 inline constexpr int kPanelColumns = kPanel * kLanes;
 
+/// How a tile's scratch is used (scratch_floats): unpacked K, unpacked V, scores.
+struct Scratch {
+  explicit Scratch(const Tile& t)
+      : keys(t.scratch),
+        values(keys + padded_dim(t.qk_dim) * kTileSlots),
+        scores(values + packed_v_floats(t.v_dim)) {}
+  float* keys;
+  float* values;
+  float* scores;
+};
+
 /// Rows of the keys that stay in the first-level cache while all query rows go over them.
 inline constexpr int kDepthBlock = 64;
 

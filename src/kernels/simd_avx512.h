@@ -22,8 +22,6 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 inline Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
-inline float reduce_max(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
-inline float reduce_add(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
 /// if_below where x < limit, else otherwise.
 inline Vec select_below(Vec x, Vec limit, Vec if_below, Vec otherwise) {
   const __mmask16 m = _mm512_cmp_ps_mask((__m512)x, (__m512)limit, _CMP_LT_OQ);

@@ -20,8 +20,6 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
 inline Vec max(Vec a, Vec b) { return (Vec)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
-inline float reduce_max(Vec v) { return vmaxvq_f32((float32x4_t)v); }
-inline float reduce_add(Vec v) { return vaddvq_f32((float32x4_t)v); }
 /// if_below where x < limit, else otherwise.
 inline Vec select_below(Vec x, Vec limit, Vec if_below, Vec otherwise) {
   return (Vec)vbslq_f32(vcltq_f32((float32x4_t)x, (float32x4_t)limit), (float32x4_t)if_below,

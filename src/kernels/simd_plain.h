@@ -25,12 +25,6 @@ inline Vec blend(VecI mask, Vec if_set, Vec otherwise) {
   return (Vec)((mask & (VecI)if_set) | (~mask & (VecI)otherwise));
 }
 inline Vec max(Vec a, Vec b) { return blend((VecI)(a > b), a, b); }
-inline float reduce_max(Vec v) {
-  const float a = v[0] > v[1] ? v[0] : v[1];
-  const float b = v[2] > v[3] ? v[2] : v[3];
-  return a > b ? a : b;
-}
-inline float reduce_add(Vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 /// if_below where x < limit, else otherwise.
 inline Vec select_below(Vec x, Vec limit, Vec if_below, Vec otherwise) {
   return blend((VecI)(x < limit), if_below, otherwise);

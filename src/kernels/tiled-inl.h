@@ -44,34 +44,33 @@ inline void expand_tile_pairs(const Tile& t, float* keys, float* values) {
 }
 
 inline void attend_tiled(const Tile& t) {
-  float* keys = t.scratch;
-  float* values = keys + padded_dim(t.qk_dim) * kTileSlots;
-  float* s = values + packed_v_floats(t.v_dim);
+  const Scratch scratch(t);
   if (t.k_type == DType::kBF16) {
 #ifdef RELAY_HAS_BF16_DOT
-    auto* value_pairs = reinterpret_cast<const uint32_t*>(tile_v(t));
-    // Of a last, half pair the other half is not there, and 0 times what lies there may be NaN.
-    uint32_t* half = nullptr;
+    const auto* pairs = reinterpret_cast<const uint32_t*>(tile_v(t));
     if (t.slots % 2 != 0) {
-      half = reinterpret_cast<uint32_t*>(values);
-      std::memcpy(half, value_pairs, static_cast<size_t>(t.slots / 2 + 1) * t.v_dim * 4);
-      for (int i = 0; i < t.v_dim; ++i) half[t.slots / 2 * t.v_dim + i] &= 0xffffu;
-      value_pairs = half;
+      // Of the last pair only half is there, and 0 times what lies in the other half may be NaN.
+      auto* copy = reinterpret_cast<uint32_t*>(scratch.values);
+      std::memcpy(copy, pairs, static_cast<size_t>(t.slots / 2 + 1) * t.v_dim * 4);
+      for (int i = 0; i < t.v_dim; ++i) copy[t.slots / 2 * t.v_dim + i] &= 0xffffu;
+      pairs = copy;
     }
     attend_operands<BF16Product>(
-        t, {reinterpret_cast<const uint32_t*>(tile_k(t)), value_pairs, t.v_dim, kPanelColumns}, s);
+        t, {reinterpret_cast<const uint32_t*>(tile_k(t)), pairs, t.v_dim, kPanelColumns},
+        scratch.scores);
     return;
 #else
-    expand_tile_pairs(t, keys, values);
+    expand_tile_pairs(t, scratch.keys, scratch.values);
 #endif
   } else if (t.k_type == DType::kF16) {
-    expand_tile<Elements<DType::kF16>>(t, keys, values);
+    expand_tile<Elements<DType::kF16>>(t, scratch.keys, scratch.values);
   } else {
     attend_operands<F32Product>(t,
                                 {reinterpret_cast<const float*>(tile_k(t)),
                                  reinterpret_cast<const float*>(tile_v(t)), t.v_dim, kPanelColumns},
-                                s);
+                                scratch.scores);
     return;
   }
-  attend_operands<F32Product>(t, {keys, values, kPanelColumns, kPanelSize}, s);
+  attend_operands<F32Product>(t, {scratch.keys, scratch.values, kPanelColumns, kPanelSize},
+                              scratch.scores);
 }

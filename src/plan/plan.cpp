@@ -31,14 +31,8 @@ void check_options(const PlanOptions& options) {
     fail("q8_0 needs head sizes that are multiples of 32");
   }
   if (options.layout == KvLayout::kTiles) {
-    if (options.k_type != options.v_type ||
-        (options.k_type != DType::kF32 && options.k_type != DType::kF16 &&
-         options.k_type != DType::kBF16)) {
-      fail("tiled KV is f32, f16 or bf16, the same for K and V");
-    }
-    if (s.qk_dim % 16 != 0 || s.v_dim % 16 != 0) {
-      fail("tiled KV needs head sizes that are multiples of 16");
-    }
+    const char* obstacle = obstacle_to_tiles(s, options.k_type, options.v_type);
+    if (obstacle != nullptr) fail(obstacle);
   }
   if (options.threads < 1) fail("threads must be positive");
 }

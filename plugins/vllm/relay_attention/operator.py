@@ -65,11 +65,8 @@ class Operator:
         w.tokens = slot_mapping.shape[0]
         w.slots = slot_mapping.data_ptr()
         w.k, w.v = key.data_ptr(), value.data_ptr()
-        k_strides, v_strides = key.stride(), value.stride()
-        if k_strides[2] != 1 or v_strides[2] != 1:
-            raise RelayError("the elements of a key or value vector are not contiguous")
-        w.k_row_stride, w.k_head_stride = k_strides[0] * size, k_strides[1] * size
-        w.v_row_stride, w.v_head_stride = v_strides[0] * size, v_strides[1] * size
+        w.k_row_stride, w.k_head_stride = _strides(key, size)
+        w.v_row_stride, w.v_head_stride = _strides(value, size)
         native.check_openmp(native.library().relay_openmp_write(w))
 
     def attend(
@@ -90,11 +87,8 @@ class Operator:
         size = kv_cache.element_size()
         i = self._inputs
         i.q, i.out = query.data_ptr(), output.data_ptr()
-        q_strides, out_strides = query.stride(), output.stride()
-        if q_strides[2] != 1 or out_strides[2] != 1:
-            raise RelayError("the elements of a query or output vector are not contiguous")
-        i.q_row_stride, i.q_head_stride = q_strides[0] * size, q_strides[1] * size
-        i.out_row_stride, i.out_head_stride = out_strides[0] * size, out_strides[1] * size
+        i.q_row_stride, i.q_head_stride = _strides(query, size)
+        i.out_row_stride, i.out_head_stride = _strides(output, size)
         native.check_openmp(
             native.library().relay_openmp_attend(plan.handle, i, plan.workspace, plan.threads)
         )
@@ -124,3 +118,14 @@ class Operator:
             window=self.window,
         )
         self._cache = kv_cache.data_ptr()
+
+
+def _strides(vectors: "torch.Tensor", size: int) -> tuple[int, int]:
+    """Bytes from row to row and from head to head of [rows, heads, head_size], `size` an element's.
+
+    Raises RelayError if the elements of a vector do not follow one another.
+    """
+    row, head, element = vectors.stride()
+    if element != 1:
+        raise RelayError("the elements of a query, key, value or output vector are not contiguous")
+    return row * size, head * size

@@ -6,16 +6,14 @@ import torch
 import transformers
 
 VOCABULARY = 512
+_VOCABULARY = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 _COMMON = dict(
-    vocab_size=VOCABULARY,
+    **_VOCABULARY,
     hidden_size=128,
     intermediate_size=256,
     num_hidden_layers=4,
     num_attention_heads=4,
     max_position_embeddings=2048,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
 )
 
 
@@ -47,40 +45,22 @@ def _gemma() -> transformers.PretrainedConfig:
 
 def _opt() -> transformers.PretrainedConfig:
     return transformers.OPTConfig(
-        vocab_size=VOCABULARY,
+        **_VOCABULARY,
         hidden_size=128,
         word_embed_proj_dim=128,
         ffn_dim=256,
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
     )
 
 
 def _bloom() -> transformers.PretrainedConfig:
     return transformers.BloomConfig(
-        vocab_size=VOCABULARY,
+        **_VOCABULARY,
         hidden_size=128,
         n_layer=4,
         n_head=4,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-
-
-def _gpt_oss() -> transformers.PretrainedConfig:
-    common = _COMMON | dict(intermediate_size=128)
-    return transformers.GptOssConfig(
-        **common,
-        num_key_value_heads=2,
-        head_dim=32,
-        sliding_window=128,
-        num_local_experts=4,
-        num_experts_per_tok=2,
     )
 
 

@@ -11,6 +11,7 @@
 
 #include "bench/op/roofline.h"
 #include "bench/op/thread_pool.h"
+#include "kernels/kernels.h"
 #include "relay/attention.h"
 
 namespace relay::bench {
@@ -29,7 +30,7 @@ void check(const OpProblem& problem);
 int64_t slot_bytes(const OpProblem& problem);
 /// Whether kernel set `isa` multiplies it by bf16 pairs: which of the peaks counts.
 inline bool uses_bf16(const OpProblem& problem, const std::string& isa) {
-  return problem.kv_type == DType::kBF16 && isa == "avx512bf16";
+  return kernels::multiplies_bf16_pairs(isa, problem.kv_type, problem.kv_type);
 }
 /// The paper's speed-up of b requests over s shared slots and c of their own:
 /// b (s + c) / (s + b c).

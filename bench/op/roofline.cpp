@@ -7,13 +7,16 @@
 #include <fstream>
 #include <memory>
 #include <new>
+#include <string>
 #include <thread>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #include "plan/cache_size.h"
+#include "relay/attention.h"
 
 namespace relay::bench {
 namespace {
@@ -77,6 +80,29 @@ __attribute__((target("avx512f,avx512bf16"))) double dot_avx512bf16(int64_t iter
   return static_cast<double>(iterations) * kChains * 16 * 2 * 2;
 }
 
+/// Sums in AMX's tiles: 16 x 16 of 32 products each. Only after the process got their registers.
+__attribute__((target("amx-tile,amx-bf16"))) double dot_amx(int64_t iterations) {
+  struct {
+    uint8_t palette = 1;
+    uint8_t unused[15] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  _tile_loadconfig(&config);
+  _tile_zero(4);
+  _tile_zero(5);
+  _tile_zero(6);
+  _tile_zero(7);
+  for (int64_t n = 0; n < iterations; ++n) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+  return static_cast<double>(iterations) * 4 * 16 * 16 * 32 * 2;
+}
+
 #endif
 
 /// Whatever the compiler makes of vectors of 4 f32 without further flags: SSE2, NEON.
@@ -105,6 +131,9 @@ FlopLoop f32_loop() {
 
 FlopLoop bf16_loop() {
 #if defined(__x86_64__)
+  // Asking for the kernel sets asks the system for AMX's registers.
+  const std::vector<std::string> isas = available_isas();
+  if (std::find(isas.begin(), isas.end(), "amx") != isas.end()) return dot_amx;
   if (__builtin_cpu_supports("avx512bf16")) return dot_avx512bf16;
 #endif
   return nullptr;

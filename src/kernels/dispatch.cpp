@@ -4,6 +4,14 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include "kernels/kernels.h"
 #include "relay/attention.h"
 
@@ -11,6 +19,7 @@ namespace relay {
 namespace kernels {
 
 #if defined(__x86_64__)
+extern const KernelSet kKernels_amx;
 extern const KernelSet kKernels_avx512bf16;
 extern const KernelSet kKernels_avx512;
 extern const KernelSet kKernels_avx2;
@@ -39,10 +48,30 @@ bool has_avx512bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("avx512vnni");
 }
+/// Linux grants a process the registers of AMX on demand, so this asks for them.
+bool has_amx() {
+#if defined(__linux__)
+  unsigned eax = 0;
+  unsigned ebx = 0;
+  unsigned ecx = 0;
+  unsigned edx = 0;
+  if (!has_avx512bf16() || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  constexpr unsigned kBf16 = 1u << 22;
+  constexpr unsigned kTile = 1u << 24;
+  if ((edx & kBf16) == 0 || (edx & kTile) == 0) return false;
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
 #endif
 
 constexpr Entry kSets[] = {
 #if defined(__x86_64__)
+    {&kKernels_amx, has_amx},
     {&kKernels_avx512bf16, has_avx512bf16},
     {&kKernels_avx512, has_avx512},
     {&kKernels_avx2, has_avx2},
@@ -82,6 +111,10 @@ std::atomic<const KernelSet*>& selected() {
 }  // namespace
 
 const KernelSet& active() { return *selected().load(std::memory_order_acquire); }
+
+bool multiplies_bf16_pairs(const std::string& isa, DType k_type, DType v_type) {
+  return find(isa).many_layout(k_type, v_type) == QueryLayout::kBF16Pairs;
+}
 
 int64_t scratch_floats(int qk_dim, int v_dim) {
   return int64_t{kTileSlots} * (padded_dim(qk_dim) + kScoreRows) + packed_v_floats(v_dim);

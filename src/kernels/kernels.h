@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "relay/types.h"
 
@@ -106,5 +107,9 @@ int64_t scratch_floats(int qk_dim, int v_dim);
 
 /// The set in use (see current_isa()).
 const KernelSet& active();
+
+/// Whether set `isa` multiplies KV of these types by pairs of bf16, in attend_many and
+/// attend_tiled. Throws Error if no such set runs here.
+bool multiplies_bf16_pairs(const std::string& isa, DType k_type, DType v_type);
 
 }  // namespace relay::kernels

@@ -179,6 +179,10 @@ inline void product_values(int rows, int value_vectors, const float* p,
   }
 }
 
+#ifdef RELAY_HAS_AMX
+#include "kernels/amx-inl.h"
+#endif
+
 /// All query rows of a tile over its operands.
 template <typename Product>
 inline void attend_operands(const Tile& t, const Operands<Product>& operands, float* s) {
@@ -191,8 +195,18 @@ inline void attend_operands(const Tile& t, const Operands<Product>& operands, fl
   const int panels =
       (key_depth + kDepthBlock - 1) / kDepthBlock * ((slot_vectors + kPanel - 1) / kPanel) +
       (value_vectors + kPanel - 1) / kPanel;
-  Prefetcher prefetch(t, panels * ((t.rows + kBlockRows - 1) / kBlockRows));
-  for (int first = 0; first < t.rows; first += kScoreRows) {
+  const auto steps = [&](int rows) { return panels * ((rows + kBlockRows - 1) / kBlockRows); };
+  int first = 0;
+#ifdef RELAY_HAS_AMX
+  if constexpr (Product::kWeights == Weights::kBF16Pairs) first = amx_rows(t);
+  Prefetcher prefetch(t, amx_steps(t, first) + steps(t.rows - first));
+  if constexpr (Product::kWeights == Weights::kBF16Pairs) {
+    if (first > 0) attend_amx(t, first, operands, s, prefetch);
+  }
+#else
+  Prefetcher prefetch(t, steps(t.rows));
+#endif
+  for (; first < t.rows; first += kScoreRows) {
     const int rows = t.rows - first < kScoreRows ? t.rows - first : kScoreRows;
     product_scores<Product>(rows, slot_vectors,
                             static_cast<const typename Product::Element*>(t.q) + first * t.q_stride,

@@ -16,6 +16,7 @@ using kernels::Tile;
 
 constexpr int kSmallDim = 64;
 constexpr int kLargeDim = 128;
+constexpr int kSomeRows = 16;  // more than few, and whole blocks of AMX
 constexpr int kMostRows = 48;  // a multiple of every register block
 /// Tiles in turn: together more than a first-level cache, as KV that was fetched ahead lies in the
 /// second.
@@ -52,7 +53,7 @@ class Calibration {
   KernelCosts measure() {
     KernelCosts costs;
     costs.few = path(true, 1, kernels_.few_rows);
-    costs.many = path(false, kernels_.few_rows + 4, kMostRows);
+    costs.many = path(false, kSomeRows, kMostRows);
     float* from = queries();
     float* to = outputs();
     const QueryLayout layout = kernels_.many_layout(k_type_, v_type_);

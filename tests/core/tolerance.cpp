@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/kernels.h"
+
 namespace relay::test {
 namespace {
 
@@ -26,8 +28,7 @@ double norm(std::span<const float> values) {
 }  // namespace
 
 Arithmetic arithmetic_of(const std::string& isa, DType k_type, DType v_type) {
-  const bool bf16_pairs = isa == "avx512bf16" && k_type == DType::kBF16 && v_type == DType::kBF16;
-  return bf16_pairs
+  return kernels::multiplies_bf16_pairs(isa, k_type, v_type)
              ? Arithmetic{.query_rounding = kBF16Unit, .weight_rounding = kBF16Unit + kCoarseExp}
              : Arithmetic{};
 }

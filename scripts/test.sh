@@ -3,8 +3,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-stages=(format build lint unit asan tsan aarch64 ggml-ops install e2e)
-by_name=(vllm)  # only where asked for: it installs 6 GB
+stages=(format build lint unit asan tsan aarch64 ggml-ops install e2e vllm)
 declare -A about=(
   [format]="sources are in the pinned format, Python is lint-free"
   [build]="release build, warnings in our code are errors"
@@ -16,12 +15,12 @@ declare -A about=(
   [ggml-ops]="ggml's own suite for FLASH_ATTN_EXT through libggml-relay.so, and who served it"
   [install]="an installed prefix: relay runs, CMake and pkg-config consumers build"
   [e2e]="the server end to end, with the openai client"
-  [vllm]="Relay in an unmodified vLLM: operator, models, random arrivals"
+  [vllm]="Relay in an unmodified vLLM: operator, models, two workers, random arrivals"
 )
 
 usage() {
-  echo "usage: scripts/test.sh [--list] [stage...]      (default: all but ${by_name[*]}, in this order)"
-  for stage in "${stages[@]}" "${by_name[@]}"; do printf '  %-9s %s\n' "$stage" "${about[$stage]}"; done
+  echo "usage: scripts/test.sh [--list] [stage...]      (default: all, in this order)"
+  for stage in "${stages[@]}"; do printf '  %-9s %s\n' "$stage" "${about[$stage]}"; done
   echo "Logs are kept in build/test-logs/<stage>.log."
 }
 
@@ -78,14 +77,12 @@ stage_e2e() {
   .venv/bin/python -m pytest -q tests/e2e
 }
 
-# vLLM lies outside the checkout, so that it is installed once; the 1,000 random requests run on one
-# model here, on two where the whole folder is run by hand.
+# vLLM lies outside the checkout, so that its 6 GB are installed once.
 stage_vllm() {
   plugins/vllm/setup_vllm.sh || return 1
   local venv="${RELAY_VLLM_VENV:-$HOME/.cache/relay/vllm-0.32.0}"
   "$venv/bin/python" -m relay_attention.doctor &&
-    "$venv/bin/python" -m pytest -q -p no:cacheprovider plugins/vllm/tests \
-      --deselect "plugins/vllm/tests/test_random_arrivals.py::test_random_arrivals[mistral]"
+    "$venv/bin/python" -m pytest -q -p no:cacheprovider plugins/vllm/tests
 }
 
 # What a stage checked, for the table.

@@ -13,6 +13,7 @@ import statistics
 import time
 
 import torch
+from arguments import numbers
 from relay_attention import native
 from relay_attention.operator import Operator
 from relay_attention.plan import Planner, Step
@@ -23,10 +24,6 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 BLOCK = 128
 LAYERS_PER_PLAN = 16  # of the 1B shape
 CACHE_BYTES = 256 << 20  # KV that does not fit a cache
-
-
-def numbers(text: str) -> list[int]:
-    return [int(n) for n in text.split(",")]
 
 
 def block_table(batch: int, prefix: int, context: int) -> torch.Tensor:

@@ -1,6 +1,8 @@
-"""vLLM engines in this process: one after the other, with Relay or with vLLM's own attention."""
+"""vLLM engines driven by this process, one after the other, with Relay or with vLLM's own
+attention."""
 
 import gc
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ def engine(
     layers say so."""
     load_general_plugins()  # now, so that the engine does not undo what follows
     selector._cached_get_attn_backend.cache_clear()
+    os.environ["RELAY_DISABLE"] = "1" if relay is False else "0"  # for workers of their own
     if relay is not False:
         plugin.register()
     else:
@@ -39,8 +42,8 @@ def engine(
     )
     llm = LLM(str(model), **(defaults | options))
     try:
-        assert relay in (None, served(llm)), (
-            "the engine does not have the attention that was asked for"
+        assert relay is None or all(
+            layers == [relay] * len(layers) for layers in served_layers(llm)
         )
         yield llm
     finally:
@@ -50,16 +53,15 @@ def engine(
         gc.collect()
 
 
-def layers(llm: LLM) -> list[object]:
-    """The attention layers of the engine's model."""
-    worker = llm.llm_engine.model_executor.driver_worker
-    context = worker.model_runner.compilation_config.static_forward_context
-    return [layer for layer in context.values() if hasattr(layer, "impl")]
+def served_layers(llm: LLM) -> list[list[bool]]:
+    """For each worker, whether Relay computes the attention of each layer."""
 
+    def look(worker: object) -> list[bool]:
+        context = worker.model_runner.compilation_config.static_forward_context
+        layers = [layer for layer in context.values() if hasattr(layer, "impl")]
+        return [getattr(layer.impl, "operator", None) is not None for layer in layers]
 
-def served(llm: LLM) -> bool:
-    """Whether Relay computes the attention of every layer."""
-    return all(getattr(layer.impl, "operator", None) for layer in layers(llm))
+    return llm.collective_rpc(look)
 
 
 @dataclass

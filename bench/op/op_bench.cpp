@@ -87,27 +87,35 @@ void fill_random(DType type, KvBuffer& bytes, uint64_t seed) {
   }
 }
 
-/// K and V of one layer, [slot][head][dim].
+/// A part of a sequence begins where a tile does.
+int64_t aligned(const OpProblem& p, int64_t slots) {
+  if (p.layout == KvLayout::kRows) return slots;
+  return (slots + kTileSlots - 1) / kTileSlots * kTileSlots;
+}
+/// Where the context of request `row` begins.
+int64_t context_slot(const OpProblem& p, int64_t row) {
+  return aligned(p, p.prefix) + row * aligned(p, p.context);
+}
+int64_t cache_slots(const OpProblem& p) { return context_slot(p, p.batch); }
+
+/// K and V of one layer: [slot][head][dim], or [head] and then in tiles.
 struct Layer {
   KvBuffer k, v;
   std::vector<float> out_on, out_off;
 
   KvCache cache(const OpProblem& p) {
-    const int64_t k_vector = row_bytes(p.kv_type, p.shape.qk_dim);
-    const int64_t v_vector = row_bytes(p.kv_type, p.shape.v_dim);
-    KvCache cache;
-    cache.k = {.type = p.kv_type,
-               .data = k.data(),
-               .block_stride = 0,
-               .slot_stride = k_vector * p.shape.kv_heads,
-               .head_stride = k_vector,
-               .unpack = nullptr};
-    cache.v = {.type = p.kv_type,
-               .data = v.data(),
-               .block_stride = 0,
-               .slot_stride = v_vector * p.shape.kv_heads,
-               .head_stride = v_vector,
-               .unpack = nullptr};
+    const auto plane = [&](KvBuffer& buffer, int32_t dim) {
+      const int64_t vector = row_bytes(p.kv_type, dim);
+      const bool tiles = p.layout == KvLayout::kTiles;
+      return KvPlane{.type = p.kv_type,
+                     .data = buffer.data(),
+                     .block_stride = 0,
+                     .slot_stride = tiles ? vector : vector * p.shape.kv_heads,
+                     .head_stride = tiles ? vector * cache_slots(p) : vector,
+                     .unpack = nullptr};
+    };
+    KvCache cache{.k = plane(k, p.shape.qk_dim), .v = plane(v, p.shape.v_dim), .layout = p.layout};
+    if (p.layout == KvLayout::kTiles) cache.block_size = cache_slots(p);
     return cache;
   }
 };
@@ -148,7 +156,8 @@ double idle_share(std::span<const std::vector<Stay>> threads, size_t layer) {
 /// Builds and plans as for a new batch; a plan is remade in place, as engines do step after step.
 void plan_batch(const OpProblem& p, Sharing sharing, int32_t threads, Way& way) {
   const PlanOptions options = {
-      .shape = p.shape, .k_type = p.kv_type, .v_type = p.kv_type, .threads = threads};
+      .shape = p.shape, .k_type = p.kv_type, .v_type = p.kv_type, .layout = p.layout,
+      .threads = threads};
   Forest forest;
   for (int i = 0; i < 8; ++i) {
     Clock::time_point start = Clock::now();
@@ -205,6 +214,10 @@ void check(const OpProblem& p) {
   if (p.batch < 1 || p.prefix < 0 || p.context < 0 || p.prefix + p.context < 1) {
     throw Error("needs a batch of at least 1 and at least one slot to attend");
   }
+  if (p.layout == KvLayout::kTiles) {
+    const char* obstacle = obstacle_to_tiles(p.shape, p.kv_type, p.kv_type);
+    if (obstacle != nullptr) throw Error(std::string("no tiles: ") + obstacle);
+  }
 }
 
 int64_t slot_bytes(const OpProblem& p) {
@@ -219,7 +232,7 @@ void build_batch(const OpProblem& p, Sharing sharing, Forest& forest) {
   for (int32_t row = 0; row < p.batch; ++row) {
     TreeNode leaf{.parent = 0, .spans = {}};
     if (p.context > 0) {
-      leaf.spans = {{.slot = p.prefix + row * p.context, .column = p.prefix, .count = p.context}};
+      leaf.spans = {{.slot = context_slot(p, row), .column = p.prefix, .count = p.context}};
     }
     leaf_of_row.push_back(static_cast<int32_t>(nodes.size()));
     nodes.push_back(std::move(leaf));
@@ -231,14 +244,14 @@ void build_batch(const OpProblem& p, Sharing sharing, Forest& forest) {
 OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds) {
   check(p);
   if (rounds < 1) throw Error("bench op: needs at least one round");
-  const int64_t slots = p.prefix + p.context * p.batch;
+  const int64_t slots = cache_slots(p);
   const int64_t k_bytes = slots * p.shape.kv_heads * row_bytes(p.kv_type, p.shape.qk_dim);
   const int64_t v_bytes = slots * p.shape.kv_heads * row_bytes(p.kv_type, p.shape.v_dim);
 
   OpResult result;
   result.problem = p;
   result.rounds = rounds;
-  result.ideal_bytes = static_cast<double>(k_bytes + v_bytes);
+  result.ideal_bytes = static_cast<double>((p.prefix + p.context * p.batch) * slot_bytes(p));
   result.layers = static_cast<int>(
       std::clamp<int64_t>(4 * last_level_cache_bytes() / (k_bytes + v_bytes) + 1, 2, 2048));
   result.predicted =

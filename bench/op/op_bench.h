@@ -22,9 +22,10 @@ struct OpProblem {
   int64_t prefix = 4096;  ///< shared slots
   int64_t context = 128;  ///< slots of each request's own
   int32_t batch = 32;     ///< requests, one row each
+  KvLayout layout = KvLayout::kRows;
 };
 
-/// Throws Error for a problem without a request or a slot.
+/// Throws Error for a problem without a request or a slot, or whose KV cannot lie in its layout.
 void check(const OpProblem& problem);
 /// Bytes of one slot's K and V, of all KV heads.
 int64_t slot_bytes(const OpProblem& problem);

@@ -83,9 +83,10 @@ std::string to_table(const OpReport& report) {
     text += format("\n%d/%d heads of %d", p.shape.q_heads, p.shape.kv_heads, p.shape.qk_dim);
     if (p.shape.v_dim != p.shape.qk_dim) text += format("/%d", p.shape.v_dim);
     text += format(
-        ", %s KV, prefix %lld, context %lld, batch %d; KV %.1f MiB a layer, %d layers, "
+        ", %s KV%s, prefix %lld, context %lld, batch %d; KV %.1f MiB a layer, %d layers, "
         "%d rounds\n",
-        to_string(p.kv_type), static_cast<long long>(p.prefix), static_cast<long long>(p.context),
+        to_string(p.kv_type), p.layout == KvLayout::kTiles ? " in tiles" : "",
+        static_cast<long long>(p.prefix), static_cast<long long>(p.context),
         p.batch, result.ideal_bytes / 1048576, result.layers, result.rounds);
     text += format("  %-8s %11s %6s %8s %7s %9s %7s %8s %8s %8s %7s   %s\n", "sharing", "median",
                    "iqr", "GFLOP/s", "GB/s", "KV MiB", "reads", "compute", "memory", "roof", "idle",
@@ -118,6 +119,7 @@ std::string to_json(const OpReport& report) {
                        {"head_dim", p.shape.qk_dim},
                        {"v_head_dim", p.shape.v_dim},
                        {"kv_type", to_string(p.kv_type)},
+                       {"layout", p.layout == KvLayout::kTiles ? "tiles" : "rows"},
                        {"prefix", p.prefix},
                        {"context", p.context},
                        {"batch", p.batch},

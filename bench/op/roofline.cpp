@@ -207,11 +207,16 @@ double load_average() {
   return getloadavg(&load, 1) == 1 ? load : -1;
 }
 
-Roofline measure_roofline(ThreadPool& pool) {
+Roofline measure_arithmetic(ThreadPool& pool) {
   Roofline roofline;
   roofline.threads = pool.size();
   roofline.f32_flops = measure_flops(pool, f32_loop());
   if (const FlopLoop loop = bf16_loop()) roofline.bf16_flops = measure_flops(pool, loop);
+  return roofline;
+}
+
+Roofline measure_roofline(ThreadPool& pool) {
+  Roofline roofline = measure_arithmetic(pool);
   roofline.cache_bytes = last_level_cache_bytes();
   // Eight times the cache: less than an eighth of it can still be there from the last round.
   roofline.buffer_bytes =

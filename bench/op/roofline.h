@@ -28,6 +28,8 @@ struct Roofline {
 
 /// Measures with all threads of the pool: about a second.
 Roofline measure_roofline(ThreadPool& pool);
+/// The same without memory.
+Roofline measure_arithmetic(ThreadPool& pool);
 
 std::string cpu_model();
 /// Mean number of runnable threads over the last minute; negative where the system does not tell.

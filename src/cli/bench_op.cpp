@@ -21,6 +21,7 @@ struct BenchOpOptions {
   std::vector<int64_t> context = {128};
   std::vector<int32_t> batch = {1, 8, 32};
   std::vector<std::string> kv_types = {"f16"};
+  std::string layout = "rows";
   int32_t threads = 0;  ///< 0: all
   int rounds = 10;
   std::string isa;
@@ -51,6 +52,7 @@ void run(const BenchOpOptions& options) {
           problem.prefix = prefix;
           problem.context = context;
           problem.batch = batch;
+          problem.layout = options.layout == "tiles" ? KvLayout::kTiles : KvLayout::kRows;
           if (!options.json) {
             std::fprintf(stderr, "measuring %s, prefix %lld, context %lld, batch %d ...\n",
                          kv_type.c_str(), static_cast<long long>(prefix),
@@ -86,6 +88,10 @@ void add_bench_op(CLI::App& app) {
       ->capture_default_str();
   op->add_option("--kv-type", options->kv_types, "f32, f16, bf16, q8_0; several: a,b,c")
       ->delimiter(',')
+      ->capture_default_str();
+  op->add_option("--layout", options->layout,
+                 "How KV lies: rows (as in llama.cpp) or tiles (as in vLLM with Relay)")
+      ->check(CLI::IsMember({"rows", "tiles"}))
       ->capture_default_str();
   op->add_option("--threads", options->threads, "Threads (default: all)");
   op->add_option("--rounds", options->rounds, "Alternating rounds of on and off")

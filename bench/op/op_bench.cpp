@@ -155,9 +155,11 @@ double idle_share(std::span<const std::vector<Stay>> threads, size_t layer) {
 
 /// Builds and plans as for a new batch; a plan is remade in place, as engines do step after step.
 void plan_batch(const OpProblem& p, Sharing sharing, int32_t threads, Way& way) {
-  const PlanOptions options = {
-      .shape = p.shape, .k_type = p.kv_type, .v_type = p.kv_type, .layout = p.layout,
-      .threads = threads};
+  const PlanOptions options = {.shape = p.shape,
+                               .k_type = p.kv_type,
+                               .v_type = p.kv_type,
+                               .layout = p.layout,
+                               .threads = threads};
   Forest forest;
   for (int i = 0; i < 8; ++i) {
     Clock::time_point start = Clock::now();

@@ -86,8 +86,8 @@ std::string to_table(const OpReport& report) {
         ", %s KV%s, prefix %lld, context %lld, batch %d; KV %.1f MiB a layer, %d layers, "
         "%d rounds\n",
         to_string(p.kv_type), p.layout == KvLayout::kTiles ? " in tiles" : "",
-        static_cast<long long>(p.prefix), static_cast<long long>(p.context),
-        p.batch, result.ideal_bytes / 1048576, result.layers, result.rounds);
+        static_cast<long long>(p.prefix), static_cast<long long>(p.context), p.batch,
+        result.ideal_bytes / 1048576, result.layers, result.rounds);
     text += format("  %-8s %11s %6s %8s %7s %9s %7s %8s %8s %8s %7s   %s\n", "sharing", "median",
                    "iqr", "GFLOP/s", "GB/s", "KV MiB", "reads", "compute", "memory", "roof", "idle",
                    "build+plan");

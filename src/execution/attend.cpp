@@ -397,23 +397,42 @@ class Runner {
         if (remaining.fetch_sub(1, std::memory_order_acq_rel) == 1) {
           remaining.store(plan_.partial_begin[row + 1] - plan_.partial_begin[row],
                           std::memory_order_relaxed);
-          for (int32_t g = 0; g < shape_.group(); ++g) merge_row(row, h * shape_.group() + g);
+          merge_row(row, h);
         }
       }
     }
   }
 
-  void merge_row(uint32_t row, int32_t head) {
-    float* o = o_ + plan_.max_states * o_stride_;  // the one vector beyond the states
-    std::fill_n(o, o_stride_, 0.0f);
-    SoftmaxState total;
-    for (uint32_t p = plan_.partial_begin[row]; p < plan_.partial_begin[row + 1]; ++p) {
-      const int64_t i = int64_t{p} * shape_.q_heads + head;
-      const MergeWeights w = merge(total, ws_.partial_states[i]);
-      if (w.part == 0.0f) continue;
-      kernels_.scale_add(o, w.into, ws_.partial_o.data() + i * o_stride_, w.part, shape_.v_dim);
+  /// Merges a row's partials for one KV head. Other cores have just written them: what comes after
+  /// next is asked for early, as each line is a message between cores.
+  void merge_row(uint32_t row, int32_t kv_head) {
+    constexpr uint32_t kAhead = 2;
+    const int32_t group = shape_.group();
+    float* o = o_ + plan_.max_states * o_stride_;  // `group` vectors beyond the states
+    std::fill_n(o, group * o_stride_, 0.0f);
+    SoftmaxState total[kMaxGroup];
+    const uint32_t end = plan_.partial_begin[row + 1];
+    const auto first_of = [&](uint32_t p) { return int64_t{p} * shape_.q_heads + kv_head * group; };
+    const auto ask_for = [&](uint32_t p) {
+      if (p >= end) return;
+      __builtin_prefetch(&ws_.partial_states[first_of(p)]);
+      const float* vectors = ws_.partial_o.data() + first_of(p) * o_stride_;
+      for (int64_t i = 0; i < group * o_stride_; i += 16) __builtin_prefetch(vectors + i);
+    };
+    for (uint32_t p = 0; p < kAhead; ++p) ask_for(plan_.partial_begin[row] + p);
+    for (uint32_t p = plan_.partial_begin[row]; p < end; ++p) {
+      ask_for(p + kAhead);
+      for (int32_t g = 0; g < group; ++g) {
+        const int64_t i = first_of(p) + g;
+        const MergeWeights w = merge(total[g], ws_.partial_states[i]);
+        if (w.part == 0.0f) continue;
+        kernels_.scale_add(o + g * o_stride_, w.into, ws_.partial_o.data() + i * o_stride_, w.part,
+                           shape_.v_dim);
+      }
     }
-    finish(row, head, total, o);
+    for (int32_t g = 0; g < group; ++g) {
+      finish(row, kv_head * group + g, total[g], o + g * o_stride_);
+    }
   }
 
   /// Adds the sink, normalises and writes one output vector.

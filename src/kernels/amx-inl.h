@@ -14,19 +14,22 @@ inline int amx_rows(const Tile& t) {
   return whole ? t.rows / kAmxRows * kAmxRows : 0;
 }
 
-/// While it lives, this thread's AMX tiles are all 16 rows of 64 bytes.
+/// Tiles that are all 16 rows of 64 bytes, as the instruction wants it told. A constant in memory:
+/// the intrinsic does not tell the compiler how much of it is read.
+struct AmxConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+inline constexpr AmxConfig kAmxConfig;
+static_assert(sizeof(AmxConfig) == 64);
+
+/// This thread's AMX tiles, while it lives.
 class AmxTiles {
  public:
-  AmxTiles() {
-    struct {
-      uint8_t palette = 1;
-      uint8_t start_row = 0;
-      uint8_t reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
+  AmxTiles() { _tile_loadconfig(&kAmxConfig); }
   ~AmxTiles() { _tile_release(); }
   AmxTiles(const AmxTiles&) = delete;
   AmxTiles& operator=(const AmxTiles&) = delete;

@@ -97,7 +97,7 @@ WorkspaceLayout layout_of(const Plan& plan) {
   };
   layout.q = take(plan.max_states * padded_dim(s.qk_dim));
   // One more vector than states: the merge accumulates there.
-  layout.o = take((plan.max_states + 1) * padded_dim(s.v_dim));
+  layout.o = take((plan.max_states + s.group()) * padded_dim(s.v_dim));  // and merging
   layout.max = take(plan.max_states);
   layout.sum = take(plan.max_states);
   layout.bias = take(plan.max_bias_rows * kTileSlots);

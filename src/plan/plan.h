@@ -69,7 +69,7 @@ class Plan {
   std::vector<Block> blocks;       ///< segments, cut by rows
   std::vector<int64_t> unit_rows;  ///< query rows that see something of a unit of slots
   std::vector<double> costs, free_at;
-  std::vector<uint32_t> next_partial;
+  std::vector<uint32_t> next_partial;  ///< per row; until partials have places, how many it has
 };
 
 /// As remake_plan of attention.h, by the given costs: a plan is a function of these three.

@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <tuple>
 
 #include "kernels/kernels.h"
@@ -85,13 +84,7 @@ class Planner {
     make_blocks();
     cut(best_way());
     place_partials();
-    // Longest first: what comes last is short, so threads finish near together. Ties by place,
-    // since a stable sort would allocate.
-    std::sort(plan_.items.begin(), plan_.items.end(), [](const WorkItem& a, const WorkItem& b) {
-      return a.cost != b.cost ? a.cost > b.cost
-                              : std::tie(a.partials, a.head_begin, a.row_begin) <
-                                    std::tie(b.partials, b.head_begin, b.row_begin);
-    });
+    sort_items();
     add_empty_rows();
   }
 
@@ -217,7 +210,7 @@ class Planner {
 
   /// The way whose threads are foretold to finish first.
   Way best_way() {
-    if (threads_ == 1) return {1, false};  // nothing to balance
+    if (threads_ == 1 || plan_.blocks.empty()) return {1, false};  // nothing to balance
     Way best = kWays[0];
     double least = 0;
     for (const Way& way : kWays) {
@@ -232,12 +225,34 @@ class Planner {
     return best;
   }
 
+  /// Until the last item is done and its rows are merged, while the other threads wait.
   double foretold_seconds() {
+    sort_items();
     plan_.costs.clear();
     for (const WorkItem& item : plan_.items) plan_.costs.push_back(item.cost);
-    std::sort(plan_.costs.begin(), plan_.costs.end(), std::greater<>());
     const Schedule schedule = foretell(plan_.costs, threads_, plan_.free_at);
-    return schedule.seconds + kUncertainty * schedule.last_item;
+    const WorkItem& last = plan_.items[schedule.last_item];
+    return schedule.seconds + kUncertainty * last.cost + merge_seconds(last);
+  }
+
+  /// Of all partials of an item's rows and heads, for whoever delivers the last of them.
+  double merge_seconds(const WorkItem& item) {
+    double partials = 0;
+    for (uint32_t i = item.row_begin; i < item.row_end; ++i) {
+      const uint32_t count = plan_.next_partial[plan_.row_index[i]];
+      if (count > 1) partials += count;
+    }
+    return partials * shape_.group() * (item.head_end - item.head_begin) * costs_.partial;
+  }
+
+  /// Longest first: what comes last is short, so threads finish near together. Ties by place, since
+  /// a stable sort would allocate.
+  void sort_items() {
+    std::sort(plan_.items.begin(), plan_.items.end(), [](const WorkItem& a, const WorkItem& b) {
+      return a.cost != b.cost ? a.cost > b.cost
+                              : std::tie(a.partials, a.head_begin, a.row_begin) <
+                                    std::tie(b.partials, b.head_begin, b.row_begin);
+    });
   }
 
   void cut(const Way& way) {
@@ -248,6 +263,7 @@ class Planner {
     left_ = total_;
     room_ = 0;
     size_ = way.items_per_thread > 0 ? even_size(way.items_per_thread) : 0;
+    plan_.next_partial.assign(static_cast<size_t>(plan_.forest.rows), 0);
     for (const Block& block : plan_.blocks) cut(block, way);
   }
 
@@ -261,6 +277,7 @@ class Planner {
     const size_t first_item = plan_.items.size();
     const int64_t units = units_of(block);
     double block_left = seconds_of(block, 0, units);
+    uint32_t chunks = 0;
     for (int64_t first = 0; first < units;) {
       const double size = item_size(block, way);
       const int64_t parts = way.heads_first
@@ -280,6 +297,7 @@ class Planner {
       left_ -= seconds;
       room_ -= (seconds + block.overhead) / static_cast<double>(most);
       first = last;
+      ++chunks;
     }
     left_ -= block.overhead;
     const bool whole = item.slots == block.slots;
@@ -287,6 +305,9 @@ class Planner {
       WorkItem& made = plan_.items[i];
       made.partial_rows = whole ? block.shared_rows : block.rows();
       made.cost = item_seconds(costs_, made, shape_);
+    }
+    for (uint32_t i = block.row_begin; i < block.row_end; ++i) {
+      plan_.next_partial[plan_.row_index[i]] += chunks;
     }
   }
 

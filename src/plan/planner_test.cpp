@@ -124,7 +124,8 @@ TEST(Balance, EightThreadsIdleUnderFivePercent) {
 }
 
 TEST(Balance, CuttingCostsLittleForOneToSixtyFourThreads) {
-  // Idle threads and what cutting adds, together: against an even share of the bare work.
+  // Idle threads and what cutting adds, together: against an even share of the bare work. Merging
+  // the last rows comes on top; where fewer partials save there, the items may take longer.
   const std::vector<Case> cases = realistic_cases();
   for (int32_t threads = 1; threads <= 64; threads += threads < 8 ? 1 : 7) {
     double sum = 0;
@@ -132,11 +133,11 @@ TEST(Balance, CuttingCostsLittleForOneToSixtyFourThreads) {
       const double bare = bare_seconds(c, threads) / threads;
       const double seconds = foretell(*plan_of(c, threads)).seconds;
       EXPECT_GE(seconds, bare * (1 - 1e-9)) << c.name;
-      EXPECT_LT(seconds, (threads <= 8 ? 1.12 : 1.3) * bare + 20e-6)
+      EXPECT_LT(seconds, (threads <= 8 ? 1.15 : 1.5) * bare + 20e-6)
           << threads << " threads, " << c.name;
       sum += 1 - bare / seconds;
     }
-    EXPECT_LT(sum / static_cast<double>(cases.size()), 0.002 * threads + 0.01) << threads;
+    EXPECT_LT(sum / static_cast<double>(cases.size()), 0.002 * threads + 0.02) << threads;
   }
 }
 

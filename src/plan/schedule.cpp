@@ -12,14 +12,14 @@ Schedule foretell(std::span<const double> costs, int32_t threads, std::vector<do
   schedule.threads = threads;
   // A heap of the times at which the threads are free, the earliest on top.
   free_at.assign(static_cast<size_t>(threads), 0.0);
-  for (const double seconds : costs) {
+  for (size_t i = 0; i < costs.size(); ++i) {
     std::pop_heap(free_at.begin(), free_at.end(), std::greater<>());
-    const double end = free_at.back() += seconds;
+    const double end = free_at.back() += costs[i];
     std::push_heap(free_at.begin(), free_at.end(), std::greater<>());
-    schedule.busy += seconds;
+    schedule.busy += costs[i];
     if (end > schedule.seconds) {
       schedule.seconds = end;
-      schedule.last_item = seconds;
+      schedule.last_item = i;
     }
   }
   return schedule;

@@ -11,7 +11,7 @@ namespace relay {
 struct Schedule {
   double seconds = 0;    ///< until the last thread has finished, by the plan's cost model
   double busy = 0;       ///< of all threads together
-  double last_item = 0;  ///< seconds of the item that ends last
+  size_t last_item = 0;  ///< which ends last
   int32_t threads = 1;
 
   /// Part of the threads' time that they wait for the last one.

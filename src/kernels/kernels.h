@@ -68,8 +68,8 @@ struct KernelSet {
   const char* name;
   int lanes;  ///< f32 lanes of a vector
 
-  /// At most this many query rows go through attend_few, which reads K and V straight from memory;
-  /// more go through attend_many, which unpacks each tile once.
+  /// attend_few takes this many query rows at once, with K and V straight from memory, and goes
+  /// over the tile again for more; attend_many unpacks the tile once.
   int few_rows;
 
   /// Packed layout that attend_many and attend_tiled want for queries against KV of these types.

@@ -42,12 +42,23 @@ LoadCost load_cost(DType type) {
   switch (type) {
     case DType::kF16:
     case DType::kBF16:
-      return {0.016e-9, 0.092e-9};
+      return {0.010e-9, 0.115e-9};
     case DType::kQ8_0:
-      return {0.045e-9, 0.117e-9};
+      return {0.039e-9, 0.14e-9};
     default:
-      return {0.022e-9, 0.097e-9};
+      return {0.016e-9, 0.12e-9};
   }
+}
+
+/// Rows up to which going over a tile in memory once for each block of them takes less than
+/// unpacking it once for all: few.slot * M / block + few.row * M < many.slot + many.row * M. Whole
+/// blocks, at least one; at most four, beyond which nothing was measured.
+int32_t most_few_rows(const CostModel& m) {
+  constexpr int32_t kMostBlocks = 3;
+  if (m.few_block == 0) return 0;
+  const double more = m.few.slot / m.few_block + m.few.row - m.many.row;
+  const double blocks = more > 0 ? m.many.slot / more / m.few_block : kMostBlocks;
+  return m.few_block * static_cast<int32_t>(std::clamp<double>(blocks, 1, kMostBlocks));
 }
 
 bool measuring() {
@@ -78,18 +89,22 @@ KernelCosts costs_once(const kernels::KernelSet& set, DType k_type, DType v_type
 }  // namespace
 
 KernelCosts fixed_costs(DType k_type, DType v_type, bool bf16_pairs) {
-  // Measured on one AVX-512 core of 2.6 to 3.7 GHz (calibrate.h). Narrower vectors change the
-  // ratios little, as all of the kernels run on them.
+  // Measured on one AVX-512 core of 2.6 to 3.7 GHz (relay-kernel-bench). Narrower vectors change
+  // the ratios little, as all of the kernels run on them.
   const LoadCost k = load_cost(k_type);
   const LoadCost v = load_cost(v_type);
   KernelCosts c;
-  c.few = {
-      .slot = 2.6e-9, .slot_element = (k.few + v.few) / 2, .row = 1.2e-9, .row_element = 0.0165e-9};
-  c.many = {
-      .slot = 4e-9, .slot_element = (k.many + v.many) / 2, .row = 0.28e-9, .row_element = 0.018e-9};
+  c.few = {.slot = 2.4e-9,
+           .slot_element = (k.few + v.few) / 2,
+           .row = 1.15e-9,
+           .row_element = 0.0151e-9};
+  c.many = {.slot = 1e-9,
+            .slot_element = (k.many + v.many) / 2,
+            .row = 0.15e-9,
+            .row_element = 0.0185e-9};
   if (bf16_pairs) {
-    c.many.slot_element -= 0.038e-9;
-    c.many.row_element -= 0.009e-9;
+    c.many.slot_element -= 0.048e-9;
+    c.many.row_element -= 0.0093e-9;
   }
   c.state_element = 0.085e-9;
   c.partial_element = 0.35e-9;
@@ -115,11 +130,12 @@ CostModel make_cost_model(const KernelCosts& costs, const PlanOptions& options, 
   model.slot_bytes =
       vector_bytes(options.k_type, shape.qk_dim) + vector_bytes(options.v_type, shape.v_dim);
   model.cache_bytes = core_cache_bytes();
-  model.few_rows = kernels::active().few_rows;
+  model.few_block = kernels::active().few_rows;
   if (options.layout == KvLayout::kTiles) {  // one kernel for any number of rows, nothing to unpack
-    model.few_rows = 0;
+    model.few_block = 0;
     model.many.slot = kTileSlotSeconds;
   }
+  model.few_rows = most_few_rows(model);
   return model;
 }
 
@@ -143,6 +159,7 @@ CostModel coarse_cost_model(const CostModel& fixed, const CostModel& measured) {
   coarse.state = corrected(fixed.state, measured.state);
   coarse.partial = corrected(fixed.partial, measured.partial);
   coarse.byte = corrected(fixed.byte, measured.byte);
+  coarse.few_rows = most_few_rows(coarse);
   return coarse;
 }
 

@@ -49,6 +49,7 @@ struct CostModel {
   double run_bytes = 0;     ///< each run of adjacent bytes takes as long as so many more
   int64_t slot_bytes = 0;   ///< of one KV head's K and V
   int64_t cache_bytes = 0;  ///< a core's second-level cache
+  int32_t few_block = 0;    ///< query rows that the kernel for few takes at once; 0 without one
   int32_t few_rows = 0;     ///< up to so many query rows are few
 
   /// Seconds of reading `slots` slots of `heads` KV heads, with `row_slots` products of a slot and

@@ -52,7 +52,7 @@ LoadCost load_cost(DType type) {
 
 /// Rows up to which going over a tile in memory once for each block of them takes less than
 /// unpacking it once for all: few.slot * M / block + few.row * M < many.slot + many.row * M. Whole
-/// blocks, at least one; at most four, beyond which nothing was measured.
+/// blocks, at least one; at most three, beyond which nothing was gained from memory.
 int32_t most_few_rows(const CostModel& m) {
   constexpr int32_t kMostBlocks = 3;
   if (m.few_block == 0) return 0;

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The benches of `make bench`: the operator, then llama.cpp with and without the module.
+# The benches of `make bench`: kernels, the operator, then llama.cpp with and without the module.
 # Results lie in build/bench. The machine should have nothing else to do.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,6 +14,9 @@ if [ ! -f "$model" ]; then
   echo "=== bench: writing $model"
   "$relay" synth llama-3.2-1b "$model" --ffn 5632 --type q4_0
 fi
+
+echo "=== bench: one tile's kernels in the cache (build/bench/kernels.json)"
+build/release/bin/relay-kernel-bench --benchmark_out=build/bench/kernels.json
 
 echo "=== bench: the operator (build/bench/op.json)"
 "$relay" bench op --heads 32 --kv-heads 8 --head-dim 64 --prefix 0,4096,16384 --context 128 \

@@ -18,7 +18,10 @@ exec 9>"$venv.lock"
 flock 9  # two runs at once: the second finds all done
 want="$({ echo "$vllm"; cat requirements-vllm.txt; python3 --version; } | sha256sum | cut -d' ' -f1)"
 if [ "$(cat "$venv/relay-stamp" 2>/dev/null)" != "$want" ]; then
-  say "installing vLLM $vllm into $venv"
+  free=$(df -Pk "$(dirname "$venv")" | awk 'NR == 2 { print int($4 / 1048576) }')
+  [ "$free" -ge 12 ] ||
+    fail "vLLM needs 7 GB, and 12 GB while it is installed; $(dirname "$venv") has $free (RELAY_VLLM_VENV names another place)"
+  say "installing vLLM $vllm into $venv (some minutes)"
   rm -rf "$venv"
   python3 -m venv "$venv"
   pip=("$venv/bin/python" -m pip install --disable-pip-version-check --quiet)

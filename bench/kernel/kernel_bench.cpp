@@ -10,7 +10,6 @@
 #include <cstdlib>
 #include <memory>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "bench/op/roofline.h"
@@ -48,9 +47,10 @@ void fill(DType type, std::vector<uint16_t>& numbers) {
 
 enum class Path { kRows, kTiles };
 
-void attend(benchmark::State& state, DType type, Path path, int dim) {
+void attend(benchmark::State& state, DType type, Path path) {
   const KernelSet& set = kernels::active();
-  const auto rows = static_cast<int>(state.range(0));
+  const auto dim = static_cast<int>(state.range(0));
+  const auto rows = static_cast<int>(state.range(1));
   const bool few = path == Path::kRows && rows <= set.few_rows;
   const QueryLayout layout = few ? QueryLayout::kF32 : set.many_layout(type, type);
   const int64_t slots = int64_t{kTiles} * kTileSlots;
@@ -95,7 +95,7 @@ void attend(benchmark::State& state, DType type, Path path, int dim) {
   const auto kernel = path == Path::kTiles ? set.attend_tiled
                       : few                ? set.attend_few
                                            : set.attend_many;
-  for (auto _ : state) {
+  while (state.KeepRunning()) {
     for (int t = 0; t < kTiles; ++t) {
       tile.k = &k_rows[t * kTileSlots];
       tile.v = &v_rows[t * kTileSlots];
@@ -113,19 +113,23 @@ void attend(benchmark::State& state, DType type, Path path, int dim) {
 void peak(benchmark::State& state) {
   bench::ThreadPool pool(1);
   bench::Roofline roofline;
-  for (auto _ : state) roofline = bench::measure_arithmetic(pool);
+  while (state.KeepRunning()) roofline = bench::measure_arithmetic(pool);
   state.counters["f32"] = roofline.f32_flops;
   state.counters["bf16"] = roofline.bf16_flops;
 }
 
-void add(const char* name, DType type, Path path) {
-  for (const int dim : {64, 128}) {
-    const std::string full = std::string(name) + "/d" + std::to_string(dim) + "/rows";
-    benchmark::RegisterBenchmark(full.c_str(), [=](benchmark::State& state) {
-      attend(state, type, path, dim);
-    })->ArgsProduct({{1, 4, 8, 16, 32, 128}});
-  }
+void f16(benchmark::State& state) { attend(state, DType::kF16, Path::kRows); }
+void bf16(benchmark::State& state) { attend(state, DType::kBF16, Path::kRows); }
+void bf16_tiles(benchmark::State& state) { attend(state, DType::kBF16, Path::kTiles); }
+
+void heads_and_rows(benchmark::internal::Benchmark* kernel) {
+  kernel->ArgNames({"d", "rows"})->ArgsProduct({{64, 128}, {1, 4, 8, 16, 32, 128}});
 }
+
+BENCHMARK(peak)->Iterations(1);
+BENCHMARK(f16)->Apply(heads_and_rows);
+BENCHMARK(bf16)->Apply(heads_and_rows);
+BENCHMARK(bf16_tiles)->Apply(heads_and_rows);
 
 }  // namespace
 
@@ -133,10 +137,6 @@ int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
   benchmark::AddCustomContext("kernels", current_isa());
-  benchmark::RegisterBenchmark("peak", peak)->Iterations(1);
-  add("f16", DType::kF16, Path::kRows);
-  add("bf16", DType::kBF16, Path::kRows);
-  add("bf16 in tiles", DType::kBF16, Path::kTiles);
   benchmark::RunSpecifiedBenchmarks();
   return 0;
 }

@@ -6,13 +6,14 @@
 // RELAY_ISA chooses the kernel set. Compare with `peak`, measured by the same program.
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <random>
 #include <vector>
 
+#include "bench/op/kv_buffer.h"
 #include "bench/op/roofline.h"
+#include "execution/workspace.h"
 #include "kernels/kernels.h"
 #include "relay/attention.h"
 #include "relay/types.h"
@@ -26,25 +27,6 @@ using kernels::Tile;
 
 constexpr int kTiles = 4;  // more than a first-level cache holds, as KV arrives in the second
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Floats = std::unique_ptr<float, Free>;
-
-Floats allocate(int64_t floats) {
-  const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
-  return Floats(static_cast<float*>(std::aligned_alloc(64, bytes)));
-}
-
-/// f16 or bf16 numbers between 2^-3 and 2 of either sign.
-void fill(DType type, std::vector<uint16_t>& numbers) {
-  std::mt19937 random(1);
-  for (uint16_t& x : numbers) {
-    const auto bits = static_cast<uint16_t>(random());
-    x = type == DType::kF16 ? (bits & 0x8fff) | 0x3000 : (bits & 0x81ff) | 0x3e00;
-  }
-}
-
 enum class Path { kRows, kTiles };
 
 void attend(benchmark::State& state, DType type, Path path) {
@@ -54,44 +36,48 @@ void attend(benchmark::State& state, DType type, Path path) {
   const bool few = path == Path::kRows && rows <= set.few_rows;
   const QueryLayout layout = few ? QueryLayout::kF32 : set.many_layout(type, type);
   const int64_t slots = int64_t{kTiles} * kTileSlots;
-  std::vector<uint16_t> k(slots * dim), v(slots * dim);
-  fill(type, k);
-  fill(type, v);
+  const int64_t vector_bytes = row_bytes(type, dim);
+  bench::KvBuffer k, v;
+  k.resize(slots * vector_bytes);
+  v.resize(slots * vector_bytes);
+  bench::fill_random(type, k, 1);
+  bench::fill_random(type, v, 2);
   std::vector<const uint8_t*> k_rows(slots), v_rows(slots);
   for (int64_t s = 0; s < slots; ++s) {
-    k_rows[s] = reinterpret_cast<const uint8_t*>(&k[s * dim]);
-    v_rows[s] = reinterpret_cast<const uint8_t*>(&v[s * dim]);
+    k_rows[s] = k.data() + s * vector_bytes;
+    v_rows[s] = v.data() + s * vector_bytes;
   }
   const int stride = kernels::padded_dim(dim) / (layout == QueryLayout::kF32 ? 1 : 2);
-  const Floats q = allocate(int64_t{rows} * stride);
-  const Floats o = allocate(int64_t{rows} * kernels::padded_dim(dim));
-  const Floats max = allocate(rows);
-  const Floats sum = allocate(rows);
-  const Floats scratch = allocate(kernels::scratch_floats(dim, dim));
+  FloatBuffer q, o, max, sum, scratch;
+  q.reserve(int64_t{rows} * stride);
+  o.reserve(int64_t{rows} * kernels::padded_dim(dim));
+  max.reserve(rows);
+  sum.reserve(rows);
+  scratch.reserve(kernels::scratch_floats(dim, dim));
   std::mt19937 random(2);
   std::normal_distribution<float> normal;
   std::vector<float> vector(dim);
   for (int r = 0; r < rows; ++r) {
     for (float& x : vector) x = normal(random);
-    set.pack_query(DType::kF32, vector.data(), dim, layout, q.get() + r * stride);
-    max.get()[r] = -INFINITY;
-    sum.get()[r] = 0;
+    set.pack_query(DType::kF32, vector.data(), dim, layout, q.data() + r * stride);
+    max.data()[r] = -INFINITY;
+    sum.data()[r] = 0;
   }
-  std::fill_n(o.get(), int64_t{rows} * kernels::padded_dim(dim), 0.0f);
+  std::fill_n(o.data(), int64_t{rows} * kernels::padded_dim(dim), 0.0f);
 
   Tile tile;
   tile.slots = kTileSlots;
   tile.k_type = tile.v_type = type;
   tile.qk_dim = tile.v_dim = dim;
   tile.rows = rows;
-  tile.q = q.get();
+  tile.q = q.data();
   tile.q_stride = stride;
-  tile.o = o.get();
+  tile.o = o.data();
   tile.o_stride = kernels::padded_dim(dim);
-  tile.max = max.get();
-  tile.sum = sum.get();
+  tile.max = max.data();
+  tile.sum = sum.data();
   tile.scale = kernels::kLog2e / std::sqrt(static_cast<float>(dim));
-  tile.scratch = scratch.get();
+  tile.scratch = scratch.data();
   const auto kernel = path == Path::kTiles ? set.attend_tiled
                       : few                ? set.attend_few
                                            : set.attend_many;

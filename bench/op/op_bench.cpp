@@ -3,13 +3,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <new>
 #include <random>
 #include <span>
 
+#include "bench/op/kv_buffer.h"
 #include "plan/cache_size.h"
 #include "plan/schedule.h"
 #include "relay/forest.h"
@@ -36,55 +33,6 @@ Timing timing_of(const std::vector<double>& seconds) {
           .low = quantile(seconds, 0.25),
           .high = quantile(seconds, 0.75),
           .best = *std::min_element(seconds.begin(), seconds.end())};
-}
-
-/// A KV buffer that begins with a cache line, as engines allocate it.
-class KvBuffer {
- public:
-  void resize(int64_t bytes) {
-    size_ = (static_cast<size_t>(bytes) + 63) / 64 * 64;
-    data_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, size_)));
-    if (!data_) throw std::bad_alloc();
-  }
-  uint8_t* data() { return data_.get(); }
-  size_t size() const { return size_; }
-
- private:
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-  std::unique_ptr<uint8_t, Free> data_;
-  size_t size_ = 0;
-};
-
-/// Fills a KV buffer with vectors of moderate random values, whatever the type.
-void fill_random(DType type, KvBuffer& bytes, uint64_t seed) {
-  std::mt19937_64 random(seed);
-  auto* words = reinterpret_cast<uint64_t*>(bytes.data());
-  const size_t count = bytes.size() / 8;
-  // Sign and mantissa random, magnitude between 2^-3 and 2: masks keep the exponent in range.
-  for (size_t i = 0; i < count; ++i) {
-    const uint64_t word = random();
-    switch (type) {
-      case DType::kF32:
-        words[i] = (word & 0x81ffffff81ffffff) | 0x3e0000003e000000;
-        break;
-      case DType::kBF16:
-        words[i] = (word & 0x81ff81ff81ff81ff) | 0x3e003e003e003e00;
-        break;
-      case DType::kF16:
-        words[i] = (word & 0x8fff8fff8fff8fff) | 0x3000300030003000;
-        break;
-      default:
-        words[i] = word;
-    }
-  }
-  if (type == DType::kQ8_0) {
-    const uint16_t scale = 0x2000;  // 2^-7: int8 becomes -1 to 1
-    for (size_t block = 0; block + 34 <= bytes.size(); block += 34) {
-      std::memcpy(bytes.data() + block, &scale, sizeof(scale));
-    }
-  }
 }
 
 /// A part of a sequence begins where a tile does.

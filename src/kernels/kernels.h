@@ -68,8 +68,9 @@ struct KernelSet {
   const char* name;
   int lanes;  ///< f32 lanes of a vector
 
-  /// attend_few takes this many query rows at once, with K and V straight from memory, and goes
-  /// over the tile again for more; attend_many unpacks the tile once.
+  /// Query rows of one pass of attend_few, as the cost model counts them: K and V come straight
+  /// from memory, again for each further pass (narrow vectors make two of one). attend_many unpacks
+  /// the tile once.
   int few_rows;
 
   /// Packed layout that attend_many and attend_tiled want for queries against KV of these types.

@@ -14,7 +14,6 @@ namespace {
 #define RELAY_HAS_BF16_DOT 1
 #define RELAY_HAS_AMX 1
 #include "kernels/simd_avx512.h"
-inline constexpr int kFewRows = 8;
 #include "kernels/tile-inl.h"
 
 }  // namespace

@@ -11,7 +11,6 @@ namespace relay::kernels {
 namespace {
 
 #include "kernels/simd_avx512.h"
-inline constexpr int kFewRows = 8;
 #include "kernels/tile-inl.h"
 
 }  // namespace

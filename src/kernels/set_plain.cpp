@@ -10,7 +10,6 @@ namespace relay::kernels {
 namespace {
 
 #include "kernels/simd_plain.h"
-inline constexpr int kFewRows = 8;
 #include "kernels/tile-inl.h"
 
 }  // namespace

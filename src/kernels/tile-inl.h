@@ -25,6 +25,9 @@
 #include "kernels/rows-inl.h"
 // clang-format on
 
+/// Query rows of one pass over a tile, as the cost model counts attend_few; the same in all sets.
+inline constexpr int kFewRows = 8;
+
 inline KernelSet make_kernel_set(const char* name) {
   return {name,        kLanes,       kFewRows,   many_layout, pack_query,  attend_few,
           attend_many, attend_tiled, expand_f16, scale_add,   store_output};

@@ -96,8 +96,8 @@ WorkspaceLayout layout_of(const Plan& plan) {
     return offset;
   };
   layout.q = take(plan.max_states * padded_dim(s.qk_dim));
-  // One more vector than states: the merge accumulates there.
-  layout.o = take((plan.max_states + s.group()) * padded_dim(s.v_dim));  // and merging
+  // A head group's vectors more than states: the merge accumulates there.
+  layout.o = take((plan.max_states + s.group()) * padded_dim(s.v_dim));
   layout.max = take(plan.max_states);
   layout.sum = take(plan.max_states);
   layout.bias = take(plan.max_bias_rows * kTileSlots);

@@ -57,10 +57,15 @@ def write_tokenizer(folder: Path) -> None:
 
 
 class Bench:
+    """The model, written into `folder`, and vLLM's benchmarks of it."""
+
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self._args, self._folder = args, folder
+        max_tokens = args.prefix + args.suffix + args.output + 8
+        write_config(folder, max_tokens)
+        write_tokenizer(folder)
         self._model = ["--dtype", args.dtype, "--load-format", "dummy", "--enforce-eager"]
-        self._model += ["--max-model-len", str(args.prefix + args.suffix + args.output + 8)]
+        self._model += ["--max-model-len", str(max_tokens)]
         self._model += ["--max-num-seqs", str(args.concurrency)]
 
     def _environment(self, relay: bool) -> dict[str, str]:
@@ -122,7 +127,8 @@ class Bench:
                 )
                 result = json.loads(file.read_text())
                 if result["completed"] != self._args.requests:
-                    sys.exit(f"only {result['completed']} requests were answered, see {log}")
+                    end = log.read_text()[-3000:]
+                    sys.exit(f"only {result['completed']} requests were answered:\n{end}")
                 results.append(result)
             return results
         finally:
@@ -181,10 +187,7 @@ def main() -> None:
     served: dict[bool, list] = {False: [], True: []}
     offline: dict[bool, list] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_config(folder, max_tokens=args.prefix + args.suffix + args.output + 8)
-        write_tokenizer(folder)
-        bench = Bench(args, folder)
+        bench = Bench(args, Path(name))
         for turn in range(args.rounds):
             for relay in (False, True) if turn % 2 == 0 else (True, False):
                 who = "Relay" if relay else "vLLM"

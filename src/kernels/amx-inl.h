@@ -112,16 +112,31 @@ inline void attend_amx(const Tile& t, int rows, const Operands<BF16Product>& ope
   for (int first = 0; first < rows; first += kScoreRows) {
     const int count = rows - first < kScoreRows ? rows - first : kScoreRows;
     const auto* q = static_cast<const uint32_t*>(t.q) + first * t.q_stride;
-    for (int j = 0; j < kTileSlots; j += kAmxColumns) {
-      amx_product<false>(count, q, t.q_stride, operands.keys + j, kTileSlots, s + j, kTileSlots,
-                         t.qk_dim / 2, prefetch);
-    }
-    softmax<Weights::kBF16Pairs>(t, first, count, s, alpha);
+    const auto scores = [&] {
+      for (int j = 0; j < kTileSlots; j += kAmxColumns) {
+        amx_product<false>(count, q, t.q_stride, operands.keys + j, kTileSlots, s + j, kTileSlots,
+                           t.qk_dim / 2, prefetch);
+      }
+    };
+    scores();
     float* o = t.o + first * t.o_stride;
-    for (int r = 0; r < count; ++r) {
-      const Vec factor = splat(alpha[r]);
-      float* row = o + r * t.o_stride;
-      for (int i = 0; i < t.v_dim; i += kLanes) store(row + i, load(row + i) * factor);
+    EarlyWeights<Weights::kBF16Pairs> early(t, first, count);
+    if (early.known()) {
+      const auto take = early.take(0, s);
+      for (int r = 0; r < count; ++r) {
+        Vec row[kScoreVectors];
+        for (int j = 0; j < kScoreVectors; ++j) row[j] = load(s + r * kTileSlots + j * kLanes);
+        take(r, row);
+      }
+    }
+    if (!early.known() || !early.commit()) {
+      if (early.known()) scores();  // they have been overwritten
+      softmax<Weights::kBF16Pairs>(t, first, count, s, alpha);
+      for (int r = 0; r < count; ++r) {
+        const Vec factor = splat(alpha[r]);
+        float* row = o + r * t.o_stride;
+        for (int i = 0; i < t.v_dim; i += kLanes) store(row + i, load(row + i) * factor);
+      }
     }
     for (int i = 0; i < t.v_dim; i += kAmxColumns) {
       amx_product<true>(

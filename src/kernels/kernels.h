@@ -3,8 +3,9 @@
 // A tile is up to kTileSlots KV slots of one KV head; a query row here is one (row, head of the
 // group) pair, so the whole GQA group goes over a tile while it is in cache. The state of a query
 // row over the slots seen so far is (max, sum, o), in base 2:
-//   max = max_s x_s,   sum = sum_s 2^(x_s - max),   o = sum_s 2^(x_s - max) v_s,
-// where x_s = log2(e) * logit_s. Nothing seen: max = -inf, sum = 0, o = 0.
+//   max >= max_s x_s - 20,   sum = sum_s 2^(x_s - max),   o = sum_s 2^(x_s - max) v_s,
+// where x_s = log2(e) * logit_s. Any max in that range does: it cancels out. Nothing seen: max =
+// -inf, sum = 0, o = 0.
 #pragma once
 
 #include <cstdint>

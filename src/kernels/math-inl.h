@@ -2,14 +2,13 @@
 
 inline constexpr float kInf = __builtin_inff();
 
-/// 2^x for x <= 126; 0 below -126, where the result would be subnormal. 2^0 is exactly 1. Minimax
-/// polynomials on [-0.5, 0.5]: relative error below 2.5e-7, or (kCoarse, for weights that are
-/// rounded to bf16, up to 3.9e-3 off) below 1.1e-4.
+/// 2^x for finite x <= 126 (where larger, times_power_of_two says what); 0 below -126, where the
+/// result would be subnormal. 2^0 is exactly 1. Minimax polynomials on [-0.5, 0.5]: relative error
+/// below 2.5e-7, or (kCoarse, for weights that are rounded to bf16, up to 3.9e-3 off) below 1.1e-4.
 template <bool kCoarse = false>
-RELAY_INLINE Vec exp2(Vec x) {
-  const Vec clamped = max(x, splat(-200.0f));
-  const Vec n = round(clamped);
-  const Vec f = clamped - n;
+RELAY_INLINE Vec exp2_finite(Vec x) {
+  const Vec n = round(x);
+  const Vec f = x - n;
   Vec p;
   if constexpr (kCoarse) {
     p = fma(splat(0.055008933f), f, splat(0.24221095f));
@@ -23,11 +22,15 @@ RELAY_INLINE Vec exp2(Vec x) {
   p = fma(p, f, splat(1.0f));
   return times_power_of_two(p, n);
 }
+/// As exp2_finite, and 0 at -inf.
+template <bool kCoarse = false>
+RELAY_INLINE Vec exp2(Vec x) {
+  return exp2_finite<kCoarse>(max(x, splat(-200.0f)));
+}
 
 /// tanh(x) = 1 - 2 / (1 + e^2x), absolute error below 3e-7.
 RELAY_INLINE Vec tanh(Vec x) {
-  const Vec bound = splat(43.0f);  // e^86 is still finite, tanh(43) is 1 in f32
-  const Vec limited = splat(0.0f) - max(splat(0.0f) - x, splat(0.0f) - bound);
+  const Vec limited = min(x, splat(43.0f));  // e^86 is still finite, tanh(43) is 1 in f32
   const Vec e = exp2(limited * splat(2.0f * kLog2e));
   return splat(1.0f) - splat(2.0f) / (splat(1.0f) + e);
 }

@@ -26,28 +26,44 @@ struct BF16Product {
 /// What becomes of the former contents of a product's result.
 enum class Former : uint8_t { kDropped, kScaled, kKept };
 
-/// c[MR][NV vectors] = former + a[MR][depth] b[depth][NV vectors], where former is 0, c * alpha (by
-/// row) or c.
-template <typename Product, int MR, int NV>
-void product_block(const typename Product::Element* a, int64_t a_stride,
-                   const typename Product::Element* b, int64_t b_stride, float* c, int64_t c_stride,
-                   int depth, Former former, const float* alpha) {
+/// Where a product's sums start: from 0, from c * alpha (by row) or from c.
+struct Start {
+  Former former;
+  const float* c;
+  int64_t stride;
+  const float* alpha;
+};
+
+/// acc[MR][NV] = start + a[MR][depth] b[depth][NV vectors], whose rows then go to
+/// finish(row, acc[row]). `row` is the block's first.
+template <typename Product, int MR, int NV, typename Finish>
+RELAY_NOINLINE void product_block(const typename Product::Element* a, int64_t a_stride,
+                                  const typename Product::Element* b, int64_t b_stride, int depth,
+                                  int row, const Start& start, const Finish& finish) {
   using B = decltype(Product::load(b));
   Vec acc[MR][NV];
-  if (former == Former::kDropped) {
+  auto begin = [&](auto value) RELAY_INLINE_LAMBDA {
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) acc[i][j] = splat(0.0f);
+      for (int j = 0; j < NV; ++j) acc[i][j] = value(i, j);
     }
-  } else {
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      const Vec factor = splat(former == Former::kScaled ? alpha[i] : 1.0f);
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) acc[i][j] = load(c + i * c_stride + j * kLanes) * factor;
-    }
+  };
+  const float* c = start.c + row * start.stride;
+  switch (start.former) {
+    case Former::kDropped:
+      begin([](int, int) { return splat(0.0f); });
+      break;
+    case Former::kScaled:
+      begin([&](int i, int j) {
+        return load(c + i * start.stride + j * kLanes) * splat(start.alpha[row + i]);
+      });
+      break;
+    case Former::kKept:
+      begin([&](int i, int j) { return load(c + i * start.stride + j * kLanes); });
+      break;
   }
+  a += row * a_stride;
   for (int k = 0; k < depth; ++k) {
     B column[NV];
 #pragma GCC unroll 8
@@ -60,52 +76,55 @@ void product_block(const typename Product::Element* a, int64_t a_stride,
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) store(c + i * c_stride + j * kLanes, acc[i][j]);
-  }
+  for (int i = 0; i < MR; ++i) finish(row + i, acc[i]);
 }
 
-template <typename Product, int NV>
+/// Stores a product's rows.
+struct StoreRows {
+  float* c;
+  int64_t stride;
+  template <int NV>
+  RELAY_INLINE void operator()(int row, const Vec (&acc)[NV]) const {
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) store(c + row * stride + j * kLanes, acc[j]);
+  }
+};
+
+template <typename Product, int NV, typename Finish>
 inline void product_rows(int rows, const typename Product::Element* a, int64_t a_stride,
-                         const typename Product::Element* b, int64_t b_stride, float* c,
-                         int64_t c_stride, int depth, Former former, const float* alpha,
-                         Prefetcher& prefetch) {
-  while (rows > 0) {
+                         const typename Product::Element* b, int64_t b_stride, int depth,
+                         const Start& start, const Finish& finish, Prefetcher& prefetch) {
+  int row = 0;
+  while (row < rows) {
     auto block = [&]<int MR>() {
-      product_block<Product, MR, NV>(a, a_stride, b, b_stride, c, c_stride, depth, former, alpha);
-      return MR;
+      product_block<Product, MR, NV>(a, a_stride, b, b_stride, depth, row, start, finish);
+      row += MR;
     };
     // Two even blocks beat a full one and a thin one.
-    int done;
-    if (rows >= kBlockRows && (rows >= 9 || rows == kBlockRows)) {
-      done = block.template operator()<kBlockRows>();
-    } else if (rows >= 4) {
-      done = block.template operator()<4>();
-    } else if (rows == 3) {
-      done = block.template operator()<3>();
-    } else if (rows == 2) {
-      done = block.template operator()<2>();
+    const int left = rows - row;
+    if (left >= kBlockRows && (left >= 9 || left == kBlockRows)) {
+      block.template operator()<kBlockRows>();
+    } else if (left >= 4) {
+      block.template operator()<4>();
+    } else if (left == 3) {
+      block.template operator()<3>();
+    } else if (left == 2) {
+      block.template operator()<2>();
     } else {
-      done = block.template operator()<1>();
+      block.template operator()<1>();
     }
     prefetch.step();
-    rows -= done;
-    a += done * a_stride;
-    c += done * c_stride;
-    if (alpha != nullptr) alpha += done;
   }
 }
 
-/// One panel of a product: c[rows][vectors] = former + a b, vectors <= kPanel.
-template <typename Product>
+/// One panel of a product: rows of start + a b, `vectors` (at most kPanel) wide, go to finish.
+template <typename Product, typename Finish>
 inline void product_panel(int rows, int vectors, const typename Product::Element* a,
                           int64_t a_stride, const typename Product::Element* b, int64_t b_stride,
-                          float* c, int64_t c_stride, int depth, Former former, const float* alpha,
+                          int depth, const Start& start, const Finish& finish,
                           Prefetcher& prefetch) {
   auto rows_of = [&]<int NV>() {
-    product_rows<Product, NV>(rows, a, a_stride, b, b_stride, c, c_stride, depth, former, alpha,
-                              prefetch);
+    product_rows<Product, NV>(rows, a, a_stride, b, b_stride, depth, start, finish, prefetch);
   };
   switch (vectors) {
     case 1:
@@ -150,18 +169,24 @@ struct Scratch {
 /// Rows of the keys that stay in the first-level cache while all query rows go over them.
 inline constexpr int kDepthBlock = 64;
 
-/// s[rows][kTileSlots] = q k.
-template <typename Product>
+/// s[rows][kTileSlots] = q k; the finished rows of the panel at column j go to finish(j).
+template <typename Product, typename Finish>
 inline void product_scores(int rows, int slot_vectors, const typename Product::Element* q,
                            int64_t q_stride, const typename Product::Element* k, int depth,
-                           float* s, Prefetcher& prefetch) {
+                           float* s, const Finish& finish, Prefetcher& prefetch) {
   for (int i = 0; i < depth; i += kDepthBlock) {
     const int here = depth - i < kDepthBlock ? depth - i : kDepthBlock;
-    for (int j = 0; j < slot_vectors; j += kPanel) {
-      product_panel<Product>(rows, slot_vectors - j, q + i, q_stride,
-                             k + i * kTileSlots + j * kLanes, kTileSlots, s + j * kLanes,
-                             kTileSlots, here, i == 0 ? Former::kDropped : Former::kKept, nullptr,
-                             prefetch);
+    for (int j = 0; j < slot_vectors * kLanes; j += kPanelColumns) {
+      const Start start{i == 0 ? Former::kDropped : Former::kKept, s + j, kTileSlots, nullptr};
+      auto panel = [&](const auto& rows_to) {
+        product_panel<Product>(rows, slot_vectors - j / kLanes, q + i, q_stride,
+                               k + i * kTileSlots + j, kTileSlots, here, start, rows_to, prefetch);
+      };
+      if (i + here == depth) {
+        panel(finish(j));
+      } else {
+        panel(StoreRows{s + j, kTileSlots});
+      }
     }
   }
 }
@@ -172,10 +197,11 @@ inline void product_values(int rows, int value_vectors, const float* p,
                            const Operands<Product>& operands, int depth, float* o, int64_t o_stride,
                            Former former, const float* alpha, Prefetcher& prefetch) {
   for (int j = 0; j < value_vectors; j += kPanel) {
+    float* column = o + j * kLanes;
     product_panel<Product>(
         rows, value_vectors - j, reinterpret_cast<const typename Product::Element*>(p), kTileSlots,
-        operands.values + j / kPanel * operands.panel_stride, operands.row_stride, o + j * kLanes,
-        o_stride, depth, former, alpha, prefetch);
+        operands.values + j / kPanel * operands.panel_stride, operands.row_stride, depth,
+        Start{former, column, o_stride, alpha}, StoreRows{column, o_stride}, prefetch);
   }
 }
 
@@ -208,11 +234,21 @@ inline void attend_operands(const Tile& t, const Operands<Product>& operands, fl
 #endif
   for (; first < t.rows; first += kScoreRows) {
     const int rows = t.rows - first < kScoreRows ? t.rows - first : kScoreRows;
-    product_scores<Product>(rows, slot_vectors,
-                            static_cast<const typename Product::Element*>(t.q) + first * t.q_stride,
-                            t.q_stride, operands.keys, key_depth, s, prefetch);
-    softmax<Product::kWeights>(t, first, rows, s, alpha);
+    const auto scores = [&](const auto& finish) {
+      product_scores<Product>(
+          rows, slot_vectors,
+          static_cast<const typename Product::Element*>(t.q) + first * t.q_stride, t.q_stride,
+          operands.keys, key_depth, s, finish, prefetch);
+    };
+    EarlyWeights<Product::kWeights> early(t, first, rows);
+    Former former = Former::kKept;
+    if (early.known()) scores([&](int column) { return early.take(column, s); });
+    if (!early.known() || !early.commit()) {
+      scores([&](int column) { return StoreRows{s + column, kTileSlots}; });
+      softmax<Product::kWeights>(t, first, rows, s, alpha);
+      former = Former::kScaled;
+    }
     product_values<Product>(rows, value_vectors, s, operands, value_depth, t.o + first * t.o_stride,
-                            t.o_stride, Former::kScaled, alpha, prefetch);
+                            t.o_stride, former, alpha, prefetch);
   }
 }

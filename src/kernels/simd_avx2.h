@@ -20,6 +20,7 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 inline Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+inline Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
 /// if_below where x < limit, else otherwise.
 inline Vec select_below(Vec x, Vec limit, Vec if_below, Vec otherwise) {
   const __m256 m = _mm256_cmp_ps((__m256)x, (__m256)limit, _CMP_LT_OQ);
@@ -27,7 +28,8 @@ inline Vec select_below(Vec x, Vec limit, Vec if_below, Vec otherwise) {
 }
 /// Nearest integer, for |x| < 2^22.
 inline Vec round(Vec x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }  // 1.5 * 2^23
-/// p * 2^n for p in [0.5, 2) and an integer n; 0 where n < -126.
+/// p * 2^n for p in [0.5, 2) and an integer n <= 126; 0 where n < -126.
+inline constexpr bool kPowersOverflow = false;
 inline Vec times_power_of_two(Vec p, Vec n) {
   const VecI exponent = (VecI)(n + splat(12582912.0f)) << 23;  // n in the low bits
   return select_below(n, splat(-126.0f), splat(0.0f), (Vec)((VecI)p + exponent));

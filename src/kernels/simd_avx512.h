@@ -22,6 +22,7 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 inline Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
 /// if_below where x < limit, else otherwise.
 inline Vec select_below(Vec x, Vec limit, Vec if_below, Vec otherwise) {
   const __mmask16 m = _mm512_cmp_ps_mask((__m512)x, (__m512)limit, _CMP_LT_OQ);
@@ -31,7 +32,8 @@ inline Vec select_below(Vec x, Vec limit, Vec if_below, Vec otherwise) {
 inline Vec round(Vec x) {
   return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-/// p * 2^n; 0 where that is far below the smallest number.
+/// p * 2^n; 0 where that is far below the smallest number, infinity where it is too large.
+inline constexpr bool kPowersOverflow = true;
 inline Vec times_power_of_two(Vec p, Vec n) { return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n); }
 
 inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
@@ -60,9 +62,14 @@ inline Vec load_i8(const uint8_t* p) {
       _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 #ifdef RELAY_HAS_BF16_DOT
-/// Rounds 32 numbers to bf16 and stores them as 16 pairs.
-inline void store_bf16_pairs(void* p, Vec first16, Vec last16) {
-  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)last16, (__m512)first16));
+/// 32 numbers rounded to bf16, as 16 pairs.
+inline __m512bh bf16_pairs(Vec first16, Vec last16) {
+  return _mm512_cvtne2ps_pbh((__m512)last16, (__m512)first16);
+}
+/// sum + both numbers of each pair.
+inline Vec add_pairs(Vec sum, __m512bh pairs) {
+  const auto ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, pairs, ones);
 }
 #endif
 inline float f16_to_f32(uint16_t h) { return _cvtsh_ss(h); }

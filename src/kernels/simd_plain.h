@@ -25,13 +25,15 @@ inline Vec blend(VecI mask, Vec if_set, Vec otherwise) {
   return (Vec)((mask & (VecI)if_set) | (~mask & (VecI)otherwise));
 }
 inline Vec max(Vec a, Vec b) { return blend((VecI)(a > b), a, b); }
+inline Vec min(Vec a, Vec b) { return blend((VecI)(a < b), a, b); }
 /// if_below where x < limit, else otherwise.
 inline Vec select_below(Vec x, Vec limit, Vec if_below, Vec otherwise) {
   return blend((VecI)(x < limit), if_below, otherwise);
 }
 /// Nearest integer, for |x| < 2^22.
 inline Vec round(Vec x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }  // 1.5 * 2^23
-/// p * 2^n for p in [0.5, 2) and an integer n; 0 where n < -126.
+/// p * 2^n for p in [0.5, 2) and an integer n <= 126; 0 where n < -126.
+inline constexpr bool kPowersOverflow = false;
 inline Vec times_power_of_two(Vec p, Vec n) {
   const VecI exponent = (VecI)(n + splat(12582912.0f)) << 23;  // n in the low bits
   return select_below(n, splat(-126.0f), splat(0.0f), (Vec)((VecI)p + exponent));

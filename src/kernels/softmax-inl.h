@@ -50,12 +50,32 @@ inline void finish_logits(const Tile& t, int q, float* row) {
   }
 }
 
+/// Stores two vectors of a row's weights, for `column` of the tile and on; total + both, as they
+/// were stored: what rounding makes of a weight, it makes of the sum as well.
+template <Weights kWeights>
+RELAY_INLINE Vec store_weights(float* row, int column, Vec first, Vec second, Vec total) {
+#ifdef RELAY_HAS_BF16_DOT
+  if constexpr (kWeights == Weights::kBF16Pairs) {
+    const __m512bh pairs = bf16_pairs(first, second);
+    std::memcpy(row + column / 2, &pairs, sizeof(pairs));
+    return add_pairs(total, pairs);
+  }
+#endif
+  store(row + column, first);
+  store(row + column + kLanes, second);
+  return total + first + second;
+}
+
+/// Whether the tile's logits are its scores times the scale, and no more.
+inline bool plain_logits(const Tile& t) {
+  return t.slots == kTileSlots && t.bias == nullptr && t.softcap == 0.0f && t.scale > 0.0f;
+}
+
 /// Rows [first, first + N) of the tile, whose scores are s[N][kTileSlots]; N a power of two up to
-/// kLanes. A whole tile without bias needs no pass of its own for the logits.
+/// kLanes. A tile of plain logits needs no pass of its own for them.
 template <int N, Weights kWeights>
 inline void softmax_block(const Tile& t, int first, float* s, float* alpha) {
-  const bool plain =
-      t.slots == kTileSlots && t.bias == nullptr && t.softcap == 0.0f && t.scale > 0.0f;
+  const bool plain = plain_logits(t);
   const int vectors = (t.slots + kLanes - 1) / kLanes;
   if (!plain) {
     for (int r = 0; r < N; ++r) finish_logits(t, first + r, s + r * kTileSlots);
@@ -89,24 +109,14 @@ inline void softmax_block(const Tile& t, int first, float* s, float* alpha) {
     const Vec minus_bound = splat(-bounds[r]);
     Vec total = splat(0.0f);
     auto weight = [&](int j) {
-      const Vec p = exp2 < kWeights ==
-                    Weights::kBF16Pairs > (fma(load(row + j * kLanes), scale, minus_bound));
-      total += p;
-      return p;
+      return exp2 < kWeights ==
+             Weights::kBF16Pairs > (fma(load(row + j * kLanes), scale, minus_bound));
     };
     auto weigh = [&](int count) {
-      if constexpr (kWeights == Weights::kF32) {
 #pragma GCC unroll 16
-        for (int j = 0; j < count; ++j) store(row + j * kLanes, weight(j));
-      } else {
-#ifdef RELAY_HAS_BF16_DOT
-#pragma GCC unroll 16
-        for (int j = 0; j < count; j += 2) {
-          const Vec low = weight(j);
-          const Vec high = j + 1 < count ? weight(j + 1) : splat(0.0f);
-          store_bf16_pairs(row + j * kLanes / 2, low, high);
-        }
-#endif
+      for (int j = 0; j < count; j += 2) {
+        const Vec next = j + 1 < count ? weight(j + 1) : splat(0.0f);
+        total = store_weights<kWeights>(row, j * kLanes, weight(j), next, total);
       }
     };
     if (vectors == kScoreVectors) {
@@ -134,3 +144,85 @@ inline void softmax(const Tile& t, int first, int rows, float* s, float* alpha) 
     }
   }
 }
+
+/// Weights of the tile's rows from `first` on, made of the scores while they are still in
+/// registers: against the maxima of the slots *before* this tile. Any reference near the maximum
+/// will do, and against one that is known nothing is searched and nothing earlier shrinks.
+template <Weights kWeights>
+class EarlyWeights {
+ public:
+  EarlyWeights(const Tile& t, int first, int rows)
+      : scale_(splat(t.scale)), max_(t.max + first), sum_(t.sum + first), rows_(rows) {
+    known_ = plain_logits(t) && max_[0] > -kInf && max_[rows - 1] > -kInf;
+  }
+
+  /// Whether there is a maximum to hold to.
+  bool known() const { return known_; }
+
+  /// Takes a product's rows of scores, from `column` of the tile on.
+  struct Take {
+    template <int NV>
+    RELAY_INLINE void operator()(int row, const Vec (&scores)[NV]) const {
+      if constexpr (NV == kPanel) {  // only whole tiles come here
+        const Vec bound = splat(max[row]);
+        Vec total = kOnePanel || column == 0 ? splat(0.0f) : load(totals + row * kLanes);
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j += 2) {
+          total = store_weights<kWeights>(s + row * kTileSlots, column + j * kLanes,
+                                          weight(scores[j], bound), weight(scores[j + 1], bound),
+                                          total);
+        }
+        store(totals + row * kLanes, total);
+      }
+    }
+    RELAY_INLINE Vec weight(Vec score, Vec bound) const {
+      Vec x = score * scale - bound;
+      if (!kPowersOverflow) x = min(x, splat(126.0f));  // large enough to be found out
+      return exp2_finite < kWeights == Weights::kBF16Pairs > (x);
+    }
+    static constexpr bool kOnePanel = kPanel * kLanes == kTileSlots;
+    Vec scale;
+    const float* max;
+    float* totals;
+    float* s;
+    int column;
+  };
+  /// The weights go to s[rows][kTileSlots].
+  Take take(int column, float* s) { return {scale_, max_, totals_, s, column}; }
+
+  /// Once all are taken, adds them to the rows' sums. False, with nothing added, if a maximum was
+  /// too low (or something is not finite): the tile must go by its own.
+  bool commit() {
+    alignas(64) float sums[kScoreRows];
+    Vec all[1] = {reduce(0, sums)};
+    // In f32, 2^20 on top of what sums and values need is no loss.
+    if (!(reduce_each<1>(all, Add{})[0] < 1048576.0f)) return false;
+    for (int r = 0; r < rows_; ++r) sum_[r] += sums[r];
+    return true;
+  }
+
+ private:
+  /// sums[done, rows) from the lanes of the totals; returns all of them, over the lanes.
+  template <int N = kLanes>
+  Vec reduce(int done, float* sums) const {
+    Vec all = splat(0.0f);
+    for (; done + N <= rows_; done += N) {
+      Vec each[N];
+      for (int r = 0; r < N; ++r) each[r] = load(totals_ + (done + r) * kLanes);
+      const Vec sum = reduce_each<N>(each, Add{});
+      store_first<N>(sums + done, sum);
+      all += sum;
+    }
+    if constexpr (N > 1) {
+      if (done < rows_) all += reduce<N / 2>(done, sums);
+    }
+    return all;
+  }
+
+  Vec scale_;
+  const float* max_;
+  float* sum_;
+  int rows_;
+  bool known_;
+  alignas(64) float totals_[kScoreRows * kLanes];
+};

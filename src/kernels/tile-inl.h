@@ -10,6 +10,7 @@
 // products on KV that lies unpacked in memory.
 
 #define RELAY_INLINE inline __attribute__((always_inline))
+#define RELAY_NOINLINE __attribute__((noinline))
 #define RELAY_INLINE_LAMBDA __attribute__((always_inline))
 
 // In the order of their dependence.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numbers>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -367,6 +368,46 @@ TEST(Logits, RisingAndFalling) {
         for (int i = 0; i < 64; ++i) key[i] = size * q[i];
         op.kv.k.set(slot, 0, key);
       }
+      check(op, c, false);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST(Logits, RisingSteeplyForManyRows) {
+  // Each tile's maximum is above those before it: a little, by more than a weight may be large, by
+  // more than f32 can tell. Other rows fall meanwhile, or stay.
+  for (DType type : kTypes) {
+    for (float step : {0.01f, 0.1f, 3.0f}) {
+      const ForestCase c = shared_prefix_case(500, std::vector<int64_t>(20, 3));
+      OperatorCase op = make_case(config_of(type), c);
+      const auto* q = static_cast<const float*>(op.q.oracle_view().data);
+      std::vector<float> key(64);
+      for (int64_t slot = 0; slot < 500; ++slot) {
+        for (int i = 0; i < 64; ++i) key[i] = step * static_cast<float>(slot) * q[i];
+        for (int64_t head = 0; head < 2; ++head) op.kv.k.set(slot, head, key);
+      }
+      check(op, c, false);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST(Logits, OneSlotFarAboveAllBefore) {
+  // For one row only, by powers of two whose exponents overflow to 2^0 and the like.
+  for (DType type : kTypes) {
+    for (float above : {20.0f, 126.0f, 128.0f, 255.0f, 256.0f, 300.0f, 512.0f}) {
+      const ForestCase c = shared_prefix_case(500, std::vector<int64_t>(20, 3));
+      OperatorCase op = make_case(config_of(type), c);
+      std::vector<float> vector(64, 0.0f);
+      for (int64_t row = 0; row < 20; ++row) {
+        for (int64_t head = 0; head < 4; ++head) op.q.set(row, head, vector);
+      }
+      for (int64_t slot = 0; slot < 500; ++slot) op.kv.k.set(slot, 0, vector);
+      vector[5] = 1.0f;
+      op.q.set(7, 1, vector);
+      vector[5] = above * std::numbers::ln2_v<float> / op.scale;
+      op.kv.k.set(200, 0, vector);
       check(op, c, false);
       if (HasFatalFailure()) return;
     }

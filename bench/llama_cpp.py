@@ -8,6 +8,10 @@ attention off, and with libggml-relay.so; the order rotates from round to round.
 shared by the whole batch (-pps -kvu). Reported are the medians over the rounds, their spread, and
 Relay's speed relative to the better of the two others, as the median of the rounds' own ratios.
 Every measurement goes into a CSV with the machine and the commit.
+
+    ... --peer "ik=/path/to/ik_llama.cpp/llama-batched-bench -rtr -fa on"
+
+measures another fork's llama-batched-bench in the same rounds, and Relay's speed relative to it.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -47,6 +52,10 @@ def parse_arguments():
     parser.add_argument(
         "--configs", default=",".join(CONFIGS), help="subset of " + ",".join(CONFIGS)
     )
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=COMMAND",
+        help="another llama-batched-bench and its own options; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--bin", type=Path, default=ROOT / "build/release/bin")
     parser.add_argument("--module", type=Path, default=ROOT / "build/release/lib/libggml-relay.so")
     parser.add_argument("--csv", type=Path, default=ROOT / "build/bench/llama_cpp.csv")
@@ -55,6 +64,12 @@ def parse_arguments():
     args.configs = args.configs.split(",")
     if unknown := set(args.configs) - set(CONFIGS):
         parser.error(f"unknown configuration {', '.join(unknown)}")
+    args.peers = {}
+    for peer in args.peer:
+        name, _, command = peer.partition("=")
+        if not command or name in CONFIGS:
+            parser.error(f"--peer {peer}: give a new name, = and a command")
+        args.peers[name] = shlex.split(command)
     if any(c in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl") for c in (args.ctv,)):
         args.configs = [c for c in args.configs if c != "fa-off"]  # llama.cpp refuses that pair
     for path in (args.model, args.bin / "llama-batched-bench", args.module):
@@ -86,15 +101,33 @@ def commit():
     return head + ("+changes" if changed else "")
 
 
+def measurement(line):
+    """What a line of output says, a JSON object or (in older forks) a row of the table, or None."""
+    if line.startswith("{"):
+        return json.loads(line.replace("-nan", "NaN").replace(": nan", ": NaN"))
+    cells = line.strip("|").split("|")
+    if not line.startswith("|") or not cells[0].strip().isdigit():
+        return None
+    names = ["pp", "tg", "pl", "n_kv", "t_pp", "speed_pp", "t_tg", "speed_tg", "t", "speed"]
+    return {
+        name: float(cell) if "t_" in name or "speed" in name else int(float(cell))
+        for name, cell in zip(names, cells, strict=True)
+    }
+
+
 def run(args, config):
     """One process of llama-batched-bench: a list of its measurements."""
     context = max(args.npp) + max(args.npl) * args.ntg
+    if config in args.peers:
+        first, *own = args.peers[config]
+    else:
+        first, own = str(args.bin / "llama-batched-bench"), ["-kvu", *CONFIGS[config]]
     command = [
-        str(args.bin / "llama-batched-bench"), "-m", str(args.model),
+        first, "-m", str(args.model),
         "-c", str((context + 255) // 256 * 256), "-t", str(args.threads),
         "-npp", ",".join(map(str, args.npp)), "-npl", ",".join(map(str, args.npl)),
-        "-ntg", str(args.ntg), "-pps", "-kvu", "-ctk", args.ctk, "-ctv", args.ctv,
-        "--output-format", "jsonl", *CONFIGS[config],
+        "-ntg", str(args.ntg), "-pps", "-ctk", args.ctk, "-ctv", args.ctv,
+        "--output-format", "jsonl", *own,
     ]  # fmt: skip
     env = {k: v for k, v in os.environ.items() if k not in ("GGML_BACKEND_PATH", "RELAY_DISABLE")}
     if config == "relay":
@@ -107,10 +140,7 @@ def run(args, config):
     if config == "relay" and not any("served," in line and " 0 attention" not in line
                                      for line in summary):  # fmt: skip
         sys.exit(f"the module served nothing:\n{result.stderr[-3000:]}")
-    rows = []
-    for line in result.stdout.splitlines():
-        if line.startswith("{"):
-            rows.append(json.loads(line.replace("-nan", "NaN").replace(": nan", ": NaN")))
+    rows = list(filter(None, map(measurement, (result.stdout + result.stderr).splitlines())))
     expected = len(args.npp) * len(args.npl)
     if len(rows) != expected:
         sys.exit(f"{config}: {len(rows)} measurements instead of {expected}\n{result.stdout}")
@@ -133,8 +163,9 @@ def measure(args):
                 + ["npp", "ntg", "npl", "prefill_s", "prefill_tps", "decode_s", "decode_tps"]
             )
         for number in range(args.rounds):
-            shift = number % len(args.configs)
-            for config in args.configs[shift:] + args.configs[:shift]:
+            configs = [*args.configs, *args.peers]
+            shift = number % len(configs)
+            for config in configs[shift:] + configs[:shift]:
                 print(f"round {number + 1}/{args.rounds}: {config}", file=sys.stderr, flush=True)
                 rows, lines = run(args, config)
                 summary = lines or summary
@@ -161,7 +192,9 @@ def report(args, speeds):
     missed = []
     print(f"\n{machine()} | {commit()} | {args.model.name} | KV {args.ctk}/{args.ctv}")
     print(f"tokens/s: median of {args.rounds} rounds (spread: (max-min)/median)\n")
-    heads = ["npp", "B", "phase", *args.configs, "Relay/best", "(min-max)", "gate"]
+    columns = [*args.configs, *args.peers]
+    heads = ["npp", "B", "phase", *columns, "Relay/best", "(min-max)", "gate"]
+    heads += [f"Relay/{peer}" for peer in args.peers]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for npp in args.npp:
         for npl in args.npl:
@@ -169,17 +202,20 @@ def report(args, speeds):
                 if (args.configs[0], phase, npp, npl) not in speeds:
                     continue
                 cells = [str(npp), str(npl), phase]
-                for config in args.configs:
+                for config in columns:
                     values = speeds[config, phase, npp, npl]
                     median = statistics.median(values)
                     spread = (max(values) - min(values)) / median
                     cells.append(f"{median:.1f} ({spread:.0%})")
-                if "relay" in args.configs and others:
-                    ratios = [
-                        speeds["relay", phase, npp, npl][i]
-                        / max(speeds[c, phase, npp, npl][i] for c in others)
+
+                def relay_over(configs, key=(phase, npp, npl)):
+                    return [
+                        speeds[("relay", *key)][i] / max(speeds[(c, *key)][i] for c in configs)
                         for i in range(args.rounds)
                     ]
+
+                if "relay" in args.configs and others:
+                    ratios = relay_over(others)
                     ratio = statistics.median(ratios)
                     gate = gate_of(phase, npp, npl)
                     cells += [f"{ratio:.2f}x", f"{min(ratios):.2f}-{max(ratios):.2f}"]
@@ -190,6 +226,9 @@ def report(args, speeds):
                         missed.append(f"{phase} at npp {npp}, B {npl}: {ratio:.2f}x < {gate}x")
                 else:
                     cells += ["", "", ""]
+                if "relay" in args.configs:
+                    for peer in args.peers:
+                        cells.append(f"{statistics.median(relay_over([peer])):.2f}x")
                 print("| " + " | ".join(cells) + " |")
     return missed
 

@@ -34,7 +34,7 @@ void attend(benchmark::State& state, DType type, Path path) {
   const auto dim = static_cast<int>(state.range(0));
   const auto rows = static_cast<int>(state.range(1));
   const bool few = path == Path::kRows && rows <= set.few_rows;
-  const QueryLayout layout = few ? QueryLayout::kF32 : set.many_layout(type, type);
+  const QueryLayout layout = few ? QueryLayout::kF32 : set.many_layout(type, type, dim, dim);
   const int64_t slots = int64_t{kTiles} * kTileSlots;
   const int64_t vector_bytes = row_bytes(type, dim);
   bench::KvBuffer k, v;
@@ -47,7 +47,7 @@ void attend(benchmark::State& state, DType type, Path path) {
     k_rows[s] = k.data() + s * vector_bytes;
     v_rows[s] = v.data() + s * vector_bytes;
   }
-  const int stride = kernels::padded_dim(dim) / (layout == QueryLayout::kF32 ? 1 : 2);
+  const int stride = kernels::query_words(layout, dim);
   FloatBuffer q, o, max, sum, scratch;
   q.reserve(int64_t{rows} * stride);
   o.reserve(int64_t{rows} * kernels::padded_dim(dim));

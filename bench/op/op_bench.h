@@ -29,9 +29,10 @@ struct OpProblem {
 void check(const OpProblem& problem);
 /// Bytes of one slot's K and V, of all KV heads.
 int64_t slot_bytes(const OpProblem& problem);
-/// Whether kernel set `isa` multiplies it by bf16 pairs: which of the peaks counts.
+/// Whether kernel set `isa` multiplies it by instructions for bf16: which of the peaks counts.
 inline bool uses_bf16(const OpProblem& problem, const std::string& isa) {
-  return kernels::multiplies_bf16_pairs(isa, problem.kv_type, problem.kv_type);
+  return kernels::product_layout(isa, problem.kv_type, problem.kv_type) !=
+         kernels::QueryLayout::kF32;
 }
 /// The paper's speed-up of b requests over s shared slots and c of their own:
 /// b (s + c) / (s + b c).

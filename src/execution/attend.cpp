@@ -76,10 +76,10 @@ class Runner {
 
   /// Packs the item's queries, [head][row][group], and clears its states.
   void start(const WorkItem& item) {
-    layout_ = item.few ? QueryLayout::kF32 : kernels_.many_layout(tile_.k_type, tile_.v_type);
-    // A pair of bf16 takes the room of one f32.
-    q_stride_ =
-        layout_ == QueryLayout::kF32 ? padded_dim(shape_.qk_dim) : padded_dim(shape_.qk_dim) / 2;
+    layout_ = item.few
+                  ? QueryLayout::kF32
+                  : kernels_.many_layout(tile_.k_type, tile_.v_type, shape_.qk_dim, shape_.v_dim);
+    q_stride_ = kernels::query_words(layout_, shape_.qk_dim);
     float* q = q_;
     for (int32_t h = item.head_begin; h < item.head_end; ++h) {
       for (uint32_t i = item.row_begin; i < item.row_end; ++i) {

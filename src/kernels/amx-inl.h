@@ -1,21 +1,25 @@
 // Matrix products of bf16 pairs on Intel's AMX: a 16 x 16 block of f32 sums, 16 pairs deep, in one
 // instruction. Keys and values of a tile lie as AMX wants its second operand anyway (pairs along
 // the summed dimension), query rows and weights as its first.
+//
+// Numbers of more than 8 significant bits are sums of two bf16 (halves): a product of such sums is
+// three products, as that of the two low halves is left out.
 
 inline constexpr int kAmxRows = 16;     ///< query rows of a block
 inline constexpr int kAmxColumns = 32;  ///< slots or elements of V at once: two blocks
 inline constexpr int kAmxDepth = 16;    ///< pairs that one instruction sums
 
-/// How many of the tile's query rows, from the first on, AMX takes. It wants whole blocks: a part
-/// of one would read beyond what is there, or multiply zeros by what may be NaN.
-inline int amx_rows(const Tile& t) {
-  const bool whole =
-      t.slots == kTileSlots && t.qk_dim % (2 * kAmxDepth) == 0 && t.v_dim % kAmxColumns == 0;
-  return whole ? t.rows / kAmxRows * kAmxRows : 0;
+inline bool suits_amx(int qk_dim, int v_dim) {
+  return qk_dim % (2 * kAmxDepth) == 0 && v_dim % kAmxColumns == 0;
+}
+/// Whether a tile of bf16 goes to AMX as it lies. It wants whole blocks of slots: a part of one
+/// would multiply zeros by what may be NaN.
+inline bool suits_amx(const Tile& t) {
+  return t.slots == kTileSlots && suits_amx(t.qk_dim, t.v_dim);
 }
 
-/// Tiles that are all 16 rows of 64 bytes, as the instruction wants it told. A constant in memory:
-/// the intrinsic does not tell the compiler how much of it is read.
+/// Of the tiles, 0 and 1 are sums and 4 and 5 the first operand, of one row per query row, and 6
+/// and 7 the second, of 16; all rows have 64 bytes. As the instruction wants it told.
 struct AmxConfig {
   uint8_t palette = 1;
   uint8_t start_row = 0;
@@ -23,126 +27,200 @@ struct AmxConfig {
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-inline constexpr AmxConfig kAmxConfig;
 static_assert(sizeof(AmxConfig) == 64);
+
+/// For blocks of 1 to 16 query rows. Constants in memory: the intrinsic does not tell the compiler
+/// how much of them is read.
+struct AmxConfigs {
+  AmxConfig of_rows[kAmxRows + 1];
+  constexpr AmxConfigs() {
+    for (int r = 0; r <= kAmxRows; ++r) {
+      for (int tile = 0; tile < 6; ++tile) of_rows[r].rows[tile] = static_cast<uint8_t>(r);
+    }
+  }
+};
+inline constexpr AmxConfigs kAmxConfigs;
 
 /// This thread's AMX tiles, while it lives.
 class AmxTiles {
  public:
-  AmxTiles() { _tile_loadconfig(&kAmxConfig); }
+  explicit AmxTiles(int rows) { _tile_loadconfig(&kAmxConfigs.of_rows[rows]); }
   ~AmxTiles() { _tile_release(); }
   AmxTiles(const AmxTiles&) = delete;
   AmxTiles& operator=(const AmxTiles&) = delete;
 };
 
-/// c[16 * kBlocks][32] = a b, or += if kAdd. Strides in elements; `depth` pairs, a multiple of 16.
-template <int kBlocks, bool kAdd>
+/// c[rows][32] = a b, or += if kAdd, for as many rows as the tiles are configured for. Strides in
+/// 4-byte words; `depth` pairs, a multiple of 16. Halves: in a row of `a`, 16 pairs of high halves
+/// and 16 of low ones take turns; `b` has a row of the one, then the same of the other.
+template <bool kAdd, bool kHalves>
 inline void amx_block(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride,
                       float* c, int64_t c_stride, int depth) {
   const int64_t a_bytes = a_stride * 4;
-  const int64_t b_bytes = b_stride * 4;
+  const int64_t b_bytes = b_stride * 4 * (kHalves ? 2 : 1);
   const int64_t c_bytes = c_stride * 4;
-  float* lower = c + kAmxRows * c_stride;
   // The intrinsics that load do not tell the compiler that they read memory.
   asm volatile("" ::: "memory");
   if constexpr (kAdd) {
     _tile_loadd(0, c, c_bytes);
     _tile_loadd(1, c + 16, c_bytes);
-    if constexpr (kBlocks == 2) {
-      _tile_loadd(2, lower, c_bytes);
-      _tile_loadd(3, lower + 16, c_bytes);
-    }
   } else {
     _tile_zero(0);
     _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
   }
   for (int k = 0; k < depth; k += kAmxDepth) {
-    _tile_loadd(6, b + k * b_stride, b_bytes);
-    _tile_loadd(7, b + k * b_stride + 16, b_bytes);
-    _tile_loadd(4, a + k, a_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (kBlocks == 2) {
-      _tile_loadd(5, a + kAmxRows * a_stride + k, a_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+    if constexpr (kHalves) {
+      const uint32_t* high = b + 2 * k * b_stride;
+      const uint32_t* low = high + b_stride;
+      _tile_loadd(4, a + 2 * k, a_bytes);
+      _tile_loadd(5, a + 2 * k + kAmxDepth, a_bytes);
+      _tile_loadd(6, high, b_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, high + 16, b_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(0, 5, 6);
+      _tile_dpbf16ps(1, 5, 7);
+      _tile_loadd(6, low, b_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, low + 16, b_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    } else {
+      _tile_loadd(4, a + k, a_bytes);
+      _tile_loadd(6, b + k * b_stride, b_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + k * b_stride + 16, b_bytes);
+      _tile_dpbf16ps(1, 4, 7);
     }
   }
   _tile_stored(0, c, c_bytes);
   _tile_stored(1, c + 16, c_bytes);
-  if constexpr (kBlocks == 2) {
-    _tile_stored(2, lower, c_bytes);
-    _tile_stored(3, lower + 16, c_bytes);
-  }
   asm volatile("" ::: "memory");
 }
 
-/// c[rows][32] = a b, or += if kAdd; rows a multiple of 16. Steps the prefetcher once for every 16.
-template <bool kAdd>
-inline void amx_product(int rows, const uint32_t* a, int64_t a_stride, const uint32_t* b,
-                        int64_t b_stride, float* c, int64_t c_stride, int depth,
-                        Prefetcher& prefetch) {
-  int done = 0;
-  for (; done + 2 * kAmxRows <= rows; done += 2 * kAmxRows) {
-    amx_block<2, kAdd>(a + done * a_stride, a_stride, b, b_stride, c + done * c_stride, c_stride,
-                       depth);
-    prefetch.step();
-    prefetch.step();
-  }
-  if (done < rows) {
-    amx_block<1, kAdd>(a + done * a_stride, a_stride, b, b_stride, c + done * c_stride, c_stride,
-                       depth);
-    prefetch.step();
-  }
-}
+/// The query rows of a tile over its operands, of bf16 pairs or halves.
+template <Weights kWeights>
+class AmxAttention {
+ public:
+  AmxAttention(const Tile& t, const Operands<BF16Product>& operands, float* s)
+      : t_(t),
+        operands_(operands),
+        s_(s),
+        slots_((t.slots + kAmxColumns - 1) / kAmxColumns * kAmxColumns),
+        prefetch_(t, (t.rows + kAmxRows - 1) / kAmxRows * (slots_ + t.v_dim) / kAmxColumns) {}
 
-/// How often attend_amx steps the prefetcher.
-inline int amx_steps(const Tile& t, int rows) {
-  return rows / kAmxRows * (kTileSlots + t.v_dim) / kAmxColumns;
-}
-
-/// The first `rows` (amx_rows(t)) query rows of a tile over its operands.
-inline void attend_amx(const Tile& t, int rows, const Operands<BF16Product>& operands, float* s,
-                       Prefetcher& prefetch) {
-  const AmxTiles tiles;
-  alignas(64) float alpha[kScoreRows];
-  const auto* weights = reinterpret_cast<const uint32_t*>(s);
-  for (int first = 0; first < rows; first += kScoreRows) {
-    const int count = rows - first < kScoreRows ? rows - first : kScoreRows;
-    const auto* q = static_cast<const uint32_t*>(t.q) + first * t.q_stride;
-    const auto scores = [&] {
-      for (int j = 0; j < kTileSlots; j += kAmxColumns) {
-        amx_product<false>(count, q, t.q_stride, operands.keys + j, kTileSlots, s + j, kTileSlots,
-                           t.qk_dim / 2, prefetch);
+  /// Block after block, the scores of the next before the weights of this one: AMX's instructions
+  /// are few and run beside those of the softmax.
+  void run() {
+    const int rest = t_.rows % kAmxRows;
+    const int whole = t_.rows - rest;
+    if (whole > 0) {
+      const AmxTiles tiles(kAmxRows);
+      scores(0);
+      for (int first = 0; first < whole; first += kAmxRows) {
+        if (first + kAmxRows < whole) scores(first + kAmxRows);
+        weigh(first, kAmxRows);
+        values(first);
       }
-    };
-    scores();
-    float* o = t.o + first * t.o_stride;
-    EarlyWeights<Weights::kBF16Pairs> early(t, first, count);
+    }
+    if (rest > 0) {
+      const AmxTiles tiles(rest);
+      scores(whole);
+      weigh(whole, rest);
+      values(whole);
+    }
+  }
+
+ private:
+  static constexpr bool kHalves = kWeights == Weights::kBF16Halves;
+  static_assert(2 * kAmxRows <= kScoreRows);
+
+  /// Room for the scores of the block that begins with this row: two blocks take turns.
+  float* scores_of(int first) const { return s_ + first % (2 * kAmxRows) * kTileSlots; }
+
+  void scores(int first) {
+    const auto* q = static_cast<const uint32_t*>(t_.q) + first * t_.q_stride;
+    for (int j = 0; j < slots_; j += kAmxColumns) {
+      amx_block<false, kHalves>(q, t_.q_stride, operands_.keys + j, kTileSlots,
+                                scores_of(first) + j, kTileSlots, t_.qk_dim / 2);
+      prefetch_.step();
+    }
+  }
+
+  void weigh(int first, int rows) {
+    float* s = scores_of(first);
+    EarlyWeights<kWeights> early(t_, first, rows);
     if (early.known()) {
       const auto take = early.take(0, s);
-      for (int r = 0; r < count; ++r) {
+      for (int r = 0; r < rows; ++r) {
         Vec row[kScoreVectors];
         for (int j = 0; j < kScoreVectors; ++j) row[j] = load(s + r * kTileSlots + j * kLanes);
         take(r, row);
       }
+      if (early.commit()) return;
+      scores(first);  // they have been overwritten
     }
-    if (!early.known() || !early.commit()) {
-      if (early.known()) scores();  // they have been overwritten
-      softmax<Weights::kBF16Pairs>(t, first, count, s, alpha);
-      for (int r = 0; r < count; ++r) {
-        const Vec factor = splat(alpha[r]);
-        float* row = o + r * t.o_stride;
-        for (int i = 0; i < t.v_dim; i += kLanes) store(row + i, load(row + i) * factor);
-      }
-    }
-    for (int i = 0; i < t.v_dim; i += kAmxColumns) {
-      amx_product<true>(
-          count, weights, kTileSlots,
-          operands.values + i / kPanelColumns * operands.panel_stride + i % kPanelColumns,
-          operands.row_stride, o + i, t.o_stride, kTileSlots / 2, prefetch);
+    alignas(64) float alpha[kAmxRows];
+    softmax<kWeights>(t_, first, rows, s, alpha);
+    for (int r = 0; r < rows; ++r) {
+      const Vec factor = splat(alpha[r]);
+      float* o = t_.o + (first + r) * t_.o_stride;
+      for (int i = 0; i < t_.v_dim; i += kLanes) store(o + i, load(o + i) * factor);
     }
   }
+
+  void values(int first) {
+    const auto* weights = reinterpret_cast<const uint32_t*>(scores_of(first));
+    for (int i = 0; i < t_.v_dim; i += kAmxColumns) {
+      amx_block<true, kHalves>(
+          weights, kTileSlots,
+          operands_.values + i / kPanelColumns * operands_.panel_stride + i % kPanelColumns,
+          operands_.row_stride, t_.o + first * t_.o_stride + i, t_.o_stride, slots_ / 2);
+      prefetch_.step();
+    }
+  }
+
+  const Tile& t_;
+  const Operands<BF16Product>& operands_;
+  float* s_;
+  int slots_;
+  Prefetcher prefetch_;
+};
+
+/// Makes rows of pairs of an unpacked operand's rows [0, count), kPanelColumns wide: of rows 2i and
+/// 2i + 1 the high halves in row 2i, the low ones in row 2i + 1.
+inline void split_rows(float* rows, int count) {
+  const auto high_bits = static_cast<int32_t>(0xffff0000u);
+  const auto pair = [&](Vec first, Vec second) RELAY_INLINE_LAMBDA {
+    // By arithmetic shift, whose sign bits are masked.
+    return (Vec)((((VecI)first >> 16) & 0xffff) | ((VecI)second & high_bits));
+  };
+  for (int r = 0; r < count; r += 2) {
+    float* even = rows + r * kPanelColumns;
+    float* odd = even + kPanelColumns;
+    for (int i = 0; i < kPanelColumns; i += kLanes) {
+      const Vec first = load(even + i);
+      const Vec second = load(odd + i);
+      const Vec first_high = high_half(first);
+      const Vec second_high = high_half(second);
+      store(even + i, pair(first_high, second_high));
+      store(odd + i, pair(high_half(first - first_high), high_half(second - second_high)));
+    }
+  }
+}
+
+/// All query rows of a tile whose K and V lie unpacked in its scratch, as sums of halves.
+inline void attend_halves(const Tile& t, const Scratch& scratch) {
+  static_assert(kPanelColumns == kTileSlots);
+  split_rows(scratch.keys, t.qk_dim);
+  const int slots = (t.slots + kAmxColumns - 1) / kAmxColumns * kAmxColumns;
+  for (int i = 0; i < t.v_dim; i += kPanelColumns) {
+    float* panel = scratch.values + unpacked_v_index(0, i);
+    std::memset(panel + t.slots * kPanelColumns, 0,
+                static_cast<size_t>(slots - t.slots) * kPanelColumns * sizeof(float));
+    split_rows(panel, slots);
+  }
+  const Operands<BF16Product> operands = {reinterpret_cast<const uint32_t*>(scratch.keys),
+                                          reinterpret_cast<const uint32_t*>(scratch.values),
+                                          kPanelColumns, kPanelSize};
+  AmxAttention<Weights::kBF16Halves>(t, operands, scratch.scores).run();
 }

@@ -112,8 +112,8 @@ std::atomic<const KernelSet*>& selected() {
 
 const KernelSet& active() { return *selected().load(std::memory_order_acquire); }
 
-bool multiplies_bf16_pairs(const std::string& isa, DType k_type, DType v_type) {
-  return find(isa).many_layout(k_type, v_type) == QueryLayout::kBF16Pairs;
+QueryLayout product_layout(const std::string& isa, DType k_type, DType v_type) {
+  return find(isa).many_layout(k_type, v_type, 64, 64);
 }
 
 int64_t scratch_floats(int qk_dim, int v_dim) {

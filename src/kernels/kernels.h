@@ -21,8 +21,10 @@ inline constexpr int kScoreRows = 48;
 inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.693147180559945309417f;
 
-/// How packed queries lie: f32, or pairs of bf16 for the dot-product instructions.
-enum class QueryLayout : uint8_t { kF32, kBF16Pairs };
+/// How packed queries lie: f32, or pairs of bf16 for the dot-product instructions, or as sums of
+/// two bf16, the high half and the low: for every 32 elements 16 pairs of the high and 16 of the
+/// low.
+enum class QueryLayout : uint8_t { kF32, kBF16Pairs, kBF16Halves };
 
 /// One tile for one KV head and a run of query rows. Strides of q and o are in elements.
 struct Tile {
@@ -49,7 +51,7 @@ struct Tile {
 
   int rows = 0;             ///< query rows
   const void* q = nullptr;  ///< [rows][q_stride], zero beyond qk_dim
-  int64_t q_stride = 0;     ///< elements (f32) or pairs (bf16)
+  int64_t q_stride = 0;     ///< 4-byte words: elements (f32, halves) or pairs (bf16)
   float* o = nullptr;       ///< [rows][o_stride]; only the first v_dim count
   int64_t o_stride = 0;
   float* max = nullptr;  ///< [rows]
@@ -74,8 +76,9 @@ struct KernelSet {
   /// the tile once.
   int few_rows;
 
-  /// Packed layout that attend_many and attend_tiled want for queries against KV of these types.
-  QueryLayout (*many_layout)(DType k_type, DType v_type);
+  /// Packed layout that attend_many and attend_tiled want for queries against KV of these types and
+  /// head sizes.
+  QueryLayout (*many_layout)(DType k_type, DType v_type, int qk_dim, int v_dim);
 
   /// Copies one vector of n elements (f32, f16, bf16) into packed form, padded with zeros up to
   /// padded_dim(n) elements.
@@ -110,8 +113,13 @@ int64_t scratch_floats(int qk_dim, int v_dim);
 /// The set in use (see current_isa()).
 const KernelSet& active();
 
-/// Whether set `isa` multiplies KV of these types by pairs of bf16, in attend_many and
-/// attend_tiled. Throws Error if no such set runs here.
-bool multiplies_bf16_pairs(const std::string& isa, DType k_type, DType v_type);
+/// 4-byte words of a packed query vector of n elements.
+inline constexpr int query_words(QueryLayout layout, int n) {
+  return layout == QueryLayout::kBF16Pairs ? padded_dim(n) / 2 : padded_dim(n);
+}
+
+/// In which form set `isa` multiplies queries and KV of these types in attend_many and attend_tiled
+/// (where head sizes allow). Throws Error if no such set runs here.
+QueryLayout product_layout(const std::string& isa, DType k_type, DType v_type);
 
 }  // namespace relay::kernels

@@ -1,13 +1,44 @@
 // Many query rows: bound by arithmetic. The tile is unpacked once (K transposed, so that lanes are
 // slots), then all rows go over it in register blocks.
 
-/// Elements from one panel of an unpacked V to the next.
-inline constexpr int kPanelSize = kTileSlots * kPanelColumns;
-
-/// Where column i (a multiple of kLanes) of slot (or pair of slots) t lies in an unpacked V: panels
-/// of kPanelColumns columns, so that a panel's rows are adjacent.
-inline int64_t unpacked_v_index(int t, int i) {
-  return int64_t{i / kPanelColumns} * kPanelSize + t * kPanelColumns + i % kPanelColumns;
+/// All query rows of a tile over its operands.
+template <typename Product>
+inline void attend_operands(const Tile& t, const Operands<Product>& operands, float* s) {
+  alignas(64) float alpha[kScoreRows];
+  const int slot_vectors = (t.slots + kLanes - 1) / kLanes;
+  const int value_vectors = (t.v_dim + kLanes - 1) / kLanes;
+  const int key_depth = (t.qk_dim + Product::kDepth - 1) / Product::kDepth;
+  const int value_depth = (t.slots + Product::kDepth - 1) / Product::kDepth;
+  // A step for each register block of query rows in each panel.
+  const int panels =
+      (key_depth + kDepthBlock - 1) / kDepthBlock * ((slot_vectors + kPanel - 1) / kPanel) +
+      (value_vectors + kPanel - 1) / kPanel;
+  const int steps = panels * ((t.rows + kBlockRows - 1) / kBlockRows);
+#ifdef RELAY_HAS_AMX
+  if constexpr (Product::kWeights == Weights::kBF16Pairs) {
+    if (suits_amx(t)) return AmxAttention<Product::kWeights>(t, operands, s).run();
+  }
+#endif
+  Prefetcher prefetch(t, steps);
+  for (int first = 0; first < t.rows; first += kScoreRows) {
+    const int rows = t.rows - first < kScoreRows ? t.rows - first : kScoreRows;
+    const auto scores = [&](const auto& finish) {
+      product_scores<Product>(
+          rows, slot_vectors,
+          static_cast<const typename Product::Element*>(t.q) + first * t.q_stride, t.q_stride,
+          operands.keys, key_depth, s, finish, prefetch);
+    };
+    EarlyWeights<Product::kWeights> early(t, first, rows);
+    Former former = Former::kKept;
+    if (early.known()) scores([&](int column) { return early.take(column, s); });
+    if (!early.known() || !early.commit()) {
+      scores([&](int column) { return StoreRows{s + column, kTileSlots}; });
+      softmax<Product::kWeights>(t, first, rows, s, alpha);
+      former = Former::kScaled;
+    }
+    product_values<Product>(rows, value_vectors, s, operands, value_depth, t.o + first * t.o_stride,
+                            t.o_stride, former, alpha, prefetch);
+  }
 }
 
 /// K of the tile, transposed: out[qk_dim][kTileSlots], zero beyond the tile's slots.
@@ -79,17 +110,35 @@ inline void unpack_v_pairs(const Tile& t, uint32_t* out) {
 #endif  // RELAY_HAS_BF16_DOT
 
 /// K and V of types that differ are both unpacked to f32: one product serves the whole tile.
-inline QueryLayout many_layout([[maybe_unused]] DType k_type, [[maybe_unused]] DType v_type) {
+inline QueryLayout many_layout([[maybe_unused]] DType k_type, [[maybe_unused]] DType v_type,
+                               [[maybe_unused]] int qk_dim, [[maybe_unused]] int v_dim) {
 #ifdef RELAY_HAS_BF16_DOT
   if (k_type == DType::kBF16 && v_type == DType::kBF16) return QueryLayout::kBF16Pairs;
 #endif
+#ifdef RELAY_HAS_AMX
+  // f16 is the sum of two bf16 exactly, and q8_0 to 2^-16 of a number: three products of AMX then
+  // take a third of the time of one in f32.
+  const auto halves = [](DType type) { return type == DType::kF16 || type == DType::kQ8_0; };
+  if (halves(k_type) && halves(v_type) && suits_amx(qk_dim, v_dim)) return QueryLayout::kBF16Halves;
+#endif
   return QueryLayout::kF32;
+}
+
+/// A tile whose K and V lie unpacked in its scratch.
+inline void attend_unpacked(const Tile& t, const Scratch& scratch) {
+#ifdef RELAY_HAS_AMX
+  if (many_layout(t.k_type, t.v_type, t.qk_dim, t.v_dim) == QueryLayout::kBF16Halves) {
+    return attend_halves(t, scratch);
+  }
+#endif
+  attend_operands<F32Product>(t, {scratch.keys, scratch.values, kPanelColumns, kPanelSize},
+                              scratch.scores);
 }
 
 inline void attend_many(const Tile& t) {
   const Scratch scratch(t);
 #ifdef RELAY_HAS_BF16_DOT
-  if (many_layout(t.k_type, t.v_type) == QueryLayout::kBF16Pairs) {
+  if (many_layout(t.k_type, t.v_type, t.qk_dim, t.v_dim) == QueryLayout::kBF16Pairs) {
     auto* key_pairs = reinterpret_cast<uint32_t*>(scratch.keys);
     auto* value_pairs = reinterpret_cast<uint32_t*>(scratch.values);
     unpack_k_pairs(t, key_pairs);
@@ -101,6 +150,5 @@ inline void attend_many(const Tile& t) {
 #endif
   with_elements(t.k_type, [&](auto e) { unpack_k<decltype(e)>(t, scratch.keys); });
   with_elements(t.v_type, [&](auto e) { unpack_v<decltype(e)>(t, scratch.values); });
-  attend_operands<F32Product>(t, {scratch.keys, scratch.values, kPanelColumns, kPanelSize},
-                              scratch.scores);
+  attend_unpacked(t, scratch);
 }

@@ -155,6 +155,15 @@ struct Operands {
 
 inline constexpr int kPanelColumns = kPanel * kLanes;
 
+/// Elements from one panel of an unpacked V to the next.
+inline constexpr int kPanelSize = kTileSlots * kPanelColumns;
+
+/// Where column i (a multiple of kLanes) of slot (or pair of slots) t lies in an unpacked V: panels
+/// of kPanelColumns columns, so that a panel's rows are adjacent.
+inline int64_t unpacked_v_index(int t, int i) {
+  return int64_t{i / kPanelColumns} * kPanelSize + t * kPanelColumns + i % kPanelColumns;
+}
+
 /// How a tile's scratch is used (scratch_floats): unpacked K, unpacked V, scores.
 struct Scratch {
   explicit Scratch(const Tile& t)
@@ -202,53 +211,5 @@ inline void product_values(int rows, int value_vectors, const float* p,
         rows, value_vectors - j, reinterpret_cast<const typename Product::Element*>(p), kTileSlots,
         operands.values + j / kPanel * operands.panel_stride, operands.row_stride, depth,
         Start{former, column, o_stride, alpha}, StoreRows{column, o_stride}, prefetch);
-  }
-}
-
-#ifdef RELAY_HAS_AMX
-#include "kernels/amx-inl.h"
-#endif
-
-/// All query rows of a tile over its operands.
-template <typename Product>
-inline void attend_operands(const Tile& t, const Operands<Product>& operands, float* s) {
-  alignas(64) float alpha[kScoreRows];
-  const int slot_vectors = (t.slots + kLanes - 1) / kLanes;
-  const int value_vectors = (t.v_dim + kLanes - 1) / kLanes;
-  const int key_depth = (t.qk_dim + Product::kDepth - 1) / Product::kDepth;
-  const int value_depth = (t.slots + Product::kDepth - 1) / Product::kDepth;
-  // A step for each register block of query rows in each panel.
-  const int panels =
-      (key_depth + kDepthBlock - 1) / kDepthBlock * ((slot_vectors + kPanel - 1) / kPanel) +
-      (value_vectors + kPanel - 1) / kPanel;
-  const auto steps = [&](int rows) { return panels * ((rows + kBlockRows - 1) / kBlockRows); };
-  int first = 0;
-#ifdef RELAY_HAS_AMX
-  if constexpr (Product::kWeights == Weights::kBF16Pairs) first = amx_rows(t);
-  Prefetcher prefetch(t, amx_steps(t, first) + steps(t.rows - first));
-  if constexpr (Product::kWeights == Weights::kBF16Pairs) {
-    if (first > 0) attend_amx(t, first, operands, s, prefetch);
-  }
-#else
-  Prefetcher prefetch(t, steps(t.rows));
-#endif
-  for (; first < t.rows; first += kScoreRows) {
-    const int rows = t.rows - first < kScoreRows ? t.rows - first : kScoreRows;
-    const auto scores = [&](const auto& finish) {
-      product_scores<Product>(
-          rows, slot_vectors,
-          static_cast<const typename Product::Element*>(t.q) + first * t.q_stride, t.q_stride,
-          operands.keys, key_depth, s, finish, prefetch);
-    };
-    EarlyWeights<Product::kWeights> early(t, first, rows);
-    Former former = Former::kKept;
-    if (early.known()) scores([&](int column) { return early.take(column, s); });
-    if (!early.known() || !early.commit()) {
-      scores([&](int column) { return StoreRows{s + column, kTileSlots}; });
-      softmax<Product::kWeights>(t, first, rows, s, alpha);
-      former = Former::kScaled;
-    }
-    product_values<Product>(rows, value_vectors, s, operands, value_depth, t.o + first * t.o_stride,
-                            t.o_stride, former, alpha, prefetch);
   }
 }

@@ -5,6 +5,12 @@ inline void pack_query(DType type, const void* src, int n, QueryLayout layout, v
   auto* out = static_cast<float*>(dst);
   with_elements(type, [&](auto e) {
     using E = decltype(e);
+#ifdef RELAY_HAS_AMX
+    if (layout == QueryLayout::kBF16Halves) {
+      for (int i = 0; i < n; i += 32) store_halves(out + i, E::load(row, i), E::load(row, i + 16));
+      return;
+    }
+#endif
     for (int i = 0; i < padded_dim(n); i += kLanes) {
       const Vec v = i < n ? load_padded<E>(row, i, n) : splat(0.0f);
 #ifdef RELAY_HAS_BF16_DOT

@@ -71,6 +71,18 @@ inline Vec add_pairs(Vec sum, __m512bh pairs) {
   const auto ones = (__m512bh)_mm512_set1_epi16(0x3f80);
   return (Vec)_mm512_dpbf16_ps((__m512)sum, pairs, ones);
 }
+/// Each number rounded to bf16, as f32.
+inline Vec high_half(Vec x) {
+  return (Vec)(((VecI)x + 0x8000) & static_cast<int32_t>(0xffff0000u));
+}
+/// Stores 32 numbers as QueryLayout::kBF16Halves. What the two halves leave out is at most 2^-16 of
+/// a number.
+inline void store_halves(float* p, Vec first16, Vec last16) {
+  const Vec first_high = high_half(first16);
+  const Vec last_high = high_half(last16);
+  _mm512_storeu_si512(p, (__m512i)bf16_pairs(first_high, last_high));
+  _mm512_storeu_si512(p + 16, (__m512i)bf16_pairs(first16 - first_high, last16 - last_high));
+}
 #endif
 inline float f16_to_f32(uint16_t h) { return _cvtsh_ss(h); }
 inline uint16_t f32_to_f16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }

@@ -4,8 +4,9 @@
 // a time so that the reductions of all of them, and the factors by which their earlier results
 // shrink, are a few whole-vector operations rather than a dependent chain per row.
 
-/// How the weights are wanted: f32, or rounded to bf16, two by two in the first half of each row.
-enum class Weights : uint8_t { kF32, kBF16Pairs };
+/// How the weights are wanted: f32, or rounded to bf16, two by two in the first half of each row,
+/// or as QueryLayout::kBF16Halves.
+enum class Weights : uint8_t { kF32, kBF16Pairs, kBF16Halves };
 
 inline constexpr int kScoreVectors = kTileSlots / kLanes;
 
@@ -59,6 +60,10 @@ RELAY_INLINE Vec store_weights(float* row, int column, Vec first, Vec second, Ve
     const __m512bh pairs = bf16_pairs(first, second);
     std::memcpy(row + column / 2, &pairs, sizeof(pairs));
     return add_pairs(total, pairs);
+  }
+  if constexpr (kWeights == Weights::kBF16Halves) {
+    store_halves(row + column, first, second);
+    return total + first + second;
   }
 #endif
   store(row + column, first);

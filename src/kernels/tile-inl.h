@@ -21,6 +21,9 @@
 #include "kernels/softmax-inl.h"
 #include "kernels/few_rows-inl.h"
 #include "kernels/product-inl.h"
+#ifdef RELAY_HAS_AMX
+#include "kernels/amx-inl.h"
+#endif
 #include "kernels/many_rows-inl.h"
 #include "kernels/tiled-inl.h"
 #include "kernels/rows-inl.h"

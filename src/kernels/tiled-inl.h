@@ -71,6 +71,5 @@ inline void attend_tiled(const Tile& t) {
                                 scratch.scores);
     return;
   }
-  attend_operands<F32Product>(t, {scratch.keys, scratch.values, kPanelColumns, kPanelSize},
-                              scratch.scores);
+  attend_unpacked(t, scratch);
 }

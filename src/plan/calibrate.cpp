@@ -56,7 +56,7 @@ class Calibration {
     costs.many = path(false, kSomeRows, kMostRows);
     float* from = queries();
     float* to = outputs();
-    const QueryLayout layout = kernels_.many_layout(k_type_, v_type_);
+    const QueryLayout layout = kernels_.many_layout(k_type_, v_type_, kLargeDim, kLargeDim);
     costs.state_element = least_seconds([&] {
                             for (int r = 0; r < kMostRows; ++r) {
                               const int at = r * kLargeDim;

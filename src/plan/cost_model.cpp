@@ -165,8 +165,8 @@ CostModel coarse_cost_model(const CostModel& fixed, const CostModel& measured) {
 
 CostModel planning_costs(const PlanOptions& options) {
   const kernels::KernelSet& set = kernels::active();
-  const bool pairs =
-      set.many_layout(options.k_type, options.v_type) == kernels::QueryLayout::kBF16Pairs;
+  const bool pairs = set.many_layout(options.k_type, options.v_type, options.shape.qk_dim,
+                                     options.shape.v_dim) == kernels::QueryLayout::kBF16Pairs;
   const double read_bytes = guessed_read_bytes(options.threads);
   const CostModel fixed =
       make_cost_model(fixed_costs(options.k_type, options.v_type, pairs), options, read_bytes);

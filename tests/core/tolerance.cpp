@@ -11,6 +11,7 @@ namespace {
 
 constexpr double kUnit = 0x1p-24;
 constexpr double kBF16Unit = 0x1p-8;  // 8 significant bits, one of them implicit
+constexpr double kHalvesUnit = 3 * 0x1p-16;
 constexpr double kExp = 8;
 constexpr double kCoarseExp = 1.1e-4;
 constexpr double kTanh = 16;
@@ -28,9 +29,14 @@ double norm(std::span<const float> values) {
 }  // namespace
 
 Arithmetic arithmetic_of(const std::string& isa, DType k_type, DType v_type) {
-  return kernels::multiplies_bf16_pairs(isa, k_type, v_type)
-             ? Arithmetic{.query_rounding = kBF16Unit, .weight_rounding = kBF16Unit + kCoarseExp}
-             : Arithmetic{};
+  switch (kernels::product_layout(isa, k_type, v_type)) {
+    case kernels::QueryLayout::kBF16Pairs:
+      return {.query_rounding = kBF16Unit, .weight_rounding = kBF16Unit + kCoarseExp};
+    case kernels::QueryLayout::kBF16Halves:
+      return {.query_rounding = kHalvesUnit, .weight_rounding = kHalvesUnit};
+    default:
+      return {};
+  }
 }
 
 double unit_roundoff(DType type) {

@@ -5,7 +5,10 @@
 // the unit roundoff of f32, in which kernels compute; elements of f32, f16, bf16, q8_0 and unpacked
 // custom KV are exact in f32, and products of them are rounded once. Where K and V are bf16 and the
 // CPU multiplies bf16 pairs, Q and the weights P are first rounded to bf16, and P comes from an
-// exponential of 1.1e-4 relative: u_q = 2^-8, u_p = 2^-8 + 1.1e-4 there and 0 elsewhere.
+// exponential of 1.1e-4 relative: u_q = 2^-8, u_p = 2^-8 + 1.1e-4 there. Where both factors of a
+// product are sums of two bf16, the number rounded and what that leaves, each leaves out at most
+// 2^-16 of itself, and the product without that of the low halves 2^-16: u_q = u_p = 3 2^-16. 0
+// elsewhere.
 //
 // 1. Logits. A dot product of length d in any order of summation errs by at most
 //    d u sum_i |q_i k_i| <= d u |q||k| (Higham 2002, section 3.1; |q|, |k| are 2-norms, the step is

@@ -116,8 +116,8 @@ inline QueryLayout many_layout([[maybe_unused]] DType k_type, [[maybe_unused]] D
   if (k_type == DType::kBF16 && v_type == DType::kBF16) return QueryLayout::kBF16Pairs;
 #endif
 #ifdef RELAY_HAS_AMX
-  // f16 is the sum of two bf16 exactly, and q8_0 to 2^-16 of a number: three products of AMX then
-  // take a third of the time of one in f32.
+  // f16 is the sum of two bf16 exactly, and q8_0 to 2^-16 of a number: three products on AMX take
+  // less time than one in f32.
   const auto halves = [](DType type) { return type == DType::kF16 || type == DType::kQ8_0; };
   if (halves(k_type) && halves(v_type) && suits_amx(qk_dim, v_dim)) return QueryLayout::kBF16Halves;
 #endif

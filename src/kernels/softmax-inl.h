@@ -8,6 +8,10 @@
 /// or as QueryLayout::kBF16Halves.
 enum class Weights : uint8_t { kF32, kBF16Pairs, kBF16Halves };
 
+/// Whether they are rounded so far that a coarse exponential does.
+template <Weights kWeights>
+inline constexpr bool kCoarseExp = kWeights == Weights::kBF16Pairs;
+
 inline constexpr int kScoreVectors = kTileSlots / kLanes;
 
 /// The first N (a power of two up to kLanes) lanes at p.
@@ -114,8 +118,7 @@ inline void softmax_block(const Tile& t, int first, float* s, float* alpha) {
     const Vec minus_bound = splat(-bounds[r]);
     Vec total = splat(0.0f);
     auto weight = [&](int j) {
-      return exp2 < kWeights ==
-             Weights::kBF16Pairs > (fma(load(row + j * kLanes), scale, minus_bound));
+      return exp2<kCoarseExp<kWeights>>(fma(load(row + j * kLanes), scale, minus_bound));
     };
     auto weigh = [&](int count) {
 #pragma GCC unroll 16
@@ -183,7 +186,7 @@ class EarlyWeights {
     RELAY_INLINE Vec weight(Vec score, Vec bound) const {
       Vec x = score * scale - bound;
       if (!kPowersOverflow) x = min(x, splat(126.0f));  // large enough to be found out
-      return exp2_finite < kWeights == Weights::kBF16Pairs > (x);
+      return exp2_finite<kCoarseExp<kWeights>>(x);
     }
     static constexpr bool kOnePanel = kPanel * kLanes == kTileSlots;
     Vec scale;

@@ -9,6 +9,7 @@ inline constexpr int kFewAccumulators = 16;
 
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t VecI __attribute__((vector_size(64)));
+typedef uint32_t VecU __attribute__((vector_size(64)));  // wraps where it overflows
 
 #define RELAY_INTERLEAVE_LO(a, b) \
   __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
@@ -72,9 +73,7 @@ inline Vec add_pairs(Vec sum, __m512bh pairs) {
   return (Vec)_mm512_dpbf16_ps((__m512)sum, pairs, ones);
 }
 /// Each number rounded to bf16, as f32.
-inline Vec high_half(Vec x) {
-  return (Vec)(((VecI)x + 0x8000) & static_cast<int32_t>(0xffff0000u));
-}
+inline Vec high_half(Vec x) { return (Vec)(((VecU)x + 0x8000u) & 0xffff0000u); }
 /// Stores 32 numbers as QueryLayout::kBF16Halves. What the two halves leave out is at most 2^-16 of
 /// a number.
 inline void store_halves(float* p, Vec first16, Vec last16) {

@@ -9,6 +9,7 @@ inline constexpr int kFewAccumulators = 8;
 
 typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t VecI __attribute__((vector_size(16)));
+typedef uint32_t VecU __attribute__((vector_size(16)));  // wraps where it overflows
 
 #define RELAY_INTERLEAVE_LO(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
 #define RELAY_INTERLEAVE_HI(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
@@ -35,8 +36,8 @@ inline Vec round(Vec x) { return (x + splat(12582912.0f)) - splat(12582912.0f); 
 /// p * 2^n for p in [0.5, 2) and an integer n <= 126; 0 where n < -126.
 inline constexpr bool kPowersOverflow = false;
 inline Vec times_power_of_two(Vec p, Vec n) {
-  const VecI exponent = (VecI)(n + splat(12582912.0f)) << 23;  // n in the low bits
-  return select_below(n, splat(-126.0f), splat(0.0f), (Vec)((VecI)p + exponent));
+  const VecU exponent = (VecU)(n + splat(12582912.0f)) << 23;  // n in the low bits
+  return select_below(n, splat(-126.0f), splat(0.0f), (Vec)((VecU)p + exponent));
 }
 
 inline float bits_to_f32(uint32_t u) {

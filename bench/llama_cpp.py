@@ -72,6 +72,7 @@ def parse_arguments():
         args.peers[name] = shlex.split(command)
     if any(c in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl") for c in (args.ctv,)):
         args.configs = [c for c in args.configs if c != "fa-off"]  # llama.cpp refuses that pair
+    args.columns = [*args.configs, *args.peers]
     for path in (args.model, args.bin / "llama-batched-bench", args.module):
         if not path.exists():
             parser.error(f"{path} is not there (build with cmake --preset release)")
@@ -163,9 +164,8 @@ def measure(args):
                 + ["npp", "ntg", "npl", "prefill_s", "prefill_tps", "decode_s", "decode_tps"]
             )
         for number in range(args.rounds):
-            configs = [*args.configs, *args.peers]
-            shift = number % len(configs)
-            for config in configs[shift:] + configs[:shift]:
+            shift = number % len(args.columns)
+            for config in args.columns[shift:] + args.columns[:shift]:
                 print(f"round {number + 1}/{args.rounds}: {config}", file=sys.stderr, flush=True)
                 rows, lines = run(args, config)
                 summary = lines or summary
@@ -192,8 +192,7 @@ def report(args, speeds):
     missed = []
     print(f"\n{machine()} | {commit()} | {args.model.name} | KV {args.ctk}/{args.ctv}")
     print(f"tokens/s: median of {args.rounds} rounds (spread: (max-min)/median)\n")
-    columns = [*args.configs, *args.peers]
-    heads = ["npp", "B", "phase", *columns, "Relay/best", "(min-max)", "gate"]
+    heads = ["npp", "B", "phase", *args.columns, "Relay/best", "(min-max)", "gate"]
     heads += [f"Relay/{peer}" for peer in args.peers]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for npp in args.npp:
@@ -202,7 +201,7 @@ def report(args, speeds):
                 if (args.configs[0], phase, npp, npl) not in speeds:
                     continue
                 cells = [str(npp), str(npl), phase]
-                for config in columns:
+                for config in args.columns:
                     values = speeds[config, phase, npp, npl]
                     median = statistics.median(values)
                     spread = (max(values) - min(values)) / median

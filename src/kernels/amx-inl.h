@@ -189,10 +189,8 @@ class AmxAttention {
 /// Makes rows of pairs of an unpacked operand's rows [0, count), kPanelColumns wide: of rows 2i and
 /// 2i + 1 the high halves in row 2i, the low ones in row 2i + 1.
 inline void split_rows(float* rows, int count) {
-  const auto high_bits = static_cast<int32_t>(0xffff0000u);
-  const auto pair = [&](Vec first, Vec second) RELAY_INLINE_LAMBDA {
-    // By arithmetic shift, whose sign bits are masked.
-    return (Vec)((((VecI)first >> 16) & 0xffff) | ((VecI)second & high_bits));
+  const auto pair = [](Vec first, Vec second) RELAY_INLINE_LAMBDA {  // of high halves
+    return (Vec)(((VecU)first >> 16) | (VecU)second);
   };
   for (int r = 0; r < count; r += 2) {
     float* even = rows + r * kPanelColumns;

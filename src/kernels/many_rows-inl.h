@@ -4,6 +4,11 @@
 /// All query rows of a tile over its operands.
 template <typename Product>
 inline void attend_operands(const Tile& t, const Operands<Product>& operands, float* s) {
+#ifdef RELAY_HAS_AMX
+  if constexpr (Product::kWeights == Weights::kBF16Pairs) {
+    if (suits_amx(t)) return AmxAttention<Product::kWeights>(t, operands, s).run();
+  }
+#endif
   alignas(64) float alpha[kScoreRows];
   const int slot_vectors = (t.slots + kLanes - 1) / kLanes;
   const int value_vectors = (t.v_dim + kLanes - 1) / kLanes;
@@ -14,11 +19,6 @@ inline void attend_operands(const Tile& t, const Operands<Product>& operands, fl
       (key_depth + kDepthBlock - 1) / kDepthBlock * ((slot_vectors + kPanel - 1) / kPanel) +
       (value_vectors + kPanel - 1) / kPanel;
   const int steps = panels * ((t.rows + kBlockRows - 1) / kBlockRows);
-#ifdef RELAY_HAS_AMX
-  if constexpr (Product::kWeights == Weights::kBF16Pairs) {
-    if (suits_amx(t)) return AmxAttention<Product::kWeights>(t, operands, s).run();
-  }
-#endif
   Prefetcher prefetch(t, steps);
   for (int first = 0; first < t.rows; first += kScoreRows) {
     const int rows = t.rows - first < kScoreRows ? t.rows - first : kScoreRows;

@@ -104,7 +104,9 @@ void peak(benchmark::State& state) {
   state.counters["bf16"] = roofline.bf16_flops;
 }
 
+void f32(benchmark::State& state) { attend(state, DType::kF32, Path::kRows); }
 void f16(benchmark::State& state) { attend(state, DType::kF16, Path::kRows); }
+void q8_0(benchmark::State& state) { attend(state, DType::kQ8_0, Path::kRows); }
 void bf16(benchmark::State& state) { attend(state, DType::kBF16, Path::kRows); }
 void bf16_tiles(benchmark::State& state) { attend(state, DType::kBF16, Path::kTiles); }
 
@@ -113,7 +115,9 @@ void heads_and_rows(benchmark::internal::Benchmark* kernel) {
 }
 
 BENCHMARK(peak)->Iterations(1);
+BENCHMARK(f32)->Apply(heads_and_rows);
 BENCHMARK(f16)->Apply(heads_and_rows);
+BENCHMARK(q8_0)->Apply(heads_and_rows);
 BENCHMARK(bf16)->Apply(heads_and_rows);
 BENCHMARK(bf16_tiles)->Apply(heads_and_rows);
 

@@ -14,11 +14,12 @@ inline void attend_operands(const Tile& t, const Operands<Product>& operands, fl
   const int value_vectors = (t.v_dim + kLanes - 1) / kLanes;
   const int key_depth = (t.qk_dim + Product::kDepth - 1) / Product::kDepth;
   const int value_depth = (t.slots + Product::kDepth - 1) / Product::kDepth;
-  // A step for each register block of query rows in each panel.
-  const int panels =
-      (key_depth + kDepthBlock - 1) / kDepthBlock * ((slot_vectors + kPanel - 1) / kPanel) +
-      (value_vectors + kPanel - 1) / kPanel;
-  const int steps = panels * ((t.rows + kBlockRows - 1) / kBlockRows);
+  const auto panel_steps = [](int vectors, int depth) {
+    return (vectors + kPanel - 1) / kPanel * ((depth + kStepDepth - 1) / kStepDepth);
+  };
+  const int steps =
+      (panel_steps(slot_vectors, key_depth) + panel_steps(value_vectors, value_depth)) *
+      ((t.rows + kBlockRows - 1) / kBlockRows);
   Prefetcher prefetch(t, steps);
   for (int first = 0; first < t.rows; first += kScoreRows) {
     const int rows = t.rows - first < kScoreRows ? t.rows - first : kScoreRows;

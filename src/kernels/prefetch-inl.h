@@ -1,19 +1,18 @@
 // Asking for what comes next while working on what is here.
 //
 // A tile's vectors lie a whole slot apart, too far for the hardware's prefetchers, so the kernels
-// ask themselves, in the order of memory. They ask for a line or two at a time, evenly over the
-// work: a core has some twenty misses under way at most, and a burst beyond that stalls it.
+// ask themselves, in the order of memory. They ask for one line at a time, evenly over the work: a
+// core has some twenty misses under way at most, and a burst beyond that stalls it.
 class Prefetcher {
  public:
   /// `steps`: how often step() will be called.
-  Prefetcher(const Tile& tile, int steps) : tile_(tile) {
-    const int lines = tile.next_slots * (lines_of(tile.next_k_bytes) + lines_of(tile.next_v_bytes));
-    lines_per_step_ = (lines + steps - 1) / steps;
-    if (lines > 0) begin_run();
+  Prefetcher(const Tile& tile, int steps) : tile_(tile), steps_(steps) {
+    lines_ = tile.next_slots * (lines_of(tile.next_k_bytes) + lines_of(tile.next_v_bytes));
+    if (lines_ > 0) begin_run();
   }
 
   RELAY_INLINE void step() {
-    for (int n = 0; n < lines_per_step_; ++n) {
+    for (due_ += lines_; due_ >= steps_; due_ -= steps_) {
       __builtin_prefetch(at_, 0, 2);
       at_ += 64;
       if (at_ >= end_) next_run();
@@ -34,12 +33,15 @@ class Prefetcher {
     if (++run_ < 2 * tile_.next_slots) {
       begin_run();
     } else {
-      lines_per_step_ = 0;
+      lines_ = 0;
+      due_ = 0;
     }
   }
 
   const Tile& tile_;
-  int lines_per_step_;
+  int steps_;
+  int lines_;    ///< in all; 0 once all are asked for
+  int due_ = 0;  ///< lines not asked for yet that should be by now, times steps_
   int run_ = 0;
   const uint8_t* at_ = nullptr;
   const uint8_t* end_ = nullptr;

@@ -34,12 +34,16 @@ struct Start {
   const float* alpha;
 };
 
+/// Elements of depth for which a register block calls Prefetcher::step() once.
+inline constexpr int kStepDepth = 8;
+
 /// acc[MR][NV] = start + a[MR][depth] b[depth][NV vectors], whose rows then go to
 /// finish(row, acc[row]). `row` is the block's first.
 template <typename Product, int MR, int NV, typename Finish>
 RELAY_NOINLINE void product_block(const typename Product::Element* a, int64_t a_stride,
                                   const typename Product::Element* b, int64_t b_stride, int depth,
-                                  int row, const Start& start, const Finish& finish) {
+                                  int row, const Start& start, const Finish& finish,
+                                  Prefetcher& prefetch) {
   using B = decltype(Product::load(b));
   Vec acc[MR][NV];
   auto begin = [&](auto value) RELAY_INLINE_LAMBDA {
@@ -65,6 +69,7 @@ RELAY_NOINLINE void product_block(const typename Product::Element* a, int64_t a_
   }
   a += row * a_stride;
   for (int k = 0; k < depth; ++k) {
+    if (k % kStepDepth == 0) prefetch.step();
     B column[NV];
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) column[j] = Product::load(b + k * b_stride + j * kLanes);
@@ -97,7 +102,7 @@ inline void product_rows(int rows, const typename Product::Element* a, int64_t a
   int row = 0;
   while (row < rows) {
     auto block = [&]<int MR>() {
-      product_block<Product, MR, NV>(a, a_stride, b, b_stride, depth, row, start, finish);
+      product_block<Product, MR, NV>(a, a_stride, b, b_stride, depth, row, start, finish, prefetch);
       row += MR;
     };
     // Two even blocks beat a full one and a thin one.
@@ -113,7 +118,6 @@ inline void product_rows(int rows, const typename Product::Element* a, int64_t a
     } else {
       block.template operator()<1>();
     }
-    prefetch.step();
   }
 }
 

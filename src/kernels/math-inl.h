@@ -78,16 +78,56 @@ struct Max {
   RELAY_INLINE Vec operator()(Vec a, Vec b) const { return max(a, b); }
 };
 
-/// Transposes a kLanes x kLanes block: log2(kLanes) perfect shuffles.
-template <int kStage = 1, typename V>
+/// Within each block of 4 lanes, units of N lanes by turns from a's first (kHigh: second) half and
+/// from b's.
+template <int N, bool kHigh, typename V, int... I>
+RELAY_INLINE V zip(V a, V b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b,
+                                 (I / 4 * 4 + (kHigh ? 2 : 0) + (N == 1 ? I % 4 / 2 : I % 2) +
+                                  ((N == 1 ? I % 2 : I % 4 / 2) != 0 ? kLanes : 0))...);
+}
+/// a's even (kOdd: odd) blocks of 4 lanes, then b's.
+template <bool kOdd, typename V, int... I>
+RELAY_INLINE V blocks(V a, V b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((2 * (I / 4) + (kOdd ? 1 : 0)) * 4 + I % 4)...);
+}
+
+/// Transposes a kLanes x kLanes block: log2(kLanes) shuffles of each vector, of which the first two
+/// stay within 4 lanes (processors do those fastest).
+template <typename V>
 RELAY_INLINE void transpose(V (&v)[kLanes]) {
-  V w[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes / 2; ++i) {
-    w[2 * i] = RELAY_INTERLEAVE_LO(v[i], v[i + kLanes / 2]);
-    w[2 * i + 1] = RELAY_INTERLEAVE_HI(v[i], v[i + kLanes / 2]);
+  constexpr AllLanes kAll;
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+    const V a = zip<1, false>(v[i], v[i + 1], kAll);
+    const V b = zip<1, true>(v[i], v[i + 1], kAll);
+    const V c = zip<1, false>(v[i + 2], v[i + 3], kAll);
+    const V d = zip<1, true>(v[i + 2], v[i + 3], kAll);
+    v[i] = zip<2, false>(a, c, kAll);
+    v[i + 1] = zip<2, true>(a, c, kAll);
+    v[i + 2] = zip<2, false>(b, d, kAll);
+    v[i + 3] = zip<2, true>(b, d, kAll);
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) v[i] = w[i];
-  if constexpr (2 * kStage < kLanes) transpose<2 * kStage>(v);
+  if constexpr (kLanes == 8) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const V a = v[i];
+      const V b = v[i + 4];
+      v[i] = blocks<false>(a, b, kAll);
+      v[i + 4] = blocks<true>(a, b, kAll);
+    }
+  }
+  if constexpr (kLanes == 16) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const V a = blocks<false>(v[i], v[i + 4], kAll);
+      const V b = blocks<true>(v[i], v[i + 4], kAll);
+      const V c = blocks<false>(v[i + 8], v[i + 12], kAll);
+      const V d = blocks<true>(v[i + 8], v[i + 12], kAll);
+      v[i] = blocks<false>(a, c, kAll);
+      v[i + 4] = blocks<false>(b, d, kAll);
+      v[i + 8] = blocks<true>(a, c, kAll);
+      v[i + 12] = blocks<true>(b, d, kAll);
+    }
+  }
 }

@@ -11,9 +11,6 @@ typedef float Vec __attribute__((vector_size(32)));
 typedef int32_t VecI __attribute__((vector_size(32)));
 typedef uint32_t VecU __attribute__((vector_size(32)));  // wraps where it overflows
 
-#define RELAY_INTERLEAVE_LO(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
-#define RELAY_INTERLEAVE_HI(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
-
 inline Vec load(const float* p) { return (Vec)_mm256_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, (__m256)v); }
 inline Vec splat(float x) { return (Vec)_mm256_set1_ps(x); }

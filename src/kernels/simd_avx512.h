@@ -11,11 +11,6 @@ typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t VecI __attribute__((vector_size(64)));
 typedef uint32_t VecU __attribute__((vector_size(64)));  // wraps where it overflows
 
-#define RELAY_INTERLEAVE_LO(a, b) \
-  __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define RELAY_INTERLEAVE_HI(a, b) \
-  __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-
 inline Vec load(const float* p) { return (Vec)_mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, (__m512)v); }
 inline Vec splat(float x) { return (Vec)_mm512_set1_ps(x); }

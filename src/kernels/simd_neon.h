@@ -11,9 +11,6 @@ typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t VecI __attribute__((vector_size(16)));
 typedef uint32_t VecU __attribute__((vector_size(16)));  // wraps where it overflows
 
-#define RELAY_INTERLEAVE_LO(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
-#define RELAY_INTERLEAVE_HI(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
-
 inline Vec load(const float* p) { return (Vec)vld1q_f32(p); }
 inline void store(float* p, Vec v) { vst1q_f32(p, (float32x4_t)v); }
 inline Vec splat(float x) { return (Vec)vdupq_n_f32(x); }

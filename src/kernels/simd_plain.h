@@ -11,9 +11,6 @@ typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t VecI __attribute__((vector_size(16)));
 typedef uint32_t VecU __attribute__((vector_size(16)));  // wraps where it overflows
 
-#define RELAY_INTERLEAVE_LO(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
-#define RELAY_INTERLEAVE_HI(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
-
 inline Vec load(const float* p) {
   Vec v;
   std::memcpy(&v, p, sizeof(v));

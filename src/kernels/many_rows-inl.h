@@ -73,20 +73,18 @@ inline void unpack_v(const Tile& t, float* out) {
 
 /// As unpack_k, in pairs along qk_dim: out[(qk_dim + 1) / 2][kTileSlots].
 inline void unpack_k_pairs(const Tile& t, uint32_t* out) {
-  for (int first = 0; first < t.slots; first += 16) {
-    for (int i = 0; i < t.qk_dim; i += 32) {
-      const int n = t.qk_dim - i < 32 ? t.qk_dim - i : 32;
-      const __mmask32 mask = n == 32 ? ~0u : (1u << n) - 1u;
-      VecI v[16];
-      for (int j = 0; j < 16; ++j) {
+  constexpr int kElements = 2 * kLanes;
+  for (int first = 0; first < t.slots; first += kLanes) {
+    for (int i = 0; i < t.qk_dim; i += kElements) {
+      const auto which = first_bf16(t.qk_dim - i < kElements ? t.qk_dim - i : kElements);
+      VecU v[kLanes];
+      for (int j = 0; j < kLanes; ++j) {
         v[j] = first + j < t.slots
-                   ? (VecI)_mm512_maskz_loadu_epi16(mask, t.k[first + j] + t.k_offset + 2 * i)
-                   : VecI{};
+                   ? load_bf16_pairs(t.k[first + j] + t.k_offset + 2 * int64_t{i}, which)
+                   : VecU{};
       }
       transpose(v);
-      for (int j = 0; j < 16; ++j) {
-        _mm512_storeu_si512(out + (i / 2 + j) * kTileSlots + first, (__m512i)v[j]);
-      }
+      for (int j = 0; j < kLanes; ++j) store_words(out + (i / 2 + j) * kTileSlots + first, v[j]);
     }
   }
 }
@@ -94,16 +92,14 @@ inline void unpack_k_pairs(const Tile& t, uint32_t* out) {
 /// As unpack_v, in pairs of slots.
 inline void unpack_v_pairs(const Tile& t, uint32_t* out) {
   for (int slot = 0; slot < t.slots; slot += 2) {
-    for (int i = 0; i < t.v_dim; i += 16) {
-      const int n = t.v_dim - i < 16 ? t.v_dim - i : 16;
-      auto widen = [&](int which) {
-        return _mm512_cvtepu16_epi32(
-            _mm256_maskz_loadu_epi16(first_lanes(n), t.v[which] + t.v_offset + 2 * int64_t{i}));
+    for (int i = 0; i < t.v_dim; i += kLanes) {
+      const int n = t.v_dim - i < kLanes ? t.v_dim - i : kLanes;
+      auto halves = [&](int which) {
+        return load_bf16_halves(t.v[which] + t.v_offset + 2 * int64_t{i}, n);
       };
-      const __m512i low = widen(slot);
-      const __m512i high = slot + 1 < t.slots ? widen(slot + 1) : _mm512_setzero_si512();
-      _mm512_storeu_si512(out + unpacked_v_index(slot / 2, i),
-                          _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      const VecU low = halves(slot);
+      const VecU high = slot + 1 < t.slots ? halves(slot + 1) : VecU{};
+      store_words(out + unpacked_v_index(slot / 2, i), low | high << 16);
     }
   }
 }

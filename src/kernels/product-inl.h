@@ -10,16 +10,16 @@ struct F32Product {
 };
 
 #ifdef RELAY_HAS_BF16_DOT
-/// Pairs of bf16, multiplied and added two by two in f32 (vdpbf16ps): twice the f32 rate.
+inline VecU load_words(const uint32_t* p) { return (VecU)load(reinterpret_cast<const float*>(p)); }
+inline void store_words(uint32_t* p, VecU v) { store(reinterpret_cast<float*>(p), (Vec)v); }
+
+/// Pairs of bf16, multiplied and added two by two in f32 (vdpbf16ps, bfdot): twice the f32 rate.
 struct BF16Product {
   using Element = uint32_t;
   static constexpr Weights kWeights = Weights::kBF16Pairs;
   static constexpr int kDepth = 2;
-  static __m512i load(const uint32_t* p) { return _mm512_loadu_si512(p); }
-  static Vec multiply_add(uint32_t a, __m512i b, Vec c) {
-    return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
-                                 (__m512bh)b);
-  }
+  static VecU load(const uint32_t* p) { return load_words(p); }
+  static Vec multiply_add(uint32_t a, VecU b, Vec c) { return dot_pairs(c, a, b); }
 };
 #endif
 

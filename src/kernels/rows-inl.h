@@ -15,8 +15,7 @@ inline void pack_query(DType type, const void* src, int n, QueryLayout layout, v
       const Vec v = i < n ? load_padded<E>(row, i, n) : splat(0.0f);
 #ifdef RELAY_HAS_BF16_DOT
       if (layout == QueryLayout::kBF16Pairs) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(dst) + i),
-                            (__m256i)_mm512_cvtneps_pbh((__m512)v));
+        store_bf16(static_cast<uint16_t*>(dst) + i, v);
         continue;
       }
 #endif

@@ -58,15 +58,32 @@ inline Vec load_i8(const uint8_t* p) {
       _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 #ifdef RELAY_HAS_BF16_DOT
+// Pairs of bf16, the first in the low half of a lane.
+
 /// 32 numbers rounded to bf16, as 16 pairs.
-inline __m512bh bf16_pairs(Vec first16, Vec last16) {
-  return _mm512_cvtne2ps_pbh((__m512)last16, (__m512)first16);
+inline VecU bf16_pairs(Vec first16, Vec last16) {
+  return (VecU)_mm512_cvtne2ps_pbh((__m512)last16, (__m512)first16);
 }
-/// sum + both numbers of each pair.
-inline Vec add_pairs(Vec sum, __m512bh pairs) {
-  const auto ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-  return (Vec)_mm512_dpbf16_ps((__m512)sum, pairs, ones);
+/// Stores 16 numbers rounded to bf16.
+inline void store_bf16(uint16_t* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
 }
+/// What load_bf16_pairs reads: the first n (<= 32), the rest becomes zero.
+inline __mmask32 first_bf16(int n) { return n == 32 ? ~0u : (1u << n) - 1u; }
+inline VecU load_bf16_pairs(const uint8_t* p, __mmask32 which) {
+  return (VecU)_mm512_maskz_loadu_epi16(which, p);
+}
+/// The first n (<= 16) bf16 at p as first halves of pairs, all else zero.
+inline VecU load_bf16_halves(const uint8_t* p, int n) {
+  return (VecU)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+/// sum + the dot product of the pair `a` and each pair of b.
+inline Vec dot_pairs(Vec sum, uint32_t a, VecU b) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
+                               (__m512bh)b);
+}
+#endif
+#ifdef RELAY_HAS_AMX
 /// Each number rounded to bf16, as f32.
 inline Vec high_half(Vec x) { return (Vec)(((VecU)x + 0x8000u) & 0xffff0000u); }
 /// Stores 32 numbers as QueryLayout::kBF16Halves. What the two halves leave out is at most 2^-16 of
@@ -74,8 +91,8 @@ inline Vec high_half(Vec x) { return (Vec)(((VecU)x + 0x8000u) & 0xffff0000u); }
 inline void store_halves(float* p, Vec first16, Vec last16) {
   const Vec first_high = high_half(first16);
   const Vec last_high = high_half(last16);
-  _mm512_storeu_si512(p, (__m512i)bf16_pairs(first_high, last_high));
-  _mm512_storeu_si512(p + 16, (__m512i)bf16_pairs(first16 - first_high, last16 - last_high));
+  store(p, (Vec)bf16_pairs(first_high, last_high));
+  store(p + 16, (Vec)bf16_pairs(first16 - first_high, last16 - last_high));
 }
 #endif
 inline float f16_to_f32(uint16_t h) { return _cvtsh_ss(h); }

@@ -119,15 +119,17 @@ void compare(const AccuracyCase& c, ThreadPool& pool) {
 
   test::Arithmetic arithmetic = test::arithmetic_of(current_isa(), c.kv_type, c.kv_type);
   double stock_square = stock * stock;
-  if (arithmetic.query_rounding <= ggml_query_rounding(c)) {
+  const double rounding = std::max(arithmetic.query_rounding + arithmetic.key_rounding,
+                                   std::sqrt(32.0) * arithmetic.byte_rounding);
+  if (rounding <= ggml_query_rounding(c)) {
     // Both round the queries. To the same values for bf16; otherwise these are two samples of one
     // variance, from N rows and heads: each has a relative standard deviation of sqrt(2 / N), and
     // three of their difference are allowed.
-    if (arithmetic.query_rounding > 0 && c.kv_type != DType::kBF16) {
+    if (rounding > 0 && c.kv_type != DType::kBF16) {
       const double samples = static_cast<double>(exact.rows.size()) * graph.shape().q_heads;
       stock_square *= 1 + 3 * std::sqrt(4 / samples);
     }
-    arithmetic.query_rounding = 0;
+    arithmetic.query_rounding = arithmetic.key_rounding = arithmetic.byte_rounding = 0;
   }
   const double allowed = std::sqrt(stock_square + modelled_square(graph, exact, arithmetic));
   EXPECT_LE(relay, allowed) << to_string(c.kv_type) << ", " << c.kv_heads * c.group << "/"

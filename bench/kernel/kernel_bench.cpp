@@ -34,7 +34,8 @@ void attend(benchmark::State& state, DType type, Path path) {
   const auto dim = static_cast<int>(state.range(0));
   const auto rows = static_cast<int>(state.range(1));
   const bool few = path == Path::kRows && rows <= set.few_rows;
-  const QueryLayout layout = few ? QueryLayout::kF32 : set.many_layout(type, type, dim, dim);
+  const QueryLayout layout =
+      few ? set.few_layout(type, type) : set.many_layout(type, type, dim, dim);
   const int64_t slots = int64_t{kTiles} * kTileSlots;
   const int64_t vector_bytes = row_bytes(type, dim);
   bench::KvBuffer k, v;

@@ -77,7 +77,7 @@ class Runner {
   /// Packs the item's queries, [head][row][group], and clears its states.
   void start(const WorkItem& item) {
     layout_ = item.few
-                  ? QueryLayout::kF32
+                  ? kernels_.few_layout(tile_.k_type, tile_.v_type)
                   : kernels_.many_layout(tile_.k_type, tile_.v_type, shape_.qk_dim, shape_.v_dim);
     q_stride_ = kernels::query_words(layout_, shape_.qk_dim);
     float* q = q_;

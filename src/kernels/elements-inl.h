@@ -1,5 +1,8 @@
 // Reading vectors of KV elements of any type as f32.
 
+inline constexpr int kQ8Block = 32;                 ///< elements of a block of q8_0
+inline constexpr int kQ8BlockBytes = 2 + kQ8Block;  ///< its scale, in f16, comes first
+
 template <DType T>
 struct Elements;
 template <>
@@ -30,10 +33,10 @@ template <>
 struct Elements<DType::kQ8_0> {
   static constexpr int kBytes = 0;
   static Vec load(const uint8_t* row, int i) {
-    const uint8_t* block = row + (i / 32) * 34;
+    const uint8_t* block = row + i / kQ8Block * kQ8BlockBytes;
     uint16_t scale;
     std::memcpy(&scale, block, sizeof(scale));
-    return load_i8(block + 2 + i % 32) * splat(f16_to_f32(scale));
+    return load_i8(block + 2 + i % kQ8Block) * splat(f16_to_f32(scale));
   }
   // Head sizes of q8_0 are multiples of 32, so there is no tail.
   static Vec tail(const uint8_t* row, int i, int) { return load(row, i); }

@@ -162,7 +162,7 @@ inline void for_each_few_block(int rows, F f) {
   if (first < rows) f.template operator()<1>(first);
 }
 
-inline void attend_few(const Tile& t) {
+inline void attend_few_f32(const Tile& t) {
   int steps = 0;
   for_each_few_block(t.rows, [&]<int R>(int) { steps += few_steps<R>(t); });
   Prefetcher prefetch(t, steps);

@@ -23,8 +23,11 @@ inline constexpr float kLn2 = 0.693147180559945309417f;
 
 /// How packed queries lie: f32, or pairs of bf16 for the dot-product instructions, or as sums of
 /// two bf16, the high half and the low: for every 32 elements 16 pairs of the high and 16 of the
-/// low.
-enum class QueryLayout : uint8_t { kF32, kBF16Pairs, kBF16Halves };
+/// low. Or as q8_0 has them (kInt8): for every 32 elements kInt8Words words, of which the first 8
+/// are signed bytes, then follow their scale in f32 and -128 times their sum.
+enum class QueryLayout : uint8_t { kF32, kBF16Pairs, kBF16Halves, kInt8 };
+
+inline constexpr int kInt8Words = 10;
 
 /// One tile for one KV head and a run of query rows. Strides of q and o are in elements.
 struct Tile {
@@ -76,6 +79,9 @@ struct KernelSet {
   /// the tile once.
   int few_rows;
 
+  /// Packed layout that attend_few wants for queries against KV of these types.
+  QueryLayout (*few_layout)(DType k_type, DType v_type);
+
   /// Packed layout that attend_many and attend_tiled want for queries against KV of these types and
   /// head sizes.
   QueryLayout (*many_layout)(DType k_type, DType v_type, int qk_dim, int v_dim);
@@ -84,7 +90,7 @@ struct KernelSet {
   /// padded_dim(n) elements.
   void (*pack_query)(DType type, const void* src, int n, QueryLayout layout, void* dst);
 
-  /// Queries must be in f32 layout.
+  /// Queries must be in few_layout(k_type, v_type).
   void (*attend_few)(const Tile& tile);
   /// Queries must be in many_layout(k_type, v_type).
   void (*attend_many)(const Tile& tile);
@@ -115,6 +121,7 @@ const KernelSet& active();
 
 /// 4-byte words of a packed query vector of n elements.
 inline constexpr int query_words(QueryLayout layout, int n) {
+  if (layout == QueryLayout::kInt8) return n / 32 * kInt8Words;
   return layout == QueryLayout::kBF16Pairs ? padded_dim(n) / 2 : padded_dim(n);
 }
 

@@ -35,6 +35,24 @@ RELAY_INLINE Vec tanh(Vec x) {
   return splat(1.0f) - splat(2.0f) / (splat(1.0f) + e);
 }
 
+#ifdef RELAY_HAS_BF16_DOT
+inline VecU load_words(const uint32_t* p) { return (VecU)load(reinterpret_cast<const float*>(p)); }
+inline void store_words(uint32_t* p, VecU v) { store(reinterpret_cast<float*>(p), (Vec)v); }
+
+/// Each number rounded to bf16, as f32.
+inline Vec high_half(Vec x) { return (Vec)(((VecU)x + 0x8000u) & 0xffff0000u); }
+#endif
+#ifdef RELAY_HAS_AMX
+/// Stores 32 numbers as QueryLayout::kBF16Halves. What the two halves leave out is at most 2^-16 of
+/// a number.
+inline void store_halves(float* p, Vec first16, Vec last16) {
+  const Vec first_high = high_half(first16);
+  const Vec last_high = high_half(last16);
+  store(p, (Vec)bf16_pairs(first_high, last_high));
+  store(p + 16, (Vec)bf16_pairs(first16 - first_high, last16 - last_high));
+}
+#endif
+
 // Recursion, not loops, over the stages: the compiler then keeps the vectors in registers.
 
 template <int... I>
@@ -130,4 +148,12 @@ RELAY_INLINE void transpose(V (&v)[kLanes]) {
       v[i + 12] = blocks<true>(b, d, kAll);
     }
   }
+}
+
+/// Units of N lanes by turns from a's first (kSecond: second) half and from b's.
+template <int N, bool kSecond, typename V, int... I>
+RELAY_INLINE V weave(V a, V b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b,
+                                 ((I / N / 2 + (kSecond ? kLanes / N / 2 : 0)) * N + I % N +
+                                  (I / N % 2 != 0 ? kLanes : 0))...);
 }

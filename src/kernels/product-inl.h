@@ -10,9 +10,6 @@ struct F32Product {
 };
 
 #ifdef RELAY_HAS_BF16_DOT
-inline VecU load_words(const uint32_t* p) { return (VecU)load(reinterpret_cast<const float*>(p)); }
-inline void store_words(uint32_t* p, VecU v) { store(reinterpret_cast<float*>(p), (Vec)v); }
-
 /// Pairs of bf16, multiplied and added two by two in f32 (vdpbf16ps, bfdot): twice the f32 rate.
 struct BF16Product {
   using Element = uint32_t;
@@ -95,14 +92,12 @@ struct StoreRows {
   }
 };
 
-template <typename Product, int NV, typename Finish>
-inline void product_rows(int rows, const typename Product::Element* a, int64_t a_stride,
-                         const typename Product::Element* b, int64_t b_stride, int depth,
-                         const Start& start, const Finish& finish, Prefetcher& prefetch) {
-  int row = 0;
-  while (row < rows) {
+/// Calls f<MR>(row) for the register blocks that rows are cut into.
+template <typename F>
+inline void for_each_row_block(int rows, F f) {
+  for (int row = 0; row < rows;) {
     auto block = [&]<int MR>() {
-      product_block<Product, MR, NV>(a, a_stride, b, b_stride, depth, row, start, finish, prefetch);
+      f.template operator()<MR>(row);
       row += MR;
     };
     // Two even blocks beat a full one and a thin one.
@@ -119,6 +114,15 @@ inline void product_rows(int rows, const typename Product::Element* a, int64_t a
       block.template operator()<1>();
     }
   }
+}
+
+template <typename Product, int NV, typename Finish>
+inline void product_rows(int rows, const typename Product::Element* a, int64_t a_stride,
+                         const typename Product::Element* b, int64_t b_stride, int depth,
+                         const Start& start, const Finish& finish, Prefetcher& prefetch) {
+  for_each_row_block(rows, [&]<int MR>(int row) {
+    product_block<Product, MR, NV>(a, a_stride, b, b_stride, depth, row, start, finish, prefetch);
+  });
 }
 
 /// One panel of a product: rows of start + a b, `vectors` (at most kPanel) wide, go to finish.

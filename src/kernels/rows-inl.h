@@ -1,10 +1,40 @@
 // Query rows in, output rows out.
 
+#ifdef RELAY_HAS_BYTE_DOT
+/// A query vector of n elements as QueryLayout::kInt8; what a byte leaves out is at most 1/254 of
+/// its block's largest element.
+template <typename E>
+inline void pack_int8(const uint8_t* row, int n, uint32_t* out) {
+  for (int first = 0; first < n; first += kQ8Block, out += kInt8Words) {
+    Vec top = splat(0.0f);
+    for (int i = first; i < first + kQ8Block; i += kLanes) {
+      top = larger_magnitude(top, E::load(row, i));
+    }
+    const float scale = reduce_each<1>(&top, Magnitude{})[0] * (1.0f / 127.0f);
+    const Vec inverse = splat(scale > 1e-37f ? 1.0f / scale : 0.0f);
+    Vec total = splat(0.0f);
+    for (int i = 0; i < kQ8Block; i += kLanes) {
+      const Vec v = round(E::load(row, first + i) * inverse);
+      store_i8(out + i / 4, v);
+      total += v;
+    }
+    // A block that is not finite has a scale that is not.
+    const float sum = reduce_each<1>(&total, Add{})[0];
+    const int32_t start = sum == sum ? static_cast<int32_t>(-128.0f * sum) : 0;
+    std::memcpy(out + kQ8Block / 4, &scale, sizeof(scale));
+    std::memcpy(out + kQ8Block / 4 + 1, &start, sizeof(start));
+  }
+}
+#endif
+
 inline void pack_query(DType type, const void* src, int n, QueryLayout layout, void* dst) {
   const auto* row = static_cast<const uint8_t*>(src);
   auto* out = static_cast<float*>(dst);
   with_elements(type, [&](auto e) {
     using E = decltype(e);
+#ifdef RELAY_HAS_BYTE_DOT
+    if (layout == QueryLayout::kInt8) return pack_int8<E>(row, n, static_cast<uint32_t*>(dst));
+#endif
 #ifdef RELAY_HAS_AMX
     if (layout == QueryLayout::kBF16Halves) {
       for (int i = 0; i < n; i += 32) store_halves(out + i, E::load(row, i), E::load(row, i + 16));

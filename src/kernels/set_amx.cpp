@@ -12,6 +12,7 @@ namespace relay::kernels {
 namespace {
 
 #define RELAY_HAS_BF16_DOT 1
+#define RELAY_HAS_BYTE_DOT 1
 #define RELAY_HAS_AMX 1
 #include "kernels/simd_avx512.h"
 #include "kernels/tile-inl.h"

@@ -82,17 +82,60 @@ inline Vec dot_pairs(Vec sum, uint32_t a, VecU b) {
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
                                (__m512bh)b);
 }
+/// sum + the dot products of pairs, lane by lane.
+inline Vec dot_pairs(Vec sum, VecU a, VecU b) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+/// Pairs of the 32 16-bit numbers in a and those in b: in each block of 4 lanes those of the first
+/// (low) or second (high) half of that block.
+inline void zip_words(VecU a, VecU b, VecU& low, VecU& high) {
+  low = (VecU)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
+  high = (VecU)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
+}
 #endif
-#ifdef RELAY_HAS_AMX
-/// Each number rounded to bf16, as f32.
-inline Vec high_half(Vec x) { return (Vec)(((VecU)x + 0x8000u) & 0xffff0000u); }
-/// Stores 32 numbers as QueryLayout::kBF16Halves. What the two halves leave out is at most 2^-16 of
-/// a number.
-inline void store_halves(float* p, Vec first16, Vec last16) {
-  const Vec first_high = high_half(first16);
-  const Vec last_high = high_half(last16);
-  store(p, (Vec)bf16_pairs(first_high, last_high));
-  store(p + 16, (Vec)bf16_pairs(first16 - first_high, last16 - last_high));
+#ifdef RELAY_HAS_BYTE_DOT
+inline VecU splat_word(uint32_t x) { return (VecU)_mm512_set1_epi32(static_cast<int>(x)); }
+/// 32 bytes from each address; zero for none.
+inline VecU load_bytes(const uint8_t* low, const uint8_t* high) {
+  const __m512i x =
+      _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+  const __m256i y = high != nullptr ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high))
+                                    : _mm256_setzero_si256();
+  return (VecU)_mm512_inserti64x4(x, y, 1);
+}
+/// 32 signed bytes from each address, as pairs of 16 bits: elements 0 to 7 and 16 to 23 (low), and
+/// the others.
+inline void zip_bytes(const uint8_t* a, const uint8_t* b, VecU& low, VecU& high) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+  const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+  low = (VecU)_mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(x, y));
+  high = (VecU)_mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(x, y));
+}
+/// sum + the dot product of 4 unsigned bytes in each lane of a and the 4 signed ones of b.
+inline VecI dot_bytes(VecI sum, VecU a, uint32_t b) {
+  return (VecI)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a,
+                                   _mm512_set1_epi32(static_cast<int>(b)));
+}
+/// sum + the dot product of the pair of signed 16-bit numbers `a` and each pair of b.
+inline VecI dot_words(VecI sum, uint32_t a, VecU b) {
+  return (VecI)_mm512_dpwssd_epi32((__m512i)sum, _mm512_set1_epi32(static_cast<int>(a)),
+                                   (__m512i)b);
+}
+/// The larger of |a| and |b|; NaN is the largest.
+inline Vec larger_magnitude(Vec a, Vec b) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  return (Vec)_mm512_max_epu32(_mm512_and_si512((__m512i)a, magnitude),
+                               _mm512_and_si512((__m512i)b, magnitude));
+}
+/// Store 16 numbers rounded to the nearest integers of 8 bits or, two by two, of 16; those too
+/// large as the largest.
+inline void store_i8(uint32_t* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32((__m512)v)));
+}
+inline void store_i16(uint32_t* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32((__m512)v)));
 }
 #endif
 inline float f16_to_f32(uint16_t h) { return _cvtsh_ss(h); }

@@ -20,6 +20,10 @@
 #include "kernels/prefetch-inl.h"
 #include "kernels/softmax-inl.h"
 #include "kernels/few_rows-inl.h"
+#ifdef RELAY_HAS_BYTE_DOT
+#include "kernels/q8-inl.h"
+#endif
+#include "kernels/few_dots-inl.h"
 #include "kernels/product-inl.h"
 #ifdef RELAY_HAS_AMX
 #include "kernels/amx-inl.h"
@@ -33,6 +37,6 @@
 inline constexpr int kFewRows = 8;
 
 inline KernelSet make_kernel_set(const char* name) {
-  return {name,        kLanes,       kFewRows,   many_layout, pack_query,  attend_few,
-          attend_many, attend_tiled, expand_f16, scale_add,   store_output};
+  return {name,       kLanes,      kFewRows,     few_layout, many_layout, pack_query,
+          attend_few, attend_many, attend_tiled, expand_f16, scale_add,   store_output};
 }

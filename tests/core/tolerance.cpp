@@ -12,6 +12,8 @@ namespace {
 constexpr double kUnit = 0x1p-24;
 constexpr double kBF16Unit = 0x1p-8;  // 8 significant bits, one of them implicit
 constexpr double kHalvesUnit = 3 * 0x1p-16;
+constexpr int kBlock = 32;  // elements of a block of q8_0
+constexpr double kTile = 64;
 constexpr double kExp = 8;
 constexpr double kCoarseExp = 1.1e-4;
 constexpr double kTanh = 16;
@@ -26,10 +28,33 @@ double norm(std::span<const float> values) {
   return std::sqrt(sum);
 }
 
+double largest_of(std::span<const float> values) {
+  double largest = 0;
+  for (float value : values) largest = std::max(largest, std::fabs(static_cast<double>(value)));
+  return largest;
+}
+
+/// Norm of each element's bound where elements are rounded to bytes, in units of u_b.
+double block_norm(std::span<const float> q) {
+  double sum = 0;
+  for (size_t i = 0; i < q.size(); i += kBlock) {
+    const auto block = q.subspan(i, std::min<size_t>(kBlock, q.size() - i));
+    sum += static_cast<double>(block.size()) * square(largest_of(block));
+  }
+  return std::sqrt(sum);
+}
+
 }  // namespace
 
 Arithmetic arithmetic_of(const std::string& isa, DType k_type, DType v_type) {
-  switch (kernels::product_layout(isa, k_type, v_type)) {
+  const kernels::QueryLayout many = kernels::product_layout(isa, k_type, v_type);
+  if (many == kernels::QueryLayout::kBF16Pairs && k_type == DType::kQ8_0) {
+    return {.query_rounding = kBF16Unit,
+            .key_rounding = kBF16Unit,
+            .byte_rounding = 1.0 / 254,
+            .weight_unit = 1.0 / 32767};
+  }
+  switch (many) {
     case kernels::QueryLayout::kBF16Pairs:
       return {.query_rounding = kBF16Unit, .weight_rounding = kBF16Unit + kCoarseExp};
     case kernels::QueryLayout::kBF16Halves:
@@ -73,15 +98,23 @@ Bounds derive_bounds(const Arithmetic& arithmetic, const OperatorCase& op, int64
   const auto* q =
       reinterpret_cast<const float*>(static_cast<const char*>(oracle.q.data) +
                                      row * oracle.q.row_stride + head * oracle.q.head_stride);
-  const double q_norm = norm({q, static_cast<size_t>(shape.qk_dim)});
+  const std::span<const float> query(q, static_cast<size_t>(shape.qk_dim));
+  const double q_norm = norm(query);
+  const double q_bytes =
+      arithmetic.byte_rounding > 0 ? arithmetic.byte_rounding * block_norm(query) : 0;
+  const double q_error =
+      std::max((arithmetic.query_rounding + arithmetic.key_rounding) * q_norm, q_bytes);
+  const double q_variance = std::max(
+      (square(arithmetic.query_rounding) + square(arithmetic.key_rounding)) * square(q_norm),
+      square(q_bytes));
 
   std::vector<double> weight(slots.size()), error(slots.size()), logit_variance(slots.size());
   const double sink_weight = std::exp(sink - lse);
   double sum_error = sink_weight > 0 ? sink_weight * std::expm1(u * (4 * (max - sink) + kExp)) : 0;
   for (size_t s = 0; s < slots.size(); ++s) {
     if (logits[s] == -kInfinity) continue;
-    const double product =
-        std::fabs(op.scale) * q_norm * norm(op.kv.k.decoded(slots[s].slot, kv_head));
+    const double key = std::fabs(op.scale) * norm(op.kv.k.decoded(slots[s].slot, kv_head));
+    const double product = q_norm * key;
     double bias = 0;
     if (oracle.bias.data) {
       const char* vector = static_cast<const char*>(oracle.bias.data) +
@@ -94,14 +127,14 @@ Bounds derive_bounds(const Arithmetic& arithmetic, const OperatorCase& op, int64
     }
     const double other = u * (kTanh * cap + 4 * (std::fabs(logits[s]) + std::fabs(bias)) +
                               4 * (max - logits[s]) + kExp);
-    const double delta = ((d + 8) * u + arithmetic.query_rounding) * product + other;
+    const double delta = (d + 8) * u * product + q_error * key + other;
     weight[s] = std::exp(logits[s] - lse);
     error[s] = std::expm1(std::min(delta, 100.0)) + arithmetic.weight_rounding;
     sum_error += weight[s] * error[s];
     // Without a cap the logit less its bias is scale * q.k; with one, q.k is larger, at most
     // |q||k|.
     const double dot = cap > 0 ? product : logits[s] - bias;
-    logit_variance[s] = square(product) * (square(u) + square(arithmetic.query_rounding) / d) / 3 +
+    logit_variance[s] = (square(product * u) + square(key) * q_variance / d) / 3 +
                         square(u) * d * square(dot) / 9 + square(other) / 3;
   }
   bounds.linear = sum_error < 0.1;
@@ -125,6 +158,14 @@ Bounds derive_bounds(const Arithmetic& arithmetic, const OperatorCase& op, int64
       squares[j] += w_square * value * value;
       largest[j] = std::max(largest[j], value);
       bounds.variance[j] += spread * square(v[j] - out[j]);
+    }
+    if (arithmetic.weight_unit == 0) continue;
+    for (int64_t j = 0; j < shape.v_dim; j += kBlock) {
+      const double scaled = w * arithmetic.weight_unit * largest_of(v.subspan(j, kBlock));
+      for (int64_t i = j; i < j + kBlock; ++i) {
+        weighted[i] += kTile / 2 * scaled;
+        bounds.variance[i] += kTile / 12 * square(scaled);
+      }
     }
   }
   // The sink is a slot with the value 0.

@@ -10,12 +10,21 @@
 // 2^-16 of itself, and the product without that of the low halves 2^-16: u_q = u_p = 3 2^-16. 0
 // elsewhere.
 //
+// q8_0 where the CPU multiplies bytes. Many rows: Q and K are rounded to bf16, u_q = u_k = 2^-8.
+// Few rows: Q is rounded to bytes, each element by at most u_b = 1/254 of the largest of its block
+// of
+// 32. Then P times the scales of V are 16-bit integers in units of u_w = 1/32767 of the largest in
+// the tile, so each is off by at most half of one. A tile has at most 64 slots; what the unit
+// belongs to, and the bytes of V, are at most P_s A_sb, A_sb the largest of slot s's block b: the
+// output of a block is off by at most 32 u_w sum_s w_s A_sb, as a tile's largest is below its sum.
+//
 // 1. Logits. A dot product of length d in any order of summation errs by at most
 //    d u sum_i |q_i k_i| <= d u |q||k| (Higham 2002, section 3.1; |q|, |k| are 2-norms, the step is
 //    Cauchy-Schwarz); the scale, log2(e) and their product round a few times more, and rounding Q
-//    adds u_q |q||k|. The soft cap's derivative is at most 1, so it passes errors on; tanh itself
-//    is allowed kTanh u absolute, times the cap. Adding a bias rounds it and the sum:
-//      e_s = ((d + 8) u + u_q) |scale| |q||k_s| + kTanh u cap + 4 u (|l_s| + |bias_s|).
+//    adds |dq||k|, |dq| <= max((u_q + u_k) |q|, u_b (sum_b 32 max_b q^2)^(1/2)). The soft cap's
+//    derivative is at most 1, so it passes errors on; tanh itself is allowed kTanh u absolute,
+//    times the cap. Adding a bias rounds it and the sum:
+//      e_s = ((d + 8) u |q| + |dq|) |scale| |k_s| + kTanh u cap + 4 u (|l_s| + |bias_s|).
 //
 // 2. Weights. p_s = exp(l_s - m) relative to any number m, so the error of m itself does not
 //    matter. Rounding the difference, its product with log2(e), and every later rescaling by
@@ -30,7 +39,7 @@
 //
 // 4. Together, with u_out for storing the output (and its smallest step for f16):
 //      |o'_j - o_j| <= (sum_s w_s (E_s + E) |v_sj| + (2 g + 4 u) sum_s w_s |v_sj|) / (1 - E)
-//                      + u_out |o_j| + step
+//                      + 32 u_w sum_s w_s A_sb + u_out |o_j| + step
 //      |lse' - lse| <= -log(1 - E) + g + kExp u + 4 u (|lse| + |m|).
 //    Where E is not small (logits so large that f32 says little about them) what remains is that o'
 //    is a convex combination too: |o'_j - o_j| <= 2 max_s |v_sj|.
@@ -38,15 +47,16 @@
 // These are worst cases: errors all of one sign. Independent roundings add up like sqrt(n), and a
 // bug can hide in the gap. So there is a second, statistical measure: the variance of o'_j when
 // every rounding is an independent error, uniform within its bound (variance bound^2 / 3).
-//    Var(l_s)  = scale^2 |q|^2 |k_s|^2 (u^2 / 3 + u_q^2 / (3 d)) + scale^2 u^2 d (q.k_s)^2 / 9
+//    Var(l_s)  = scale^2 |k_s|^2 (|q|^2 u^2 / 3 + |dq|^2 / (3 d)) + scale^2 u^2 d (q.k_s)^2 / 9
 //                + (the other terms of delta_s)^2 / 3
 //    Var(o_j)  = sum_s w_s^2 Var(l_s) (v_sj - o_j)^2 + u_p^2/3 (sum_s w_s^2 (v_sj^2 + o_j^2))
 //                + 4 u^2/3 (n/3 o_j^2 + n/2 sum_s w_s^2 v_sj^2) + 16 u^2 o_j^2
-//                + (u_out^2 o_j^2 + step^2) / 3
+//                + 64 u_w^2 / 12 sum_s w_s^2 A_sb^2 + (u_out^2 o_j^2 + step^2) / 3
 // (a partial sum of k of n terms has the mean k/n and a random walk's spread around it, hence the
-// n/3 and n/2; in u_q^2/(3d) |q_i||k_i| is spread evenly over i, which holds for random data only).
-// The mean of squared errors over the elements of a row, relative to that variance, is near 1 or,
-// where the model is generous, below. See checker.h for what is made of it.
+// n/3 and n/2; u_q and u_k are independent, |dq|^2 = (u_q^2 + u_k^2) |q|^2; in |dq|^2/(3d)
+// |dq_i||k_i| is spread evenly over i, which holds for random data only). The mean of squared
+// errors over the elements of a row, relative to that variance, is near 1 or, where the model is
+// generous, below. See checker.h for what is made of it.
 #pragma once
 
 #include <cstdint>
@@ -62,7 +72,10 @@ namespace relay::test {
 /// The roundings that a kernel set does beyond f32 arithmetic.
 struct Arithmetic {
   double query_rounding = 0;   ///< u_q
+  double key_rounding = 0;     ///< u_k
+  double byte_rounding = 0;    ///< u_b
   double weight_rounding = 0;  ///< u_p
+  double weight_unit = 0;      ///< u_w
   bool operator==(const Arithmetic&) const = default;
 };
 

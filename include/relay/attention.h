@@ -109,8 +109,8 @@ void validate(const Plan& plan, const AttentionInputs& inputs);
 // --- Instruction sets
 // -----------------------------------------------------------------------------
 
-/// Names of the kernel sets this CPU can run, best first: amx, avx512bf16, avx512,
-/// avx2; neon; plain.
+/// Names of the kernel sets this CPU can run, best first: amx, avx512bf16, avx512, avx2; sve256,
+/// neonbf16, neon; plain.
 std::vector<std::string> available_isas();
 /// The set in use: the best, or RELAY_ISA. Throws Error if RELAY_ISA names one that cannot run
 /// here.

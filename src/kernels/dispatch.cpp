@@ -10,6 +10,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#include <sys/prctl.h>
 #endif
 
 #include "kernels/kernels.h"
@@ -24,6 +27,8 @@ extern const KernelSet kKernels_avx512bf16;
 extern const KernelSet kKernels_avx512;
 extern const KernelSet kKernels_avx2;
 #elif defined(__aarch64__)
+extern const KernelSet kKernels_sve256;
+extern const KernelSet kKernels_neonbf16;
 extern const KernelSet kKernels_neon;
 #endif
 extern const KernelSet kKernels_plain;
@@ -67,6 +72,30 @@ bool has_amx() {
   return false;
 #endif
 }
+#elif defined(__aarch64__)
+// Bits of AT_HWCAP and AT_HWCAP2, which older headers lack (Linux, arch/arm64/include/uapi/asm).
+bool has_neonbf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#else
+  return false;
+#endif
+}
+/// The vector length is a thread's own, and its threads to come inherit it.
+bool has_sve256() {
+#if defined(__linux__)
+  constexpr unsigned long kSve = 1ul << 22;
+  constexpr unsigned long kSveBf16 = 1ul << 12;
+  if ((getauxval(AT_HWCAP) & kSve) == 0 || (getauxval(AT_HWCAP2) & kSveBf16) == 0) return false;
+  constexpr int kGetVectorLength = 51;  // PR_SVE_GET_VL
+  constexpr int kLengthMask = 0xffff;   // PR_SVE_VL_LEN_MASK
+  const int answer = prctl(kGetVectorLength);
+  return answer >= 0 && (answer & kLengthMask) == 32;
+#else
+  return false;
+#endif
+}
 #endif
 
 constexpr Entry kSets[] = {
@@ -76,6 +105,8 @@ constexpr Entry kSets[] = {
     {&kKernels_avx512, has_avx512},
     {&kKernels_avx2, has_avx2},
 #elif defined(__aarch64__)
+    {&kKernels_sve256, has_sve256},
+    {&kKernels_neonbf16, has_neonbf16},
     {&kKernels_neon, [] { return true; }},
 #endif
     {&kKernels_plain, [] { return true; }},

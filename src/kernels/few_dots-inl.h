@@ -12,7 +12,7 @@ class BF16Few {
  public:
   static constexpr Weights kWeights = Weights::kBF16Pairs;
   static constexpr int kChunk = 2 * kLanes;  ///< elements of K in one register
-  static constexpr int kUnit = 4;            ///< see weave()
+  static constexpr int kUnit = kZipLanes;    ///< see weave()
   static constexpr int kReducedRows = 2;     ///< up to so many go by score_pairs
   static constexpr bool kTails = true;       ///< vectors may end within a chunk
   using Sum = Vec;
@@ -273,7 +273,9 @@ inline void value_dots(const Tile& t, const Kv& kv, const uint32_t* weights, int
       kv.template zip_values<kTail>(a, b, column + c * kLanes, low, high);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const uint32_t weight = weights[Kv::weight_index(row + r, column + c * kLanes) + slot / 2];
+        uint32_t weight;
+        std::memcpy(&weight, weights + Kv::weight_index(row + r, column + c * kLanes) + slot / 2,
+                    sizeof(weight));
         acc[r][c] = Kv::multiply_add(weight, low, acc[r][c]);
         acc[r][c + 1] = Kv::multiply_add(weight, high, acc[r][c + 1]);
       }

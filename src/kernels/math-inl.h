@@ -38,11 +38,10 @@ RELAY_INLINE Vec tanh(Vec x) {
 #ifdef RELAY_HAS_BF16_DOT
 inline VecU load_words(const uint32_t* p) { return (VecU)load(reinterpret_cast<const float*>(p)); }
 inline void store_words(uint32_t* p, VecU v) { store(reinterpret_cast<float*>(p), (Vec)v); }
-
-/// Each number rounded to bf16, as f32.
-inline Vec high_half(Vec x) { return (Vec)(((VecU)x + 0x8000u) & 0xffff0000u); }
 #endif
 #ifdef RELAY_HAS_AMX
+/// Each number rounded to bf16, as f32.
+inline Vec high_half(Vec x) { return (Vec)(((VecU)x + 0x8000u) & 0xffff0000u); }
 /// Stores 32 numbers as QueryLayout::kBF16Halves. What the two halves leave out is at most 2^-16 of
 /// a number.
 inline void store_halves(float* p, Vec first16, Vec last16) {
@@ -150,10 +149,10 @@ RELAY_INLINE void transpose(V (&v)[kLanes]) {
   }
 }
 
-/// Units of N lanes by turns from a's first (kSecond: second) half and from b's.
+/// Units of N lanes by turns from a and from b, the first (kSecond: second) half of them.
 template <int N, bool kSecond, typename V, int... I>
 RELAY_INLINE V weave(V a, V b, Lanes<I...>) {
-  return __builtin_shufflevector(a, b,
-                                 ((I / N / 2 + (kSecond ? kLanes / N / 2 : 0)) * N + I % N +
-                                  (I / N % 2 != 0 ? kLanes : 0))...);
+  constexpr int kStart = kSecond ? kLanes / N : 0;
+  return __builtin_shufflevector(
+      a, b, ((kStart + I / N) / 2 * N + I % N + ((kStart + I / N) % 2 != 0 ? kLanes : 0))...);
 }

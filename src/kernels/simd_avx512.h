@@ -86,12 +86,15 @@ inline Vec dot_pairs(Vec sum, uint32_t a, VecU b) {
 inline Vec dot_pairs(Vec sum, VecU a, VecU b) {
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
-/// Pairs of the 32 16-bit numbers in a and those in b: in each block of 4 lanes those of the first
-/// (low) or second (high) half of that block.
+/// Pairs of the 32 16-bit numbers in a and those in b: within each kZipLanes lanes those of the
+/// first (low) or second (high) half of them.
+inline constexpr int kZipLanes = 4;
 inline void zip_words(VecU a, VecU b, VecU& low, VecU& high) {
   low = (VecU)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
   high = (VecU)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
 }
+/// sum + both numbers of each pair.
+inline Vec add_pairs(Vec sum, VecU pairs) { return dot_pairs(sum, 0x3f803f80u, pairs); }
 #endif
 #ifdef RELAY_HAS_BYTE_DOT
 inline VecU splat_word(uint32_t x) { return (VecU)_mm512_set1_epi32(static_cast<int>(x)); }

@@ -33,9 +33,9 @@ inline Vec times_power_of_two(Vec p, Vec n) {
   return select_below(n, splat(-126.0f), splat(0.0f), (Vec)((VecU)p + exponent));
 }
 
-/// The first n (< 4) elements, the rest zero; reads nothing beyond them.
-template <typename T>
-inline const uint8_t* padded_copy(const uint8_t* p, int n, T (&buffer)[4]) {
+/// The first n (< N) elements, the rest zero; reads nothing beyond them.
+template <typename T, size_t N>
+inline const uint8_t* padded_copy(const uint8_t* p, int n, T (&buffer)[N]) {
   std::memset(buffer, 0, sizeof(buffer));
   std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
   return reinterpret_cast<const uint8_t*>(buffer);
@@ -64,6 +64,49 @@ inline Vec load_i8(const uint8_t* p) {
   const int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)));
   return (Vec)vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
 }
+#ifdef RELAY_HAS_BF16_DOT
+// Pairs of bf16, the first in the low half of a lane.
+
+/// 8 numbers rounded to bf16, as 4 pairs.
+inline VecU bf16_pairs(Vec first4, Vec last4) {
+  return (VecU)vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)first4), (float32x4_t)last4);
+}
+/// Stores 4 numbers rounded to bf16.
+inline void store_bf16(uint16_t* p, Vec v) {
+  vst1_u16(p, vreinterpret_u16_bf16(vcvt_bf16_f32((float32x4_t)v)));
+}
+/// What load_bf16_pairs reads: the first n (<= 8), the rest becomes zero.
+inline int first_bf16(int n) { return n; }
+inline VecU load_bf16_pairs(const uint8_t* p, int which) {
+  uint16_t b[8];
+  return (VecU)vld1q_u8(which == 8 ? p : padded_copy(p, which, b));
+}
+/// The first n (<= 4) bf16 at p as first halves of pairs, all else zero.
+inline VecU load_bf16_halves(const uint8_t* p, int n) {
+  uint16_t b[4];
+  return (VecU)vmovl_u16(vreinterpret_u16_u8(vld1_u8(n == 4 ? p : padded_copy(p, n, b))));
+}
+/// sum + the dot product of the pair `a` and each pair of b.
+inline Vec dot_pairs(Vec sum, uint32_t a, VecU b) {
+  return (Vec)vbfdotq_lane_f32((float32x4_t)sum, (bfloat16x8_t)b, vcreate_bf16(a), 0);
+}
+/// sum + the dot products of pairs, lane by lane.
+inline Vec dot_pairs(Vec sum, VecU a, VecU b) {
+  return (Vec)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)b, (bfloat16x8_t)a);
+}
+/// Pairs of the 8 16-bit numbers in a and those in b: those of the first (low) or second (high)
+/// half of the lanes.
+inline constexpr int kZipLanes = kLanes;
+inline void zip_words(VecU a, VecU b, VecU& low, VecU& high) {
+  low = (VecU)vzip1q_u16((uint16x8_t)a, (uint16x8_t)b);
+  high = (VecU)vzip2q_u16((uint16x8_t)a, (uint16x8_t)b);
+}
+/// sum + both numbers of each pair. No dot product with ones: GCC 12 writes a constant vector of
+/// bf16 1.0 as one of f16.
+inline Vec add_pairs(Vec sum, VecU pairs) {
+  return sum + (Vec)(pairs << 16) + (Vec)(pairs & 0xffff0000u);
+}
+#endif
 inline float f16_to_f32(uint16_t h) {
   return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0);
 }

@@ -61,10 +61,9 @@ template <Weights kWeights>
 RELAY_INLINE Vec store_weights(float* row, int column, Vec first, Vec second, Vec total) {
 #ifdef RELAY_HAS_BF16_DOT
   if constexpr (kWeights == Weights::kBF16Pairs) {
-    constexpr uint32_t kOnes = 0x3f803f80u;
     const VecU pairs = bf16_pairs(first, second);
     store(row + column / 2, (Vec)pairs);
-    return dot_pairs(total, kOnes, pairs);
+    return add_pairs(total, pairs);
   }
 #endif
 #ifdef RELAY_HAS_AMX

@@ -266,5 +266,13 @@ TEST(Isas, PlainIsAlwaysThereAndLast) {
   select_isa(before);
 }
 
+TEST(Isas, AreThoseThatThisCpuIsKnownToHave) {
+  const char* known = std::getenv("RELAY_TEST_ISAS");
+  if (known == nullptr) GTEST_SKIP() << "RELAY_TEST_ISAS does not say what this CPU has";
+  std::string found;
+  for (const std::string& name : available_isas()) found += (found.empty() ? "" : " ") + name;
+  EXPECT_EQ(found, known);
+}
+
 }  // namespace
 }  // namespace relay::test

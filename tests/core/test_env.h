@@ -1,9 +1,10 @@
 // What the environment says about a test run, and how a failed case is repeated.
 //
-//   RELAY_TEST_SCALE  size of the run: 1 by default, 0.25 under sanitizers; more seeds, larger
-//   cases RELAY_TEST_SEED   first seed of the random cases (default 1) RELAY_TEST_SEEDS  number of
-//   seeds of each random test, instead of the scaled default RELAY_ISA         run on this kernel
-//   set alone (default: on all that the CPU has)
+// - RELAY_TEST_SCALE: size of the run, by seeds and cases: 1 by default, 0.25 under sanitizers
+// - RELAY_TEST_SEED: first seed of the random cases (default 1)
+// - RELAY_TEST_SEEDS: number of seeds of each random test, instead of the scaled default
+// - RELAY_ISA: run on this kernel set alone (default: on all that the CPU has)
+// - RELAY_TEST_ISAS: the kernel sets that must be found here, best first, with spaces between
 #pragma once
 
 #include <cstdint>

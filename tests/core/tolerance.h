@@ -25,6 +25,10 @@
 //    derivative is at most 1, so it passes errors on; tanh itself is allowed kTanh u absolute,
 //    times the cap. Adding a bias rounds it and the sum:
 //      e_s = ((d + 8) u |q| + |dq|) |scale| |k_s| + kTanh u cap + 4 u (|l_s| + |bias_s|).
+//    Arm's BFDOT, which is not fused, keeps within that although it rounds to odd, by up to 2 u: a
+//    product of two bf16 is exact in f32, so what rounds is the sum of a pair's two products and
+//    the sums of at most d/2 + 1 pairs. A product passes through d/2 + 2 of them at most:
+//    (d + 4) u. Like x86's it flushes numbers below 2^-126 to 0, see 2.
 //
 // 2. Weights. p_s = exp(l_s - m) relative to any number m, so the error of m itself does not
 //    matter. Rounding the difference, its product with log2(e), and every later rescaling by
@@ -35,7 +39,8 @@
 //
 // 3. Sums. sum_s p_s v_sj and sum_s p_s are sums of n terms, scaled again at each of at most
 //    n/8 + 64 steps of tiles and merges by factors of relative error (kExp + 1) u each: less than
-//    g = (3 n + 640) u relative to sum_s w_s |v_sj|.
+//    g = (3 n + 640) u relative to sum_s w_s |v_sj|. BFDOT's pairs of slots, again, err by 2 u n/2
+//    instead of u n.
 //
 // 4. Together, with u_out for storing the output (and its smallest step for f16):
 //      |o'_j - o_j| <= (sum_s w_s (E_s + E) |v_sj| + (2 g + 4 u) sum_s w_s |v_sj|) / (1 - E)
@@ -54,9 +59,11 @@
 //                + 64 u_w^2 / 12 sum_s w_s^2 A_sb^2 + (u_out^2 o_j^2 + step^2) / 3
 // (a partial sum of k of n terms has the mean k/n and a random walk's spread around it, hence the
 // n/3 and n/2; u_q and u_k are independent, |dq|^2 = (u_q^2 + u_k^2) |q|^2; in |dq|^2/(3d)
-// |dq_i||k_i| is spread evenly over i, which holds for random data only). The mean of squared
-// errors over the elements of a row, relative to that variance, is near 1 or, where the model is
-// generous, below. See checker.h for what is made of it.
+// |dq_i||k_i| is spread evenly over i, which holds for random data only).
+// Rounding to odd is unbiased, its error uniform in +-2 u: 4 times the variance, half as often. But
+// u_q and u_p are there wherever BFDOT is, and beside them terms in u are nothing.
+// The mean of squared errors over the elements of a row, relative to that variance, is near 1 or,
+// where the model is generous, below. See checker.h for what is made of it.
 #pragma once
 
 #include <cstdint>

@@ -107,7 +107,8 @@ KernelCosts fixed_costs(DType k_type, DType v_type, bool bf16_pairs) {
     c.many.row_element -= 0.0093e-9;
   }
   c.state_element = 0.085e-9;
-  c.partial_element = 0.35e-9;
+  c.store_element = 0.14e-9;
+  c.merge_element = 0.21e-9;
   return c;
 }
 
@@ -124,7 +125,8 @@ CostModel make_cost_model(const KernelCosts& costs, const PlanOptions& options, 
   model.item = kItemSeconds;
   model.locate = kLocateSeconds;
   model.state = elements * costs.state_element;
-  model.partial = shape.v_dim * costs.partial_element;
+  model.store = shape.v_dim * costs.store_element;
+  model.merge = shape.v_dim * costs.merge_element;
   model.byte = options.threads / read_bytes;
   model.run_bytes = kRunBytes;
   model.slot_bytes =
@@ -157,7 +159,8 @@ CostModel coarse_cost_model(const CostModel& fixed, const CostModel& measured) {
   coarse.few.row = corrected(fixed.few.row, measured.few.row);
   coarse.many.slot = corrected(fixed.many.slot, measured.many.slot);
   coarse.state = corrected(fixed.state, measured.state);
-  coarse.partial = corrected(fixed.partial, measured.partial);
+  coarse.store = corrected(fixed.store, measured.store);
+  coarse.merge = corrected(fixed.merge, measured.merge);
   coarse.byte = corrected(fixed.byte, measured.byte);
   coarse.few_rows = most_few_rows(coarse);
   return coarse;

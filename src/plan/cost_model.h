@@ -5,9 +5,10 @@
 //                                               that see nothing of a tile do not count
 //   memory       S * (H * bytes of a slot + 2 * run_bytes) * byte   a run of K and one of V
 //   states       H * M * state             packing queries, clearing and writing results
-//   partials     H * M * partial           storing one and merging it later
+//   partials     H * M * store             where the result is not the row's only one
 //   its own      item + S * locate         taking it, finding where its slots lie
 //   time = item + S * locate + max(arithmetic, memory) + states + partials
+// and merging a row's P partials takes H * group * P * merge (schedule.h knows who does it).
 // The maximum, since the kernels fetch the next tile while they work on this one.
 #pragma once
 
@@ -29,8 +30,9 @@ struct KernelCosts {
   };
   Path few;
   Path many;
-  double state_element = 0;    ///< per state and element of E
-  double partial_element = 0;  ///< per partial state and element of v_dim
+  double state_element = 0;  ///< per state and element of E
+  double store_element = 0;  ///< per partial state and element of v_dim
+  double merge_element = 0;  ///< likewise
 };
 
 /// Costs of one operator on one of `threads` threads that all work, in seconds.
@@ -44,7 +46,8 @@ struct CostModel {
   double item = 0;
   double locate = 0;        ///< per slot of an item
   double state = 0;         ///< per query row and KV head of an item
-  double partial = 0;       ///< likewise, where the result is not the row's only one
+  double store = 0;         ///< likewise, where the result is not the row's only one
+  double merge = 0;         ///< per partial state, for whoever merges it
   double byte = 0;          ///< per byte of KV read
   double run_bytes = 0;     ///< each run of adjacent bytes takes as long as so many more
   int64_t slot_bytes = 0;   ///< of one KV head's K and V

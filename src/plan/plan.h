@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "plan/schedule.h"
 #include "relay/attention.h"
 
 namespace relay {
@@ -27,11 +28,12 @@ struct WorkItem {
   int32_t head_end = 0;
   bool few = false;       ///< which kernel: see KernelSet::few_rows
   uint32_t partials = 0;  ///< Plan::partial_of[partials + i] is row i's partial
+  uint32_t block = 0;     ///< it is a part of Plan::blocks[block]
 
   // For the cost model: what the item does for each of its heads.
   double row_slots = 0;       ///< slots times the query rows that may see them, tile by tile
   uint32_t partial_rows = 0;  ///< rows whose result is not their only one
-  double cost = 0;            ///< seconds
+  double cost = 0;            ///< seconds, without merging
 
   uint32_t rows() const { return row_end - row_begin; }
 };
@@ -52,7 +54,7 @@ class Plan {
   int64_t max_states = 0;  ///< (query row, KV head) pairs
   int64_t max_bias_rows = 0;
 
-  // Scratch of planning, kept to avoid allocation.
+  /// A segment, or some of its rows; cut by slots into chunks, which are cut by heads into items.
   struct Block {
     uint32_t segment = 0;
     uint32_t row_begin = 0;  ///< range of row_index
@@ -63,13 +65,24 @@ class Plan {
     int64_t parts = 1;         ///< least number of items that its heads go into
     double overhead = 0;       ///< seconds of a chunk, whatever its slots
     double cost = 0;           ///< seconds of all slots and heads, in one chunk
+    uint32_t chunks = 0;
+    int64_t partials = 0;     ///< of all of its rows, those of other blocks too
+    int64_t tail_units = 0;   ///< of the last chunk, if it is a tail (planner.cpp)
+    uint32_t first_item = 0;  ///< while items lie in the order in which they were cut
 
     uint32_t rows() const { return row_end - row_begin; }
   };
-  std::vector<Block> blocks;       ///< segments, cut by rows
-  std::vector<int64_t> unit_rows;  ///< query rows that see something of a unit of slots
-  std::vector<double> costs, free_at;
-  std::vector<uint32_t> next_partial;  ///< per row; until partials have places, how many it has
+  std::vector<Block> blocks;
+  std::vector<uint32_t> blocks_of;  ///< [rows]: how many blocks list the row
+  std::vector<uint32_t> results;    ///< [rows]: chunks of those; all partials, or a lone one
+  double merge_seconds = 0;         ///< of one partial of one KV head
+
+  // Scratch of planning, kept to avoid allocation.
+  std::vector<int64_t> unit_rows;      ///< query rows that see something of a unit of slots
+  std::vector<uint32_t> next_partial;  ///< [rows]
+  std::vector<WorkItem> as_cut;        ///< items, before they have their order
+  std::vector<ItemInOrder> order;
+  ScheduleScratch schedule;
 };
 
 /// As remake_plan of attention.h, by the given costs: a plan is a function of these three.

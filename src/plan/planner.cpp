@@ -1,17 +1,20 @@
 // How a batch is cut. Threads take items from one list, so it must be cut such that they finish
 // near together while little has to be merged:
-//   1. A segment is cut by rows only as far as their states must stay in the cache, since each row
-//      tile reads the KV again. What comes out is a block.
+//   1. A segment is cut by rows only as far as their states must stay in the cache, or where they
+//      are many, since each row tile reads the KV again. What comes out is a block.
 //   2. A block is cut by slots into chunks, at the cost of a partial result for each row and chunk,
 //      and a chunk by heads into items, at the cost of reading memory in shorter runs, since a
 //      slot's heads lie side by side.
-//   3. There are several ways to choose the sizes (kWays), and none is best for all batches: each
-//      is tried, and the one that is foretold to finish first is kept.
+//   3. Whoever delivers the last partial of a row merges it. Were that one thread for all rows and
+//      heads, the others would wait: so the last chunk of a block that is cut, its tail, is small
+//      and its heads are spread over the threads, as far as there are heads.
+//   4. There are several ways to choose the sizes (Way), and none is best for all batches: each is
+//      tried, and the one that is foretold to finish first is kept.
 #include "plan/planner.h"
 
 #include <algorithm>
 #include <cmath>
-#include <tuple>
+#include <limits>
 
 #include "kernels/kernels.h"
 #include "plan/schedule.h"
@@ -28,6 +31,9 @@ constexpr int64_t kRowsUnit = 8;
 /// Queries and outputs of one KV head take this part of a core's cache while its KV streams by;
 /// rows beyond that are another item, which reads the KV again.
 constexpr double kStatesOfHead = 1.0 / 2;
+/// Where there are more threads than KV heads, rows go apart too while so many query rows stay
+/// together: beside their products, reading the KV again costs less than partials of all of them.
+constexpr int64_t kRowsWorthReading = 256;
 /// Heads share an item while their queries and outputs together are this small: reading a slot's
 /// heads in one run gains less than a crowded cache costs (measured with a cache of 1 MiB: 96 KiB
 /// beats 192 to 512 by 10 to 40 % for 32 to 128 query rows).
@@ -43,21 +49,24 @@ constexpr double kChunkOfHeads = 8;
 /// plan.
 constexpr double kUncertainty = 0.1;
 /// A plan this near to an even share of the bare work is not worth improving.
-constexpr double kGoodEnough = 1.04;
+constexpr double kGoodEnough = 1.03;
 
 struct Way {
   /// Items per thread, all alike; small blocks fill the gaps. 0: sizes decrease, as in factoring
   /// (Hummel, Schonberg and Flynn, 1992): an item is at most half of a thread's even share of what
   /// is left, so most of the work is in few large items, and what is open at the end is small.
   int32_t items_per_thread;
-  bool heads_first;  ///< by heads as far as there are threads, by slots only then
+  int64_t head_parts;  ///< a chunk's heads go into so many items, if there is work for them
 };
+constexpr int32_t kMostItemsPerThread = 2;
+constexpr int64_t kMoreParts = 2;  ///< 1, 2, 4, ... are tried, and as many as there are
+/// An item of a tail takes so many times what it would without any slots: enough to be the last to
+/// end where the items before it are all alike.
+constexpr double kTailItem = 3;
 /// A piece that falls short by this part of an item is not made.
 constexpr double kRest = 0.25;
 /// Likewise where items are all alike and meant to fit together.
 constexpr double kLeastRoom = 0.03;
-constexpr Way kWays[] = {{0, false}, {0, true}, {1, false}, {1, true},
-                         {2, false}, {2, true}, {3, false}, {3, true}};
 
 class Planner {
  public:
@@ -65,6 +74,7 @@ class Planner {
       : plan_(plan), costs_(costs), shape_(options.shape), threads_(options.threads) {
     plan_.options = options;
     plan_.forest = forest;
+    plan_.merge_seconds = merge_seconds(costs, shape_);
     plan_.row_index.assign(forest.row_index.begin(), forest.row_index.end());
     const double state = 4.0 * (padded_dim(shape_.qk_dim) + padded_dim(shape_.v_dim));
     const auto cache = static_cast<double>(costs.cache_bytes);
@@ -82,7 +92,7 @@ class Planner {
 
   void run() {
     make_blocks();
-    cut(best_way());
+    cut_best();
     place_partials();
     sort_items();
     add_empty_rows();
@@ -98,7 +108,10 @@ class Planner {
     plan_.unit_rows.clear();
     for (size_t i = 0; i < plan_.forest.segments.size(); ++i) {
       const Segment& segment = plan_.forest.segments[i];
-      const int64_t tiles = (segment.rows() + rows_at_once_ - 1) / rows_at_once_;
+      const int64_t tiles =
+          std::max((segment.rows() + rows_at_once_ - 1) / rows_at_once_,
+                   std::min<int64_t>((threads_ + shape_.kv_heads - 1) / shape_.kv_heads,
+                                     query_rows(segment.rows()) / kRowsWorthReading));
       const auto rows_each = static_cast<uint32_t>((segment.rows() + tiles - 1) / tiles);
       for (uint32_t row = segment.row_begin; row < segment.row_end; row += rows_each) {
         Block block;
@@ -116,7 +129,7 @@ class Planner {
       block.parts = least_parts(block);
       const double states = shape_.kv_heads * static_cast<double>(query_rows(block));
       block.overhead =
-          static_cast<double>(block.parts) * costs_.item + states * (costs_.state + costs_.partial);
+          static_cast<double>(block.parts) * costs_.item + states * (costs_.state + costs_.store);
       block.cost = block.overhead + seconds_of(block, 0, units_of(block));
       total_ += block.cost;
     }
@@ -161,10 +174,10 @@ class Planner {
 
   /// Counts the rows of each block that other blocks list too: their results are always partial.
   void count_company() {
-    plan_.next_partial.assign(static_cast<size_t>(plan_.forest.rows), 0);
+    plan_.blocks_of.assign(static_cast<size_t>(plan_.forest.rows), 0);
     const auto each_row = [&](const Block& block, auto visit) {
       for (uint32_t i = block.row_begin; i < block.row_end; ++i) {
-        visit(plan_.next_partial[plan_.row_index[i]]);
+        visit(plan_.blocks_of[plan_.row_index[i]]);
       }
     };
     for (const Block& block : plan_.blocks) {
@@ -208,51 +221,59 @@ class Planner {
 
   // --- Cutting -----------------------------------------------------------------------------------
 
-  /// The way whose threads are foretold to finish first.
-  Way best_way() {
-    if (threads_ == 1 || plan_.blocks.empty()) return {1, false};  // nothing to balance
-    Way best = kWays[0];
-    double least = 0;
-    for (const Way& way : kWays) {
-      cut(way);
-      const double seconds = foretold_seconds();
-      if (least == 0 || seconds < least) {
-        best = way;
-        least = seconds;
+  /// Cuts and orders in the way whose threads are foretold to finish first.
+  void cut_best() {
+    Way best{1, 1};
+    if (threads_ > 1 && !plan_.blocks.empty()) {  // else there is nothing to balance
+      double least = std::numeric_limits<double>::infinity();
+      const int64_t most_parts = std::min<int64_t>(shape_.kv_heads, threads_);
+      for (int32_t items = 0; items <= kMostItemsPerThread; ++items) {
+        for (int64_t parts = 1;; parts *= kMoreParts) {
+          const Way way{items, std::min(parts, most_parts)};
+          cut(way);
+          // No order makes up for what this way costs, and more parts cost more.
+          if (std::max(longest_, busy_ / threads_) >= least) break;
+          const double seconds = foretold_seconds();
+          if (seconds < least) {
+            best = way;
+            least = seconds;
+          }
+          if (least <= kGoodEnough * total_ / threads_) return;
+          if (!parts_matter_ || parts >= most_parts) break;
+        }
       }
-      if (least <= kGoodEnough * total_ / threads_) break;
     }
-    return best;
+    cut(best);
+    order_items();
   }
 
-  /// Until the last item is done and its rows are merged, while the other threads wait.
   double foretold_seconds() {
-    sort_items();
-    plan_.costs.clear();
-    for (const WorkItem& item : plan_.items) plan_.costs.push_back(item.cost);
-    const Schedule schedule = foretell(plan_.costs, threads_, plan_.free_at);
-    const WorkItem& last = plan_.items[schedule.last_item];
-    return schedule.seconds + kUncertainty * last.cost + merge_seconds(last);
+    order_items();
+    const Schedule schedule = foretell(plan_, plan_.order, plan_.schedule);
+    return schedule.seconds + kUncertainty * plan_.items[schedule.last_item].cost;
   }
 
-  /// Of all partials of an item's rows and heads, for whoever delivers the last of them.
-  double merge_seconds(const WorkItem& item) {
-    double partials = 0;
-    for (uint32_t i = item.row_begin; i < item.row_end; ++i) {
-      const uint32_t count = plan_.next_partial[plan_.row_index[i]];
-      if (count > 1) partials += count;
+  /// Longest first, with all that they may have to merge: what comes last is short, so threads
+  /// finish near together. Ties in the order as cut.
+  void order_items() {
+    plan_.order.clear();
+    for (uint32_t i = 0; i < plan_.items.size(); ++i) {
+      const WorkItem& item = plan_.items[i];
+      const double merging = static_cast<double>(plan_.blocks[item.block].partials) *
+                             (item.head_end - item.head_begin) * plan_.merge_seconds;
+      plan_.order.push_back({.item = i, .seconds = item.cost + merging});
     }
-    return partials * shape_.group() * (item.head_end - item.head_begin) * costs_.partial;
+    std::sort(plan_.order.begin(), plan_.order.end(),
+              [](const ItemInOrder& a, const ItemInOrder& b) {
+                return a.seconds != b.seconds ? a.seconds > b.seconds : a.item < b.item;
+              });
   }
 
-  /// Longest first: what comes last is short, so threads finish near together. Ties by place, since
-  /// a stable sort would allocate.
   void sort_items() {
-    std::sort(plan_.items.begin(), plan_.items.end(), [](const WorkItem& a, const WorkItem& b) {
-      return a.cost != b.cost ? a.cost > b.cost
-                              : std::tie(a.partials, a.head_begin, a.row_begin) <
-                                    std::tie(b.partials, b.head_begin, b.row_begin);
-    });
+    plan_.as_cut.assign(plan_.items.begin(), plan_.items.end());
+    for (size_t i = 0; i < plan_.order.size(); ++i) {
+      plan_.items[i] = plan_.as_cut[plan_.order[i].item];
+    }
   }
 
   void cut(const Way& way) {
@@ -260,54 +281,111 @@ class Planner {
     plan_.max_states = 0;
     plan_.max_bias_rows = 0;
     partial_rows_ = 0;
+    parts_matter_ = false;
     left_ = total_;
-    room_ = 0;
-    size_ = way.items_per_thread > 0 ? even_size(way.items_per_thread) : 0;
-    plan_.next_partial.assign(static_cast<size_t>(plan_.forest.rows), 0);
-    for (const Block& block : plan_.blocks) cut(block, way);
+    const int32_t items = way.items_per_thread * threads_;
+    size_ = items > 0 ? even_size(items) : 0;
+    room_ = size_;
+    for (Block& block : plan_.blocks) set_tail_apart(block, way);
+    if (items > 0) size_ -= (total_ - left_) / items;
+    room_ = size_;
+    for (Block& block : plan_.blocks) cut(block, way);
+    count_results();
   }
 
-  void cut(const Block& block, const Way& way) {
+  /// Into how many items the heads of a tail go.
+  int64_t tail_parts(const Block& block) const { return head_parts(block, threads_); }
+
+  /// Notes which units are the tail of a block that is large enough to be cut.
+  void set_tail_apart(Block& block, const Way& way) {
+    block.tail_units = 0;
+    if (block.cost <= item_size(block, way) * static_cast<double>(block.parts)) return;
+    const auto states = static_cast<double>(query_rows(block));
+    const double wanted = kTailItem * static_cast<double>(tail_parts(block)) *
+                          (costs_.item + states * (costs_.state + costs_.store));
+    if (wanted > block.cost / 2) return;
+    const int64_t units = units_of(block);
+    double seconds = 0;
+    while (seconds < wanted && block.tail_units < units - 1) {
+      const int64_t unit = units - ++block.tail_units;
+      seconds += seconds_of(block, unit, unit + 1);
+    }
+    left_ -= seconds;
+  }
+
+  void cut(Block& block, const Way& way) {
     WorkItem item;
+    item.block = static_cast<uint32_t>(&block - plan_.blocks.data());
     item.segment = block.segment;
     item.row_begin = block.row_begin;
     item.row_end = block.row_end;
     item.few = few(block);
     item.span = plan_.forest.segments[block.segment].span_begin;
-    const size_t first_item = plan_.items.size();
+    block.first_item = static_cast<uint32_t>(plan_.items.size());
+    block.chunks = 0;
     const int64_t units = units_of(block);
-    double block_left = seconds_of(block, 0, units);
-    uint32_t chunks = 0;
-    for (int64_t first = 0; first < units;) {
+    const int64_t body = units - block.tail_units;
+    double body_left = seconds_of(block, 0, body);
+    for (int64_t first = 0; first < body;) {
       const double size = item_size(block, way);
-      const int64_t parts = way.heads_first
-                                ? head_parts(block, std::min<double>(threads_, block_left / size))
-                                : block.parts;
+      const double items_left = body_left / size;
+      const auto most_parts = static_cast<double>(way.head_parts);
+      parts_matter_ |= most_parts < items_left && block.parts < shape_.kv_heads;
+      const int64_t parts = head_parts(block, std::min(most_parts, items_left));
       const double wanted =
           std::max(size * static_cast<double>(parts) - block.overhead, block.overhead);
-      const int64_t last = chunk_end(block, first, chunk_seconds(block_left, wanted, way));
+      const int64_t last = chunk_end(block, first, body, chunk_seconds(body_left, wanted, way));
       const double seconds = seconds_of(block, first, last);
-      item.slots = slots_of(block, first, last);
-      item.row_slots = static_cast<double>(row_slots_of(block, first, last));
       // Where slots have run out before the items are small, heads go apart.
       const int64_t most = std::max(parts, head_parts(block, std::ceil(seconds / size - kRest)));
-      emit(item, most);
-      advance(item.slots, item.span, item.span_offset);
-      block_left -= seconds;
+      add_chunk(block, first, last, most, item);
+      body_left -= seconds;
       left_ -= seconds;
       room_ -= (seconds + block.overhead) / static_cast<double>(most);
       first = last;
-      ++chunks;
     }
+    if (body < units) add_chunk(block, body, units, tail_parts(block), item);
     left_ -= block.overhead;
-    const bool whole = item.slots == block.slots;
-    for (size_t i = first_item; i < plan_.items.size(); ++i) {
-      WorkItem& made = plan_.items[i];
-      made.partial_rows = whole ? block.shared_rows : block.rows();
-      made.cost = item_seconds(costs_, made, shape_);
+  }
+
+  /// Items of the units [first, last). `item` has their place, and after that of the next chunk.
+  void add_chunk(Block& block, int64_t first, int64_t last, int64_t parts, WorkItem& item) {
+    item.slots = slots_of(block, first, last);
+    item.row_slots = static_cast<double>(row_slots_of(block, first, last));
+    emit(item, parts);
+    advance(item.slots, item.span, item.span_offset);
+    ++block.chunks;
+  }
+
+  /// Notes how many results each row has, and so what items cost.
+  void count_results() {
+    plan_.results.assign(static_cast<size_t>(plan_.forest.rows), 0);
+    for (const Block& block : plan_.blocks) {
+      for (uint32_t i = block.row_begin; i < block.row_end; ++i) {
+        plan_.results[plan_.row_index[i]] += block.chunks;
+      }
     }
-    for (uint32_t i = block.row_begin; i < block.row_end; ++i) {
-      plan_.next_partial[plan_.row_index[i]] += chunks;
+    busy_ = 0;
+    longest_ = 0;
+    for (uint32_t results : plan_.results) {
+      if (results > 1) busy_ += results * plan_.merge_seconds * shape_.kv_heads;
+    }
+    for (size_t b = 0; b < plan_.blocks.size(); ++b) {
+      Block& block = plan_.blocks[b];
+      block.partials = 0;
+      for (uint32_t i = block.row_begin; i < block.row_end; ++i) {
+        const uint32_t results = plan_.results[plan_.row_index[i]];
+        if (results > 1) block.partials += results;
+      }
+      const size_t end =
+          b + 1 < plan_.blocks.size() ? plan_.blocks[b + 1].first_item : plan_.items.size();
+      for (size_t i = block.first_item; i < end; ++i) {
+        WorkItem& item = plan_.items[i];
+        item.partial_rows = block.chunks > 1 ? block.rows() : block.shared_rows;
+        item.cost = item_seconds(costs_, item, shape_);
+        busy_ += item.cost;
+        longest_ = std::max(longest_, item.cost);
+      }
     }
   }
 
@@ -324,9 +402,9 @@ class Planner {
                     left_ / static_cast<double>(2 * std::max<int64_t>(threads_, block.parts)));
   }
 
-  /// Seconds of each of `count` items per thread, the overhead of cutting included.
-  double even_size(int32_t count) const {
-    const double items = static_cast<double>(count) * threads_;
+  /// Seconds of each of so many items, the overhead of cutting included. Merging is not, here and
+  /// in total_: it comes when the items that are all alike have ended.
+  double even_size(int32_t items) const {
     double seconds = total_;
     for (const Block& block : plan_.blocks) {
       seconds +=
@@ -351,9 +429,8 @@ class Planner {
     return parts;
   }
 
-  /// End of the chunk that begins with unit `first` and takes about `seconds`.
-  int64_t chunk_end(const Block& block, int64_t first, double seconds) const {
-    int64_t units = units_of(block);
+  /// End of the chunk that begins with unit `first`, ends by `units` and takes about `seconds`.
+  int64_t chunk_end(const Block& block, int64_t first, int64_t units, double seconds) const {
     if (block.parts > 1 && units - first > most_units_) {
       // Evenly, so that no small rest remains.
       const int64_t chunks = (units - first + most_units_ - 1) / most_units_;
@@ -394,46 +471,34 @@ class Planner {
 
   /// Numbers the partials row by row, in the order of the items as cut.
   void place_partials() {
-    plan_.partial_of.resize(partial_rows_);
     const auto rows = static_cast<size_t>(plan_.forest.rows);
     plan_.partial_begin.assign(rows + 1, 0);
-    const auto each_chunk = [&](auto visit) {
-      uint32_t seen = UINT32_MAX;
-      for (const WorkItem& item : plan_.items) {
-        if (item.partials == seen) continue;  // further heads of the same chunk
-        seen = item.partials;
-        visit(item);
-      }
-    };
-    each_chunk([&](const WorkItem& item) {
-      for (uint32_t i = item.row_begin; i < item.row_end; ++i) {
-        ++plan_.partial_begin[plan_.row_index[i] + 1];
-      }
-    });
-    // A lone result needs no partial: mark the row by giving it none.
-    plan_.next_partial.assign(rows, Plan::kDirect);
+    plan_.next_partial.assign(rows, Plan::kDirect);  // a lone result needs no partial
     for (size_t r = 0; r < rows; ++r) {
-      uint32_t& end = plan_.partial_begin[r + 1];
-      if (end == 0) plan_.next_partial[r] = Plan::kDirect - 1;  // attends nothing
-      if (end <= 1) end = 0;
-      end += plan_.partial_begin[r];
-      if (end > plan_.partial_begin[r]) plan_.next_partial[r] = plan_.partial_begin[r];
+      plan_.partial_begin[r + 1] = plan_.partial_begin[r];
+      if (plan_.results[r] <= 1) continue;
+      plan_.next_partial[r] = plan_.partial_begin[r];
+      plan_.partial_begin[r + 1] += plan_.results[r];
     }
     plan_.partials = plan_.partial_begin[rows];
-    each_chunk([&](const WorkItem& item) {
+    plan_.partial_of.resize(partial_rows_);
+    uint32_t seen = UINT32_MAX;
+    for (const WorkItem& item : plan_.items) {
+      if (item.partials == seen) continue;  // further heads of the same chunk
+      seen = item.partials;
       for (uint32_t i = 0; i < item.rows(); ++i) {
         uint32_t& next = plan_.next_partial[plan_.row_index[item.row_begin + i]];
         plan_.partial_of[item.partials + i] = next;
         if (next != Plan::kDirect) ++next;
       }
-    });
+    }
   }
 
   void add_empty_rows() {
     WorkItem item;
     item.row_begin = static_cast<uint32_t>(plan_.row_index.size());
     for (int32_t r = 0; r < plan_.forest.rows; ++r) {
-      if (plan_.next_partial[r] == Plan::kDirect - 1) {
+      if (plan_.results[r] == 0) {
         plan_.row_index.push_back(static_cast<uint32_t>(r));
       }
     }
@@ -450,8 +515,11 @@ class Planner {
   int64_t heads_together_ = 0;      ///< KV heads of one item
   int64_t unit_ = kRowsUnit;        ///< slots
   int64_t most_units_ = INT64_MAX;  ///< of a chunk whose heads are not all in one item
-  double total_ = 0;                ///< seconds of all blocks
-  double left_ = 0;                 ///< of what is not yet cut
+  double total_ = 0;                ///< seconds of all blocks, uncut
+  double left_ = 0;                 ///< of what is not yet cut, tails apart
+  bool parts_matter_ = false;       ///< whether more head_parts would make a difference
+  double busy_ = 0;                 ///< of all items as cut, and of merging
+  double longest_ = 0;              ///< of one item
   double size_ = 0;                 ///< of items that are all alike
   double room_ = 0;                 ///< left in the one that is being filled
   uint32_t partial_rows_ = 0;       ///< (chunk, row) pairs so far
@@ -463,8 +531,12 @@ double item_seconds(const CostModel& costs, const WorkItem& item, const HeadShap
   const double heads = item.head_end - item.head_begin;
   const double states = static_cast<double>(item.rows()) * shape.group();
   const double partials = static_cast<double>(item.partial_rows) * shape.group();
-  return costs.item + heads * (states * costs.state + partials * costs.partial) +
+  return costs.item + heads * (states * costs.state + partials * costs.store) +
          costs.kv_seconds(item.few, heads, item.slots, item.row_slots);
+}
+
+double merge_seconds(const CostModel& costs, const HeadShape& shape) {
+  return shape.group() * costs.merge;
 }
 
 void cut_plan(Plan& plan, const Forest& forest, const PlanOptions& options,

@@ -10,7 +10,10 @@ namespace relay {
 /// nothing once the plan has grown to its working size.
 void cut_plan(Plan& plan, const Forest& forest, const PlanOptions& options, const CostModel& costs);
 
-/// Seconds of one item by a cost model (see there).
+/// Seconds of one item by a cost model (see there), merging left out.
 double item_seconds(const CostModel& costs, const WorkItem& item, const HeadShape& shape);
+
+/// Seconds of merging one partial of one KV head.
+double merge_seconds(const CostModel& costs, const HeadShape& shape);
 
 }  // namespace relay

@@ -116,16 +116,15 @@ TEST(Balance, EightThreadsIdleUnderFivePercent) {
   for (const Case& c : cases) {
     const Schedule schedule = foretell(*plan_of(c, 8));
     sum += schedule.idle_share();
-    // Below that a thread has a few dozen slots, and their number decides.
-    if (schedule.seconds < 50e-6) continue;
-    EXPECT_LT(schedule.idle_share(), 0.065) << c.name << ": " << schedule.seconds * 1e6 << " us";
+    // Below that a thread has one unit of slots more or less, and 5 % are a microsecond.
+    if (schedule.seconds < 20e-6) continue;
+    EXPECT_LT(schedule.idle_share(), 0.05) << c.name << ": " << schedule.seconds * 1e6 << " us";
   }
-  EXPECT_LT(sum / static_cast<double>(cases.size()), 0.015) << "mean";
+  EXPECT_LT(sum / static_cast<double>(cases.size()), 0.01) << "mean";
 }
 
 TEST(Balance, CuttingCostsLittleForOneToSixtyFourThreads) {
-  // Idle threads and what cutting adds, together: against an even share of the bare work. Merging
-  // the last rows comes on top; where fewer partials save there, the items may take longer.
+  // Idle threads and what cutting adds, merging included, against an even share of the bare work.
   const std::vector<Case> cases = realistic_cases();
   for (int32_t threads = 1; threads <= 64; threads += threads < 8 ? 1 : 7) {
     double sum = 0;
@@ -133,11 +132,11 @@ TEST(Balance, CuttingCostsLittleForOneToSixtyFourThreads) {
       const double bare = bare_seconds(c, threads) / threads;
       const double seconds = foretell(*plan_of(c, threads)).seconds;
       EXPECT_GE(seconds, bare * (1 - 1e-9)) << c.name;
-      EXPECT_LT(seconds, (threads <= 8 ? 1.15 : 1.5) * bare + 20e-6)
+      EXPECT_LT(seconds, (threads <= 8 ? 1.12 : 1.3) * bare + 20e-6)
           << threads << " threads, " << c.name;
       sum += 1 - bare / seconds;
     }
-    EXPECT_LT(sum / static_cast<double>(cases.size()), 0.002 * threads + 0.02) << threads;
+    EXPECT_LT(sum / static_cast<double>(cases.size()), 0.002 * threads + 0.01) << threads;
   }
 }
 
@@ -156,7 +155,8 @@ TEST(Balance, SurvivesCostsThatAreWrong) {
       costs.few.row *= bend(0);
       costs.many.slot *= bend(1);
       costs.state *= bend(2);
-      costs.partial *= bend(2);
+      costs.store *= bend(2);
+      costs.merge *= bend(2);
       costs.item *= bend(2);
       costs.byte *= bend(0);
       const Schedule schedule = foretell(*plan, costs);
@@ -174,6 +174,39 @@ TEST(Balance, OneThreadHasNothingToCut) {
   const HeadShape shape = {.q_heads = 32, .kv_heads = 8, .qk_dim = 64, .v_dim = 64};
   const Case c = make_case("1B", shape, DType::kF16, 4096, 4, 128, Batch::kShared);
   EXPECT_EQ(plan_of(c, 1)->items.size(), 5u) << "a prefix and four contexts";
+}
+
+TEST(Cutting, WhatComesLastIsMergedByAllThreads) {
+  // One row and a head for each thread: were the last item one of all heads, seven threads would
+  // wait for the eighth.
+  const HeadShape shape = {.q_heads = 32, .kv_heads = 8, .qk_dim = 64, .v_dim = 64};
+  const PlanPtr plan = plan_of(make_case("", shape, DType::kF16, 4096, 1, 16, Batch::kShared), 8);
+  ASSERT_GE(plan->items.size(), 16u);
+  ASSERT_GT(plan->partials, 1);
+  std::vector<int> heads(8, 0);
+  for (size_t i = plan->items.size() - 8; i < plan->items.size(); ++i) {
+    const WorkItem& item = plan->items[i];
+    ASSERT_EQ(item.head_end - item.head_begin, 1);
+    ++heads[static_cast<size_t>(item.head_begin)];
+  }
+  EXPECT_EQ(heads, std::vector<int>(8, 1));
+}
+
+TEST(Cutting, ManyRowsGoApartBeforeManyPartialsAreMade) {
+  // 512 rows for twice as many threads as heads.
+  const HeadShape shape = {.q_heads = 8, .kv_heads = 8, .qk_dim = 64, .v_dim = 64};
+  const Case c = make_case("", shape, DType::kF16, 512, 1, 0, Batch::kPrefill);
+  const auto row_tiles = [&](int32_t threads) {
+    const PlanPtr plan = plan_of(c, threads);
+    size_t most = 0;
+    for (const Plan::Block& block : plan->blocks) {
+      most = std::max<size_t>(most, block.rows());
+    }
+    return 512 / most;
+  };
+  EXPECT_EQ(row_tiles(8), 1u);
+  EXPECT_EQ(row_tiles(16), 2u);
+  EXPECT_EQ(row_tiles(64), 2u) << "256 query rows stay together";
 }
 
 TEST(Cutting, EverySlotOfEveryHeadOnce) {
@@ -245,6 +278,122 @@ TEST(Cutting, OneRequestIsPlannedAlikeWithSharingAndWithout) {
   }
 }
 
+// --- Foretelling ---------------------------------------------------------------------------------
+
+/// `rows` rows of two KV heads; blocks and items are added by hand.
+struct Sketch {
+  Plan plan;
+
+  Sketch(int32_t threads, int32_t rows, double merge_seconds) {
+    plan.options.shape = {.q_heads = 2, .kv_heads = 2, .qk_dim = 1, .v_dim = 1};
+    plan.options.threads = threads;
+    plan.forest.rows = rows;
+    plan.merge_seconds = merge_seconds;
+    plan.blocks_of.assign(static_cast<size_t>(rows), 0);
+    plan.results.assign(static_cast<size_t>(rows), 0);
+  }
+
+  void block(const std::vector<uint32_t>& rows, uint32_t chunks) {
+    Plan::Block block;
+    block.row_begin = static_cast<uint32_t>(plan.row_index.size());
+    for (uint32_t row : rows) {
+      plan.row_index.push_back(row);
+      ++plan.blocks_of[row];
+      plan.results[row] += chunks;
+    }
+    block.row_end = static_cast<uint32_t>(plan.row_index.size());
+    block.chunks = chunks;
+    plan.blocks.push_back(block);
+    for (Plan::Block& b : plan.blocks) {
+      b.shared_rows = 0;
+      b.partials = 0;
+      for (uint32_t i = b.row_begin; i < b.row_end; ++i) {
+        const uint32_t row = plan.row_index[i];
+        b.shared_rows += plan.blocks_of[row] > 1;
+        if (plan.results[row] > 1) b.partials += plan.results[row];
+      }
+    }
+  }
+
+  void item(uint32_t block, int32_t head_begin, int32_t head_end, double seconds) {
+    WorkItem item;
+    item.segment = 0;
+    item.block = block;
+    item.head_begin = head_begin;
+    item.head_end = head_end;
+    item.cost = seconds;
+    plan.items.push_back(item);
+  }
+};
+
+TEST(Foretold, WhoeverIsLastMerges) {
+  Sketch s(2, 1, 0.5);
+  s.block({0}, 2);
+  s.item(0, 0, 2, 5);
+  s.item(0, 0, 2, 3);
+  const Schedule schedule = foretell(s.plan);
+  EXPECT_EQ(schedule.merging, 2 * 2 * 0.5) << "two partials of two heads";
+  EXPECT_EQ(schedule.seconds, 5 + 2);
+  EXPECT_EQ(schedule.last_item, 0u);
+  EXPECT_EQ(schedule.busy, 5 + 3 + 2);
+  EXPECT_DOUBLE_EQ(schedule.idle_share(), 4.0 / 14);
+}
+
+TEST(Foretold, HeadsAreMergedApart) {
+  Sketch s(2, 1, 0.5);
+  s.block({0}, 2);
+  s.item(0, 0, 2, 1);
+  s.item(0, 0, 1, 5);
+  s.item(0, 1, 2, 4);
+  const Schedule schedule = foretell(s.plan);
+  EXPECT_EQ(schedule.merging, 2);
+  EXPECT_EQ(schedule.seconds, 5 + 1) << "each thread merges one head";
+  EXPECT_EQ(schedule.idle_share(), 0);
+}
+
+TEST(Foretold, ARowOfTwoBlocksIsMergedWithTheLast) {
+  Sketch s(2, 2, 0.25);
+  s.block({0, 1}, 1);
+  s.block({0}, 1);  // row 1 has one result, and nothing to merge
+  s.item(0, 0, 2, 4);
+  s.item(1, 0, 2, 6);
+  const Schedule schedule = foretell(s.plan);
+  EXPECT_EQ(schedule.merging, 2 * 2 * 0.25);
+  EXPECT_EQ(schedule.seconds, 6 + 1);
+  EXPECT_EQ(schedule.last_item, 1u);
+}
+
+TEST(Foretold, NobodyTakesAnItemWhileMerging) {
+  Sketch s(2, 3, 1);
+  s.block({0}, 2);
+  s.block({1}, 1);
+  s.block({2}, 1);
+  s.item(0, 0, 2, 1);
+  s.item(0, 0, 2, 2);  // merges until 6
+  s.item(1, 0, 2, 3);  // begins at 1
+  s.item(2, 0, 2, 2);  // begins at 4, on the same thread
+  const Schedule schedule = foretell(s.plan);
+  EXPECT_EQ(schedule.seconds, 6);
+  EXPECT_EQ(schedule.busy, 1 + 2 + 4 + 3 + 2);
+  EXPECT_EQ(schedule.idle_share(), 0);
+}
+
+TEST(Foretold, NothingToDoIsNoIdleness) {
+  const Schedule schedule = foretell(Sketch(4, 0, 1).plan);
+  EXPECT_EQ(schedule.seconds, 0);
+  EXPECT_EQ(schedule.idle_share(), 0);
+}
+
+TEST(Foretold, EveryPartialIsMergedOnce) {
+  for (const Case& c : realistic_cases()) {
+    const PlanPtr plan = plan_of(c, 8);
+    const double merging = static_cast<double>(plan->partials) * c.options.shape.kv_heads *
+                           costs_of(plan->options).merge * c.options.shape.group();
+    ASSERT_NEAR(foretell(*plan).merging, merging, 1e-9 * merging) << c.name;
+    ASSERT_EQ(foretell(*plan).seconds, foretell(*plan, costs_of(plan->options)).seconds) << c.name;
+  }
+}
+
 // --- Costs ---------------------------------------------------------------------------------------
 
 const PlanOptions kOptions = {.shape = {.q_heads = 32, .kv_heads = 8, .qk_dim = 64, .v_dim = 64},
@@ -259,7 +408,8 @@ TEST(Costs, NoiseDoesNotChangeWhatPlansAreMadeWith) {
   measured.many.slot *= 2.5 * 1.05;
   measured.many.row *= 2.5 * 1.1;
   measured.state *= 2.5 * 0.95;
-  measured.partial *= 2.5 * 1.1;
+  measured.store *= 2.5 * 1.1;
+  measured.merge *= 2.5 * 0.9;
   measured.byte *= 2.5;
   const CostModel coarse = coarse_cost_model(fixed, measured);
   EXPECT_EQ(coarse.few.slot, fixed.few.slot);
@@ -267,7 +417,8 @@ TEST(Costs, NoiseDoesNotChangeWhatPlansAreMadeWith) {
   EXPECT_EQ(coarse.many.slot, fixed.many.slot);
   EXPECT_EQ(coarse.many.row, fixed.many.row);
   EXPECT_EQ(coarse.state, fixed.state);
-  EXPECT_EQ(coarse.partial, fixed.partial);
+  EXPECT_EQ(coarse.store, fixed.store);
+  EXPECT_EQ(coarse.merge, fixed.merge);
   EXPECT_EQ(coarse.byte, fixed.byte);
 }
 
@@ -275,11 +426,11 @@ TEST(Costs, OtherRatiosDo) {
   const CostModel fixed = costs_of(kOptions);
   CostModel measured = fixed;
   measured.few.row *= 4.3;
-  measured.partial /= 1.9;
+  measured.merge /= 1.9;
   measured.many.slot = 0;  // what noise may make of a small one
   const CostModel coarse = coarse_cost_model(fixed, measured);
   EXPECT_EQ(coarse.few.row, 4 * fixed.few.row);
-  EXPECT_EQ(coarse.partial, fixed.partial / 2);
+  EXPECT_EQ(coarse.merge, fixed.merge / 2);
   EXPECT_EQ(coarse.many.slot, fixed.many.slot);
 }
 
@@ -292,7 +443,7 @@ TEST(Costs, AreMeasuredOnce) {
     EXPECT_EQ(first.few.row, second.few.row);
     EXPECT_EQ(first.many.slot, second.many.slot);
     for (const double cost : {first.few.slot + first.few.row, first.many.row, first.state,
-                              first.partial, first.byte, first.item}) {
+                              first.store, first.merge, first.byte, first.item}) {
       EXPECT_GT(cost, 0) << to_string(type);
       EXPECT_LT(cost, 1e-3) << to_string(type);
     }

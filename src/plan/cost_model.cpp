@@ -136,6 +136,7 @@ CostModel make_cost_model(const KernelCosts& costs, const PlanOptions& options, 
   if (options.layout == KvLayout::kTiles) {  // one kernel for any number of rows, nothing to unpack
     model.few_block = 0;
     model.many.slot = kTileSlotSeconds;
+    model.run_bytes = 0;  // a head's tile is one run, whoever reads the next head's
   }
   model.few_rows = most_few_rows(model);
   return model;

@@ -3,7 +3,7 @@
 //   1. A segment is cut by rows only as far as their states must stay in the cache, or where they
 //      are many, since each row tile reads the KV again. What comes out is a block.
 //   2. A block is cut by slots into chunks, at the cost of a partial result for each row and chunk,
-//      and a chunk by heads into items, at the cost of reading memory in shorter runs, since a
+//      and a chunk by heads into items, at the cost of reading memory in shorter runs where a
 //      slot's heads lie side by side.
 //   3. Whoever delivers the last partial of a row merges it. Were that one thread for all rows and
 //      heads, the others would wait: so the last chunk of a block that is cut, its tail, is small

@@ -351,8 +351,13 @@ inline void attend_few_dots(const Tile& t) {
 
 #endif  // RELAY_HAS_BF16_DOT
 
+// Processors with AMX multiply pairs of bf16 outside of it no faster than f32.
+#if defined(RELAY_HAS_BF16_DOT) && !defined(RELAY_HAS_AMX)
+#define RELAY_FEW_PAIRS 1
+#endif
+
 inline QueryLayout few_layout([[maybe_unused]] DType k_type, [[maybe_unused]] DType v_type) {
-#ifdef RELAY_HAS_BF16_DOT
+#ifdef RELAY_FEW_PAIRS
   if (k_type == DType::kBF16 && v_type == DType::kBF16) return QueryLayout::kBF16Pairs;
 #endif
 #ifdef RELAY_HAS_BYTE_DOT
@@ -362,7 +367,7 @@ inline QueryLayout few_layout([[maybe_unused]] DType k_type, [[maybe_unused]] DT
 }
 
 inline void attend_few(const Tile& t) {
-#ifdef RELAY_HAS_BF16_DOT
+#ifdef RELAY_FEW_PAIRS
   if (few_layout(t.k_type, t.v_type) == QueryLayout::kBF16Pairs) return attend_few_dots<BF16Few>(t);
 #endif
 #ifdef RELAY_HAS_BYTE_DOT

@@ -14,6 +14,7 @@ constexpr double kBF16Unit = 0x1p-8;  // 8 significant bits, one of them implici
 constexpr double kHalvesUnit = 3 * 0x1p-16;
 constexpr int kBlock = 32;  // elements of a block of q8_0
 constexpr double kTile = 64;
+constexpr double kWeightUnit = 1.0 / 32767;
 constexpr double kExp = 8;
 constexpr double kCoarseExp = 1.1e-4;
 constexpr double kTanh = 16;
@@ -47,21 +48,24 @@ double block_norm(std::span<const float> q) {
 }  // namespace
 
 Arithmetic arithmetic_of(const std::string& isa, DType k_type, DType v_type) {
+  Arithmetic a;
   const kernels::QueryLayout many = kernels::product_layout(isa, k_type, v_type);
-  if (many == kernels::QueryLayout::kBF16Pairs && k_type == DType::kQ8_0) {
-    return {.query_rounding = kBF16Unit,
-            .key_rounding = kBF16Unit,
-            .byte_rounding = 1.0 / 254,
-            .weight_unit = 1.0 / 32767};
+  if (many == kernels::QueryLayout::kBF16Pairs) {
+    a.query_rounding = kBF16Unit;
+    if (k_type == DType::kQ8_0) {
+      a.key_rounding = kBF16Unit;
+      a.weight_unit = kWeightUnit;
+    } else {
+      a.weight_rounding = kBF16Unit + kCoarseExp;
+    }
+  } else if (many == kernels::QueryLayout::kBF16Halves) {
+    a.query_rounding = a.weight_rounding = kHalvesUnit;
   }
-  switch (many) {
-    case kernels::QueryLayout::kBF16Pairs:
-      return {.query_rounding = kBF16Unit, .weight_rounding = kBF16Unit + kCoarseExp};
-    case kernels::QueryLayout::kBF16Halves:
-      return {.query_rounding = kHalvesUnit, .weight_rounding = kHalvesUnit};
-    default:
-      return {};
+  if (kernels::few_product_layout(isa, k_type, v_type) == kernels::QueryLayout::kInt8) {
+    a.byte_rounding = 1.0 / 254;
+    a.weight_unit = kWeightUnit;
   }
+  return a;
 }
 
 double unit_roundoff(DType type) {

@@ -59,7 +59,6 @@ struct Way {
   int64_t head_parts;  ///< a chunk's heads go into so many items, if there is work for them
 };
 constexpr int32_t kMostItemsPerThread = 2;
-constexpr int64_t kMoreParts = 2;  ///< 1, 2, 4, ... are tried, and as many as there are
 /// An item of a tail takes so many times what it would without any slots: enough to be the last to
 /// end where the items before it are all alike.
 constexpr double kTailItem = 3;
@@ -227,8 +226,9 @@ class Planner {
     if (threads_ > 1 && !plan_.blocks.empty()) {  // else there is nothing to balance
       double least = std::numeric_limits<double>::infinity();
       const int64_t most_parts = std::min<int64_t>(shape_.kv_heads, threads_);
+      const int64_t more = most_parts > 8 ? 4 : 2;  // about four numbers of parts are tried
       for (int32_t items = 0; items <= kMostItemsPerThread; ++items) {
-        for (int64_t parts = 1;; parts *= kMoreParts) {
+        for (int64_t parts = 1;; parts *= more) {
           const Way way{items, std::min(parts, most_parts)};
           cut(way);
           // No order makes up for what this way costs, and more parts cost more.

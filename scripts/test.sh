@@ -71,7 +71,8 @@ stage_tsan() { TSAN_OPTIONS=halt_on_error=1 core_under tsan -E '^core_property_t
 stage_aarch64() {
   local -x RELAY_TEST_SCALE="${RELAY_TEST_SCALE:-0.1}"
   local status=0
-  QEMU_CPU=max,sve256=on RELAY_TEST_ISAS="sve256 neonbf16 neon plain" core_under aarch64 || return 1
+  QEMU_CPU=max,sve256=on RELAY_TEST_ISAS="sve256 neonbf16 neon plain" core_under aarch64 -j 2 ||
+    return 1
   on_cpu() {  # qemu's name, the sets it has, the tests to run
     echo "--- $1: $2"
     QEMU_CPU="$1" RELAY_TEST_ISAS="$2" run_tests aarch64 aarch64 -R "^core_($3)_test$" || status=1

@@ -86,25 +86,24 @@ inline void unpack_v(const Tile& t, float* out) {
 
 #ifdef RELAY_HAS_BF16_DOT
 
-/// Elements [i, i + 2 kLanes) of a vector of n as pairs of bf16, zero beyond it.
-template <DType T>
-inline VecU load_as_pairs(const uint8_t* row, int i, int n) {
-  if constexpr (T == DType::kBF16) {
-    constexpr int kElements = 2 * kLanes;
-    return load_bf16_pairs(row + 2 * int64_t{i}, first_bf16(n - i < kElements ? n - i : kElements));
-  } else {
-    return bf16_pairs(Elements<T>::load(row, i), Elements<T>::load(row, i + kLanes));
-  }
-}
 /// As unpack_k, in pairs along qk_dim: out[(qk_dim + 1) / 2][kTileSlots].
 template <DType T>
 inline void unpack_k_pairs(const Tile& t, uint32_t* out) {
+  constexpr int kElements = 2 * kLanes;
   for (int first = 0; first < t.slots; first += kLanes) {
-    for (int i = 0; i < t.qk_dim; i += 2 * kLanes) {
+    for (int i = 0; i < t.qk_dim; i += kElements) {
+      [[maybe_unused]] const auto which =
+          first_bf16(t.qk_dim - i < kElements ? t.qk_dim - i : kElements);
+      const auto pairs = [&](const uint8_t* row) {
+        if constexpr (T == DType::kBF16) {
+          return load_bf16_pairs(row + 2 * int64_t{i}, which);
+        } else {
+          return bf16_pairs(Elements<T>::load(row, i), Elements<T>::load(row, i + kLanes));
+        }
+      };
       VecU v[kLanes];
       for (int j = 0; j < kLanes; ++j) {
-        v[j] = first + j < t.slots ? load_as_pairs<T>(t.k[first + j] + t.k_offset, i, t.qk_dim)
-                                   : VecU{};
+        v[j] = first + j < t.slots ? pairs(t.k[first + j] + t.k_offset) : VecU{};
       }
       transpose(v);
       for (int j = 0; j < kLanes; ++j) store_words(out + (i / 2 + j) * kTileSlots + first, v[j]);

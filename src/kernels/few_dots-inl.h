@@ -41,7 +41,7 @@ class BF16Few {
     }
 #pragma GCC unroll 16
     for (int k = 0; k < kLanes; ++k) {
-      if (kTail && half && k == kLanes / 2) break;
+      if (half && k == kLanes / 2) break;
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         part[r][k % kChains] =
@@ -185,15 +185,6 @@ RELAY_INLINE void for_each_chunk(int dim, F f) {
   if (i < dim) f.template operator()<true>(i);
 }
 
-/// Where N slots of K begin, from `first` on; surplus ones (which are masked later) as the last.
-template <int N>
-RELAY_INLINE void key_rows(const Tile& t, int first, const uint8_t* (&rows)[N]) {
-#pragma GCC unroll 16
-  for (int p = 0; p < N; ++p) {
-    rows[p] = t.k[first + p < t.slots ? first + p : t.slots - 1] + t.k_offset;
-  }
-}
-
 /// Scores of R rows from q on against the tile: s[R][kTileSlots].
 template <int R, typename Kv>
 inline void score_dots(const Tile& t, const Kv& kv, const uint32_t* q, Prefetcher& prefetch,
@@ -242,11 +233,7 @@ inline void score_pairs(const Tile& t, const BF16Few& kv, const uint32_t* q, Pre
         }
       }
     });
-    alignas(64) float out[kLanes];
-    store(out, reduce_each<kLanes>(acc, Add{}));
-    for (int r = 0; r < R; ++r) {
-      std::memcpy(s + r * kTileSlots + first, out + r * kSlots, kSlots * sizeof(float));
-    }
+    reduce_scores<R>(acc, first, s);
   }
 }
 

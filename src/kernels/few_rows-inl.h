@@ -13,6 +13,26 @@ inline void interleave_queries(const Tile& t, const float* q, float* out) {
   }
 }
 
+/// Where N slots of K begin, from `first` on; surplus ones (which are masked later) as the last.
+template <int N>
+RELAY_INLINE void key_rows(const Tile& t, int first, const uint8_t* (&rows)[N]) {
+#pragma GCC unroll 16
+  for (int p = 0; p < N; ++p) {
+    rows[p] = t.k[first + p < t.slots ? first + p : t.slots - 1] + t.k_offset;
+  }
+}
+
+/// Reduces acc[R][kLanes / R], the sums of rows and slots, to s[R][kTileSlots] from `first` on.
+template <int R>
+RELAY_INLINE void reduce_scores(Vec (&acc)[kLanes], int first, float* s) {
+  constexpr int kSlots = kLanes / R;
+  alignas(64) float out[kLanes];
+  store(out, reduce_each<kLanes>(acc, Add{}));
+  for (int r = 0; r < R; ++r) {
+    std::memcpy(s + r * kTileSlots + first, out + r * kSlots, kSlots * sizeof(float));
+  }
+}
+
 /// Scores of R rows (interleaved) against the tile: s[R][kTileSlots].
 template <typename E, int R>
 inline void score_few(const Tile& t, const float* q, Prefetcher& prefetch, float* s) {
@@ -20,10 +40,7 @@ inline void score_few(const Tile& t, const float* q, Prefetcher& prefetch, float
   const int full = t.qk_dim / kLanes * kLanes;
   for (int first = 0; first < t.slots; first += kSlots) {
     const uint8_t* k[kSlots];
-    for (int p = 0; p < kSlots; ++p) {
-      const int slot = first + p < t.slots ? first + p : t.slots - 1;  // surplus is masked later
-      k[p] = t.k[slot] + t.k_offset;
-    }
+    key_rows(t, first, k);
     Vec acc[kLanes];
     auto accumulate = [&](int i, bool begin, auto load_k) RELAY_INLINE_LAMBDA {
       prefetch.step();
@@ -50,12 +67,7 @@ inline void score_few(const Tile& t, const float* q, Prefetcher& prefetch, float
       const int n = t.qk_dim - full;
       accumulate(full, full == 0, [full, n](const uint8_t* row) { return E::tail(row, full, n); });
     }
-    const Vec scores = reduce_each<kLanes>(acc, Add{});
-    alignas(64) float out[kLanes];
-    store(out, scores);
-    for (int r = 0; r < R; ++r) {
-      std::memcpy(s + r * kTileSlots + first, out + r * kSlots, kSlots * sizeof(float));
-    }
+    reduce_scores<R>(acc, first, s);
   }
 }
 

@@ -195,7 +195,9 @@ inline void attend_q8(const Tile& t, const Scratch& scratch) {
     const int rows = t.rows - first < kScoreRows ? t.rows - first : kScoreRows;
     const Former former =
         product_weights<BF16Product, Weights::kF32>(t, first, rows, keys, s, alpha, prefetch);
-    for (int r = 0; former == Former::kKept && r < rows; ++r) alpha[r] = 1.0f;
+    if (former == Former::kKept) {
+      for (int r = 0; r < rows; ++r) alpha[r] = 1.0f;
+    }
     for (int i = 0; i < t.v_dim; i += kQ8Block) {
       q8_weights(scales + i / kQ8Block * kTileSlots, t.slots, s, rows, weights, units);
       for_each_row_block(rows, [&]<int MR>(int row) {

@@ -1,11 +1,15 @@
 #include "plan/calibrate.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <limits>
 #include <memory>
 #include <new>
+#include <span>
 
 namespace relay {
 namespace {
@@ -21,22 +25,29 @@ constexpr int kMostRows = 48;  // a multiple of every register block
 /// Tiles in turn: together more than a first-level cache, as KV that was fetched ahead lies in the
 /// second.
 constexpr int kTiles = 4;
-constexpr int kRepeats = 5;
+/// Everything is timed once in a round and the least of all rounds counts: a neighbour who takes
+/// some of the core's time takes it from all costs, and a plan depends on their ratios.
+constexpr int kRounds = 12;
 
 /// kCustom reaches the kernels as f32; what unpacking costs, only its owner knows.
 DType kernel_type(DType type) { return type == DType::kCustom ? DType::kF32 : type; }
 
-template <typename Work>
-double least_seconds(Work work) {
+struct Probe {
+  std::function<void()> work;
+  double seconds = std::numeric_limits<double>::infinity();
+};
+
+void time(std::span<Probe> probes) {
   using Clock = std::chrono::steady_clock;
-  double least = 1e9;
-  work();  // warms up
-  for (int i = 0; i < kRepeats; ++i) {
-    const Clock::time_point start = Clock::now();
-    work();
-    least = std::min(least, std::chrono::duration<double>(Clock::now() - start).count());
+  for (const Probe& probe : probes) probe.work();  // warms up
+  for (int round = 0; round < kRounds; ++round) {
+    for (Probe& probe : probes) {
+      const Clock::time_point start = Clock::now();
+      probe.work();
+      probe.seconds =
+          std::min(probe.seconds, std::chrono::duration<double>(Clock::now() - start).count());
+    }
   }
-  return least;
 }
 
 class Calibration {
@@ -51,35 +62,40 @@ class Calibration {
   }
 
   KernelCosts measure() {
-    KernelCosts costs;
-    costs.few = path(true, 1, kernels_.few_rows);
-    costs.many = path(false, kSomeRows, kMostRows);
+    enum { kFew, kMany = 4, kState = 8, kStore, kMerge, kProbes };  // paths have four corners
+    std::array<Probe, kProbes> probes;
+    set_corners(std::span(probes).subspan<kFew, 4>(), true, 1, kernels_.few_rows);
+    set_corners(std::span(probes).subspan<kMany, 4>(), false, kSomeRows, kMostRows);
     float* from = queries();
     float* to = outputs();
     const QueryLayout layout = kernels_.many_layout(k_type_, v_type_, kLargeDim, kLargeDim);
-    costs.state_element = least_seconds([&] {
-                            for (int r = 0; r < kMostRows; ++r) {
-                              const int at = r * kLargeDim;
-                              kernels_.pack_query(DType::kF32, from, kLargeDim, layout, to + at);
-                              std::fill_n(to + at, kLargeDim, 0.0f);
-                              kernels_.store_output(DType::kF32, to + at, 1.0f, kLargeDim, from);
-                            }
-                          }) /
-                          (kMostRows * 2 * kLargeDim);
+    const auto each_row = [&](auto work) {
+      return [=] {
+        for (int r = 0; r < kMostRows; ++r) work(r * kLargeDim);
+      };
+    };
+    probes[kState].work = each_row([=, this](int at) {
+      kernels_.pack_query(DType::kF32, from, kLargeDim, layout, to + at);
+      std::fill_n(to + at, kLargeDim, 0.0f);
+      kernels_.store_output(DType::kF32, to + at, 1.0f, kLargeDim, from);
+    });
+    probes[kStore].work =
+        each_row([=](int at) { std::memcpy(to + at, from + at, kLargeDim * sizeof(float)); });
+    probes[kMerge].work =
+        each_row([=, this](int at) { kernels_.scale_add(from, 1.0f, to + at, 0.5f, kLargeDim); });
+    std::fill_n(maxima(), kMostRows, 0.0f);
+    std::fill_n(sums(), kMostRows, 1.0f);
+    time(probes);
+
+    KernelCosts costs;
+    costs.few = path(std::span(probes).subspan<kFew, 4>(), 1, kernels_.few_rows);
+    costs.many = path(std::span(probes).subspan<kMany, 4>(), kSomeRows, kMostRows);
+    constexpr double kElements = kMostRows * kLargeDim;
     // Stored by one core and fetched by another: some of both goes through the shared cache.
     constexpr double kBetweenCores = 3;
-    constexpr double kPartialElement = kBetweenCores / (kMostRows * kLargeDim);
-    costs.store_element = kPartialElement * least_seconds([&] {
-                            for (int r = 0; r < kMostRows; ++r) {
-                              const int at = r * kLargeDim;
-                              std::memcpy(to + at, from + at, kLargeDim * sizeof(float));
-                            }
-                          });
-    costs.merge_element = kPartialElement * least_seconds([&] {
-                            for (int r = 0; r < kMostRows; ++r) {
-                              kernels_.scale_add(from, 1.0f, to + r * kLargeDim, 0.5f, kLargeDim);
-                            }
-                          });
+    costs.state_element = probes[kState].seconds / (2 * kElements);
+    costs.store_element = kBetweenCores * probes[kStore].seconds / kElements;
+    costs.merge_element = kBetweenCores * probes[kMerge].seconds / kElements;
     return costs;
   }
 
@@ -101,29 +117,33 @@ class Calibration {
   float* sums() { return maxima() + kMostRows; }
   float* scratch() { return memory_.get() + kFloats; }
 
+  using Corners = std::span<Probe, 4>;
+
+  void set_corners(Corners corners, bool few, int low, int high) {
+    corners[0].work = [=, this] { attend(few, low, kSmallDim); };
+    corners[1].work = [=, this] { attend(few, high, kSmallDim); };
+    corners[2].work = [=, this] { attend(few, low, kLargeDim); };
+    corners[3].work = [=, this] { attend(few, high, kLargeDim); };
+  }
+
   /// Solves the bilinear law from its four corners.
-  KernelCosts::Path path(bool few, int low, int high) {
-    const double a = slot_seconds(few, low, kSmallDim);
-    const double b = slot_seconds(few, high, kSmallDim);
-    const double c = slot_seconds(few, low, kLargeDim);
-    const double d = slot_seconds(few, high, kLargeDim);
-    const double small = (b - a) / (high - low);  // per row
-    const double large = (d - c) / (high - low);
+  static KernelCosts::Path path(Corners corners, int low, int high) {
+    const auto slot = [&](int i) { return corners[i].seconds / (kTiles * kTileSlots); };
+    const double small = (slot(1) - slot(0)) / (high - low);  // per row
+    const double large = (slot(3) - slot(2)) / (high - low);
     constexpr double kSmall = 2 * kSmallDim;  // E
     constexpr double kLarge = 2 * kLargeDim;
     KernelCosts::Path p;
     p.row_element = std::max(0.0, (large - small) / (kLarge - kSmall));
     p.row = std::max(0.0, small - kSmall * p.row_element);
-    const double small_slot = a - low * small;
-    const double large_slot = c - low * large;
+    const double small_slot = slot(0) - low * small;
+    const double large_slot = slot(2) - low * large;
     p.slot_element = std::max(0.0, (large_slot - small_slot) / (kLarge - kSmall));
     p.slot = std::max(0.0, small_slot - kSmall * p.slot_element);
     return p;
   }
 
-  double slot_seconds(bool few, int rows, int dim) {
-    std::fill_n(maxima(), kMostRows, 0.0f);
-    std::fill_n(sums(), kMostRows, 1.0f);
+  void attend(bool few, int rows, int dim) {
     const uint8_t* k[kTileSlots];
     const uint8_t* v[kTileSlots];
     Tile tile;
@@ -141,21 +161,18 @@ class Calibration {
     tile.max = maxima();
     tile.sum = sums();
     tile.scratch = scratch();
-    const double seconds = least_seconds([&] {
-      for (int t = 0; t < kTiles; ++t) {
-        for (int s = 0; s < kTileSlots; ++s) {
-          const int64_t slot = int64_t{t} * kTileSlots + s;
-          k[s] = reinterpret_cast<const uint8_t*>(keys()) + slot * row_bytes(k_type_, dim);
-          v[s] = reinterpret_cast<const uint8_t*>(values()) + slot * row_bytes(v_type_, dim);
-        }
-        if (few) {
-          kernels_.attend_few(tile);
-        } else {
-          kernels_.attend_many(tile);
-        }
+    for (int t = 0; t < kTiles; ++t) {
+      for (int s = 0; s < kTileSlots; ++s) {
+        const int64_t slot = int64_t{t} * kTileSlots + s;
+        k[s] = reinterpret_cast<const uint8_t*>(keys()) + slot * row_bytes(k_type_, dim);
+        v[s] = reinterpret_cast<const uint8_t*>(values()) + slot * row_bytes(v_type_, dim);
       }
-    });
-    return seconds / (kTiles * kTileSlots);
+      if (few) {
+        kernels_.attend_few(tile);
+      } else {
+        kernels_.attend_many(tile);
+      }
+    }
   }
 
   const KernelSet& kernels_;

@@ -6,8 +6,8 @@
 
 namespace relay {
 
-/// Times the kernels on the calling thread: some hundred microseconds with vector instructions.
-/// The least of several runs counts, so that interruptions do not.
+/// Times the kernels on the calling thread: some milliseconds with vector instructions. The least
+/// of several runs counts, so that interruptions do not.
 KernelCosts measure_kernel_costs(const kernels::KernelSet& kernels, DType k_type, DType v_type);
 
 }  // namespace relay

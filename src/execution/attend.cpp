@@ -1,6 +1,6 @@
-// Runs a plan: each thread takes items until none is left. Whoever delivers the last partial result
-// of a (row, KV head) merges it, so threads never wait for each other. Merging follows the plan's
-// order, whoever does it: the output does not depend on timing.
+// Runs a plan: each thread takes items until none is left. Partial results of a row are merged in a
+// tree (plan/merge_tree.h) by whoever delivers the second half of a node, so threads never wait for
+// each other, and the output does not depend on timing.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -8,6 +8,7 @@
 
 #include "execution/workspace.h"
 #include "kernels/kernels.h"
+#include "plan/merge_tree.h"
 #include "plan/plan.h"
 #include "relay/attention.h"
 #include "relay/state.h"
@@ -371,68 +372,109 @@ class Runner {
     }
   }
 
-  /// Hands each state on: straight out, or to the partials, merging where it was the last.
+  /// Hands each state on: straight out, or to the tree of its row.
   void deliver(const WorkItem& item) {
-    int64_t state = 0;
-    for (int32_t h = item.head_begin; h < item.head_end; ++h) {
-      for (uint32_t i = 0; i < item.rows(); ++i) {
-        const uint32_t row = plan_.row_index[item.row_begin + i];
-        const uint32_t partial = plan_.partial_of[item.partials + i];
-        for (int32_t g = 0; g < shape_.group(); ++g, ++state) {
-          const SoftmaxState s{max_[state], sum_[state]};
-          float* o = o_ + state * o_stride_;
-          const int32_t head = h * shape_.group() + g;
-          if (partial == Plan::kDirect) {
-            finish(row, head, s, o);
-          } else {
-            const int64_t p = int64_t{partial} * shape_.q_heads + head;
-            ws_.partial_states[p] = s;
-            std::memcpy(ws_.partial_o.data() + p * o_stride_, o,
-                        static_cast<size_t>(o_stride_) * sizeof(float));
+    const int32_t group = shape_.group();
+    for (uint32_t i = 0; i < item.rows(); ++i) {
+      const uint32_t row = plan_.row_index[item.row_begin + i];
+      const uint32_t partial = plan_.partial_of(item, i);
+      if (partial == Plan::kDirect) {
+        for (int32_t h = item.head_begin; h < item.head_end; ++h) {
+          const int64_t first = state_of(item, i, h);
+          for (int64_t s = first; s < first + group; ++s) {
+            const auto head = static_cast<int32_t>(h * group + s - first);
+            finish(row, head, {max_[s], sum_[s]}, o_ + s * o_stride_);
           }
         }
-        if (partial == Plan::kDirect) continue;
-        std::atomic<uint32_t>& remaining = ws_.remaining[int64_t{row} * shape_.kv_heads + h];
-        // acq_rel: the last one sees the partials of all before it.
-        if (remaining.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-          remaining.store(plan_.partial_begin[row + 1] - plan_.partial_begin[row],
-                          std::memory_order_relaxed);
-          merge_row(row, h);
-        }
+        continue;
+      }
+      for (int32_t w = item.head_begin / 64; w < head_words(item.head_end); ++w) {
+        merge_upwards(item, i, partial - plan_.partial_begin[row], w);
       }
     }
   }
 
-  /// Merges a row's partials for one KV head. Other cores have just written them: what comes after
-  /// next is asked for early, as each line is a message between cores.
-  void merge_row(uint32_t row, int32_t kv_head) {
-    constexpr uint32_t kAhead = 2;
-    const int32_t group = shape_.group();
-    float* o = o_ + plan_.max_states * o_stride_;  // `group` vectors beyond the states
-    std::fill_n(o, group * o_stride_, 0.0f);
-    SoftmaxState total[kMaxGroup];
-    const uint32_t end = plan_.partial_begin[row + 1];
-    const auto first_of = [&](uint32_t p) { return int64_t{p} * shape_.q_heads + kv_head * group; };
-    const auto ask_for = [&](uint32_t p) {
-      if (p >= end) return;
-      __builtin_prefetch(&ws_.partial_states[first_of(p)]);
-      const float* vectors = ws_.partial_o.data() + first_of(p) * o_stride_;
-      for (int64_t i = 0; i < group * o_stride_; i += 16) __builtin_prefetch(vectors + i);
-    };
-    for (uint32_t p = 0; p < kAhead; ++p) ask_for(plan_.partial_begin[row] + p);
-    for (uint32_t p = plan_.partial_begin[row]; p < end; ++p) {
-      ask_for(p + kAhead);
-      for (int32_t g = 0; g < group; ++g) {
-        const int64_t i = first_of(p) + g;
-        const MergeWeights w = merge(total[g], ws_.partial_states[i]);
-        if (w.part == 0.0f) continue;
-        kernels_.scale_add(o + g * o_stride_, w.into, ws_.partial_o.data() + i * o_stride_, w.part,
-                           shape_.v_dim);
+  /// Where this thread has the states of an item's row i and a KV head.
+  int64_t state_of(const WorkItem& item, uint32_t i, int32_t kv_head) const {
+    return (int64_t{kv_head - item.head_begin} * item.rows() + i) * shape_.group();
+  }
+
+  /// Takes the states of an item's row i, leaf `leaf` of the row's tree, towards its root: each KV
+  /// head of a word as far as the other halves are there. A node's result lies where the first leaf
+  /// of its left half did.
+  void merge_upwards(const WorkItem& item, uint32_t i, uint32_t leaf, int32_t word) {
+    const uint32_t row = plan_.row_index[item.row_begin + i];
+    const uint32_t first = plan_.partial_begin[row];
+    const uint32_t count = plan_.partial_begin[row + 1] - first;
+    uint64_t heads = head_bits(item.head_begin, item.head_end, word);
+    bool stored = false;
+    climb(leaf, count, [&](uint32_t left, uint32_t right) {
+      std::atomic<uint64_t>& half_there =
+          ws_.half_there[int64_t{first + right} * head_words(shape_.kv_heads) + word];
+      uint64_t here = 0;  // heads that are not stored, since their left halves are there
+      if (!stored) {
+        if (leaf == right) here = heads & half_there.load(std::memory_order_acquire);
+        each_head(heads & ~here, word,
+                  [&](int32_t h) { store(state_of(item, i, h), first + leaf, h); });
+        stored = true;
       }
+      // acq_rel: who comes second sees what the first has stored. And it clears the bit again.
+      heads &= half_there.fetch_xor(heads, std::memory_order_acq_rel);
+      each_head(heads, word, [&](int32_t h) {
+        const uint64_t further = heads & ~head_bits(0, h + 1, word);
+        if (further != 0) {
+          const int32_t next = 64 * word + std::countr_zero(further);
+          ask_for(first + left, next);
+          ask_for(first + right, next);
+        }
+        const bool own = (here >> (h % 64) & 1) != 0;
+        const int64_t from = own ? state_of(item, i, h) : partial_of(first + right, h);
+        const float* o = own ? o_ : ws_.partial_o.data();
+        for (int64_t s = from, into = partial_of(first + left, h); s < from + shape_.group();
+             ++s, ++into) {
+          merge_into(into, own ? SoftmaxState{max_[s], sum_[s]} : ws_.partial_states[s],
+                     o + s * o_stride_);
+        }
+      });
+      return heads != 0;
+    });
+    each_head(heads, word, [&](int32_t h) {  // these have reached the root
+      const int64_t p = partial_of(first, h);
+      for (int32_t g = 0; g < shape_.group(); ++g) {
+        finish(row, h * shape_.group() + g, ws_.partial_states[p + g],
+               ws_.partial_o.data() + (p + g) * o_stride_);
+      }
+    });
+  }
+
+  /// Where the workspace has the states of a partial and a KV head.
+  int64_t partial_of(uint32_t partial, int32_t kv_head) const {
+    return int64_t{partial} * shape_.q_heads + int64_t{kv_head} * shape_.group();
+  }
+
+  /// Copies a KV head's states from this thread's to a partial.
+  void store(int64_t state, uint32_t partial, int32_t kv_head) {
+    const int64_t p = partial_of(partial, kv_head);
+    for (int32_t g = 0; g < shape_.group(); ++g) {
+      ws_.partial_states[p + g] = {max_[state + g], sum_[state + g]};
     }
-    for (int32_t g = 0; g < group; ++g) {
-      finish(row, kv_head * group + g, total[g], o + g * o_stride_);
-    }
+    std::memcpy(ws_.partial_o.data() + p * o_stride_, o_ + state * o_stride_,
+                static_cast<size_t>(shape_.group() * o_stride_) * sizeof(float));
+  }
+
+  /// Another core has probably written this partial: each line is a message between cores.
+  void ask_for(uint32_t partial, int32_t kv_head) const {
+    const int64_t p = partial_of(partial, kv_head);
+    __builtin_prefetch(&ws_.partial_states[p]);
+    const float* vectors = ws_.partial_o.data() + p * o_stride_;
+    for (int64_t i = 0; i < shape_.group() * o_stride_; i += 16) __builtin_prefetch(vectors + i);
+  }
+
+  /// Merges a state into that of a partial.
+  void merge_into(int64_t p, const SoftmaxState& part, const float* o) {
+    const MergeWeights w = merge(ws_.partial_states[p], part);
+    if (w.part == 0.0f) return;
+    kernels_.scale_add(ws_.partial_o.data() + p * o_stride_, w.into, o, w.part, shape_.v_dim);
   }
 
   /// Adds the sink, normalises and writes one output vector.

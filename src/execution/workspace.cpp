@@ -30,17 +30,11 @@ void Workspace::fit(const Plan& plan) {
   const auto threads = static_cast<size_t>(plan.options.threads);
   if (s.threads.size() < threads) s.threads.resize(threads);
   for (size_t i = 0; i < threads; ++i) s.threads[i].reserve(s.layout.thread_floats);
-  if (s.remaining_size < s.layout.counters) {
-    s.remaining = std::make_unique<std::atomic<uint32_t>[]>(s.layout.counters);
-    s.remaining_size = s.layout.counters;
+  if (s.nodes < s.layout.nodes) {
+    s.half_there = std::make_unique<std::atomic<uint64_t>[]>(s.layout.nodes);
+    s.nodes = s.layout.nodes;
   }
-  const int32_t heads = plan.options.shape.kv_heads;
-  for (int32_t r = 0; r < plan.forest.rows; ++r) {
-    const uint32_t partials = plan.partial_begin[r + 1] - plan.partial_begin[r];
-    for (int32_t h = 0; h < heads; ++h) {
-      s.remaining[int64_t{r} * heads + h].store(partials, std::memory_order_relaxed);
-    }
-  }
+  for (int64_t i = 0; i < s.layout.nodes; ++i) s.half_there[i].store(0, std::memory_order_relaxed);
   s.next_item.store(0, std::memory_order_relaxed);
   s.finished_threads.store(0, std::memory_order_relaxed);
 }

@@ -27,16 +27,18 @@ class FloatBuffer {
   int64_t size_ = 0;
 };
 
-/// Counters reset themselves: whoever takes one to its end sets it back, so that the next layer
-/// starts clean without a barrier of its own.
+/// Counters and nodes reset themselves: whoever takes one to its end sets it back, so that the next
+/// layer starts clean without a barrier of its own.
 struct Workspace::State {
   WorkspaceLayout layout;
   const Plan* plan = nullptr;                ///< what the counters are set up for
   FloatBuffer partial_o;                     ///< [partials][q_heads][padded v_dim]
   std::vector<SoftmaxState> partial_states;  ///< [partials][q_heads]
   std::vector<FloatBuffer> threads;
-  std::unique_ptr<std::atomic<uint32_t>[]> remaining;  ///< [rows][kv_heads] partials to come
-  int64_t remaining_size = 0;
+  /// [partials][head_words]: nodes of the rows' trees (plan/merge_tree.h). The bit of a KV head of
+  /// which one half is there.
+  std::unique_ptr<std::atomic<uint64_t>[]> half_there;
+  int64_t nodes = 0;
   alignas(64) std::atomic<uint32_t> next_item{0};
   alignas(64) std::atomic<uint32_t> finished_threads{0};
 };

@@ -8,7 +8,7 @@
 //   partials     H * M * store             where the result is not the row's only one
 //   its own      item + S * locate         taking it, finding where its slots lie
 //   time = item + S * locate + max(arithmetic, memory) + states + partials
-// and merging a row's P partials takes H * group * P * merge (schedule.h knows who does it).
+// and merging a row's P partials takes H * group * (P - 1) * merge (schedule.h knows who does it).
 // The maximum, since the kernels fetch the next tile while they work on this one.
 #pragma once
 
@@ -47,7 +47,7 @@ struct CostModel {
   double locate = 0;        ///< per slot of an item
   double state = 0;         ///< per query row and KV head of an item
   double store = 0;         ///< likewise, where the result is not the row's only one
-  double merge = 0;         ///< per partial state, for whoever merges it
+  double merge = 0;         ///< per partial state that is merged into another
   double byte = 0;          ///< per byte of KV read
   double run_bytes = 0;     ///< each run of adjacent bytes takes as long as so many more
   int64_t slot_bytes = 0;   ///< of one KV head's K and V
@@ -83,7 +83,7 @@ double guessed_read_bytes(int32_t threads);
 CostModel coarse_cost_model(const CostModel& fixed, const CostModel& measured);
 
 /// What plans are made with: coarse costs of the active kernel set, measured once per process and
-/// set of types (below a millisecond with vector instructions), or, with RELAY_COST_MODEL=fixed,
+/// set of types (some milliseconds with vector instructions), or, with RELAY_COST_MODEL=fixed,
 /// the built-in ones. Throws Error for other values but "measured". Allocates on the first call for
 /// a set of types only.
 CostModel planning_costs(const PlanOptions& options);

@@ -5,6 +5,7 @@
 
 #include "kernels/kernels.h"
 #include "plan/cost_model.h"
+#include "plan/merge_tree.h"
 #include "plan/planner.h"
 #include "relay/state.h"
 
@@ -88,7 +89,7 @@ WorkspaceLayout layout_of(const Plan& plan) {
   WorkspaceLayout layout;
   layout.partial_states = plan.partials * s.q_heads;
   layout.partial_floats = layout.partial_states * padded_dim(s.v_dim);
-  layout.counters = int64_t{plan.forest.rows} * s.kv_heads;
+  layout.nodes = plan.partials * head_words(s.kv_heads);
   int64_t at = 0;
   const auto take = [&at](int64_t floats) {
     const int64_t offset = at;
@@ -96,8 +97,7 @@ WorkspaceLayout layout_of(const Plan& plan) {
     return offset;
   };
   layout.q = take(plan.max_states * padded_dim(s.qk_dim));
-  // A head group's vectors more than states: the merge accumulates there.
-  layout.o = take((plan.max_states + s.group()) * padded_dim(s.v_dim));
+  layout.o = take(plan.max_states * padded_dim(s.v_dim));
   layout.max = take(plan.max_states);
   layout.sum = take(plan.max_states);
   layout.bias = take(plan.max_bias_rows * kTileSlots);
@@ -110,7 +110,7 @@ WorkspaceLayout layout_of(const Plan& plan) {
 }
 
 int64_t WorkspaceLayout::bytes(int32_t threads) const {
-  return 4 * (partial_floats + threads * thread_floats + counters) +
+  return 4 * (partial_floats + threads * thread_floats) + 8 * nodes +
          static_cast<int64_t>(sizeof(SoftmaxState)) * partial_states;
 }
 

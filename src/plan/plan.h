@@ -26,9 +26,9 @@ struct WorkItem {
   int64_t slots = 0;
   int32_t head_begin = 0;  ///< KV heads
   int32_t head_end = 0;
-  bool few = false;       ///< which kernel: see KernelSet::few_rows
-  uint32_t partials = 0;  ///< Plan::partial_of[partials + i] is row i's partial
-  uint32_t block = 0;     ///< it is a part of Plan::blocks[block]
+  bool few = false;    ///< which kernel: see KernelSet::few_rows
+  uint32_t block = 0;  ///< it is a part of Plan::blocks[block]
+  uint32_t chunk = 0;  ///< which of its chunks
 
   // For the cost model: what the item does for each of its heads.
   double row_slots = 0;       ///< slots times the query rows that may see them, tile by tile
@@ -46,8 +46,8 @@ class Plan {
   Forest forest;                        ///< what was planned
   std::vector<uint32_t> row_index;      ///< the forest's, and the rows that attend nothing
   std::vector<WorkItem> items;          ///< in the order in which threads take them
-  std::vector<uint32_t> partial_of;     ///< per item and row: a partial, or kDirect
-  std::vector<uint32_t> partial_begin;  ///< [rows + 1]: row r's partials, in merge order
+  std::vector<uint32_t> partial_begin;  ///< [rows + 1]: row r's partials (merge_tree.h)
+  std::vector<uint32_t> first_partial;  ///< [block][row]: that of its first chunk, or kDirect
 
   int64_t partials = 0;  ///< partials of all rows, each of all query heads
   // Largest needs of any item, for the threads' scratch.
@@ -66,21 +66,30 @@ class Plan {
     double overhead = 0;       ///< seconds of a chunk, whatever its slots
     double cost = 0;           ///< seconds of all slots and heads, in one chunk
     uint32_t chunks = 0;
-    int64_t partials = 0;     ///< of all of its rows, those of other blocks too
+    uint32_t rows_at = 0;     ///< Plan::first_partial[rows_at + i] is row i's
+    int64_t leaf = -1;        ///< of its first chunk in its rows' trees; -1: not the same in all
+    int64_t merges = 0;       ///< the most that an item may have to do for one KV head
     int64_t tail_units = 0;   ///< of the last chunk, if it is a tail (planner.cpp)
     uint32_t first_item = 0;  ///< while items lie in the order in which they were cut
 
     uint32_t rows() const { return row_end - row_begin; }
   };
   std::vector<Block> blocks;
+
+  /// Partial of an item's row i, or kDirect.
+  uint32_t partial_of(const WorkItem& item, uint32_t i) const {
+    const uint32_t first = first_partial[blocks[item.block].rows_at + i];
+    return first == kDirect ? kDirect : first + item.chunk;
+  }
+
   std::vector<uint32_t> blocks_of;  ///< [rows]: how many blocks list the row
+  std::vector<uint32_t> alike;      ///< [rows]: how many, from this one on, lie in the same blocks
   std::vector<uint32_t> results;    ///< [rows]: chunks of those; all partials, or a lone one
-  double merge_seconds = 0;         ///< of one partial of one KV head
+  double merge_seconds = 0;         ///< of two partials of one KV head
 
   // Scratch of planning, kept to avoid allocation.
-  std::vector<int64_t> unit_rows;      ///< query rows that see something of a unit of slots
-  std::vector<uint32_t> next_partial;  ///< [rows]
-  std::vector<WorkItem> as_cut;        ///< items, before they have their order
+  std::vector<int64_t> unit_rows;  ///< query rows that see something of a unit of slots
+  std::vector<WorkItem> as_cut;    ///< items, before they have their order
   std::vector<ItemInOrder> order;
   ScheduleScratch schedule;
 };
@@ -93,7 +102,7 @@ void remake_plan(Plan& plan, const Forest& forest, const PlanOptions& options,
 struct WorkspaceLayout {
   int64_t partial_floats = 0;  ///< partial o vectors
   int64_t partial_states = 0;  ///< SoftmaxState each
-  int64_t counters = 0;        ///< [rows][kv_heads]
+  int64_t nodes = 0;           ///< [partials][head_words]
   int64_t thread_floats = 0;   ///< scratch of one thread, a multiple of 16
   // Offsets within a thread's scratch, in floats.
   int64_t q = 0, o = 0, max = 0, sum = 0, bias = 0, unpacked = 0, kernel = 0;

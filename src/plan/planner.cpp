@@ -5,11 +5,13 @@
 //   2. A block is cut by slots into chunks, at the cost of a partial result for each row and chunk,
 //      and a chunk by heads into items, at the cost of reading memory in shorter runs where a
 //      slot's heads lie side by side.
-//   3. Whoever delivers the last partial of a row merges it. Were that one thread for all rows and
-//      heads, the others would wait: so the last chunk of a block that is cut, its tail, is small
-//      and its heads are spread over the threads, as far as there are heads.
+//   3. Whoever ends last has still to merge, as often as its rows' trees are high (merge_tree.h).
+//      Were that one thread for all rows and heads, the others would wait: so the last chunk of a
+//      block that is cut, its tail, is small and its heads are spread over the threads, as far as
+//      there are heads.
 //   4. There are several ways to choose the sizes (Way), and none is best for all batches: each is
-//      tried, and the one that is foretold to finish first is kept.
+//      tried, and the one that is foretold to finish first is kept, even if one of its items takes
+//      longer than it should.
 #include "plan/planner.h"
 
 #include <algorithm>
@@ -17,6 +19,7 @@
 #include <limits>
 
 #include "kernels/kernels.h"
+#include "plan/merge_tree.h"
 #include "plan/schedule.h"
 
 namespace relay {
@@ -45,9 +48,6 @@ constexpr double kTileOfItem = 1.0 / 4;
 /// them brings into the shared cache and the TLB, the others still find there (measured: 20 % for
 /// 128 query rows over 16384 slots of bf16).
 constexpr double kChunkOfHeads = 8;
-/// A foretold item may take longer by this much of itself; so a long last one counts against a
-/// plan.
-constexpr double kUncertainty = 0.1;
 /// A plan this near to an even share of the bare work is not worth improving.
 constexpr double kGoodEnough = 1.03;
 
@@ -92,7 +92,6 @@ class Planner {
   void run() {
     make_blocks();
     cut_best();
-    place_partials();
     sort_items();
     add_empty_rows();
   }
@@ -172,8 +171,11 @@ class Planner {
   }
 
   /// Counts the rows of each block that other blocks list too: their results are always partial.
+  /// And finds runs of rows that follow one another in the same blocks: what holds for the trees of
+  /// one (schedule.cpp) holds for all.
   void count_company() {
-    plan_.blocks_of.assign(static_cast<size_t>(plan_.forest.rows), 0);
+    const auto rows = static_cast<size_t>(plan_.forest.rows);
+    plan_.blocks_of.assign(rows, 0);
     const auto each_row = [&](const Block& block, auto visit) {
       for (uint32_t i = block.row_begin; i < block.row_end; ++i) {
         visit(plan_.blocks_of[plan_.row_index[i]]);
@@ -184,6 +186,21 @@ class Planner {
     }
     for (Block& block : plan_.blocks) {
       each_row(block, [&](uint32_t blocks) { block.shared_rows += blocks > 1; });
+    }
+    plan_.alike.assign(rows, 0);  // first: in how many blocks a row follows the one before
+    for (const Block& block : plan_.blocks) {
+      for (uint32_t i = block.row_begin + 1; i < block.row_end; ++i) {
+        const uint32_t row = plan_.row_index[i];
+        if (row == plan_.row_index[i - 1] + 1) ++plan_.alike[row];
+      }
+    }
+    uint32_t run = 0;
+    for (size_t row = rows; row-- > 0;) {
+      const uint32_t blocks = plan_.blocks_of[row];
+      const bool as_before =
+          row > 0 && plan_.alike[row] == blocks && plan_.blocks_of[row - 1] == blocks;
+      plan_.alike[row] = ++run;
+      if (!as_before) run = 0;
     }
   }
 
@@ -249,8 +266,7 @@ class Planner {
 
   double foretold_seconds() {
     order_items();
-    const Schedule schedule = foretell(plan_, plan_.order, plan_.schedule);
-    return schedule.seconds + kUncertainty * plan_.items[schedule.last_item].cost;
+    return foretell(plan_, plan_.order, plan_.schedule).worst;
   }
 
   /// Longest first, with all that they may have to merge: what comes last is short, so threads
@@ -259,7 +275,7 @@ class Planner {
     plan_.order.clear();
     for (uint32_t i = 0; i < plan_.items.size(); ++i) {
       const WorkItem& item = plan_.items[i];
-      const double merging = static_cast<double>(plan_.blocks[item.block].partials) *
+      const double merging = static_cast<double>(plan_.blocks[item.block].merges) *
                              (item.head_end - item.head_begin) * plan_.merge_seconds;
       plan_.order.push_back({.item = i, .seconds = item.cost + merging});
     }
@@ -280,7 +296,6 @@ class Planner {
     plan_.items.clear();
     plan_.max_states = 0;
     plan_.max_bias_rows = 0;
-    partial_rows_ = 0;
     parts_matter_ = false;
     left_ = total_;
     const int32_t items = way.items_per_thread * threads_;
@@ -352,30 +367,42 @@ class Planner {
   void add_chunk(Block& block, int64_t first, int64_t last, int64_t parts, WorkItem& item) {
     item.slots = slots_of(block, first, last);
     item.row_slots = static_cast<double>(row_slots_of(block, first, last));
+    item.chunk = block.chunks++;
     emit(item, parts);
     advance(item.slots, item.span, item.span_offset);
-    ++block.chunks;
   }
 
-  /// Notes how many results each row has, and so what items cost.
+  /// Notes how many results each row has and where they go, and so what items cost.
   void count_results() {
-    plan_.results.assign(static_cast<size_t>(plan_.forest.rows), 0);
-    for (const Block& block : plan_.blocks) {
+    const auto rows = static_cast<size_t>(plan_.forest.rows);
+    plan_.results.assign(rows, 0);
+    plan_.first_partial.clear();
+    for (Block& block : plan_.blocks) {
+      block.rows_at = static_cast<uint32_t>(plan_.first_partial.size());
       for (uint32_t i = block.row_begin; i < block.row_end; ++i) {
-        plan_.results[plan_.row_index[i]] += block.chunks;
+        uint32_t& results = plan_.results[plan_.row_index[i]];
+        plan_.first_partial.push_back(results);
+        results += block.chunks;
       }
     }
     busy_ = 0;
     longest_ = 0;
-    for (uint32_t results : plan_.results) {
-      if (results > 1) busy_ += results * plan_.merge_seconds * shape_.kv_heads;
+    plan_.partial_begin.assign(rows + 1, 0);
+    for (size_t r = 0; r < rows; ++r) {
+      const uint32_t results = plan_.results[r];
+      plan_.partial_begin[r + 1] = plan_.partial_begin[r] + (results > 1 ? results : 0);
+      if (results > 1) busy_ += (results - 1) * plan_.merge_seconds * shape_.kv_heads;
     }
+    plan_.partials = plan_.partial_begin[rows];
     for (size_t b = 0; b < plan_.blocks.size(); ++b) {
       Block& block = plan_.blocks[b];
-      block.partials = 0;
-      for (uint32_t i = block.row_begin; i < block.row_end; ++i) {
-        const uint32_t results = plan_.results[plan_.row_index[i]];
-        if (results > 1) block.partials += results;
+      block.merges = 0;
+      for (uint32_t i = 0; i < block.rows(); ++i) {
+        const uint32_t row = plan_.row_index[block.row_begin + i];
+        uint32_t& first = plan_.first_partial[block.rows_at + i];
+        block.leaf = i == 0 || block.leaf == int64_t{first} ? int64_t{first} : -1;
+        first = plan_.results[row] > 1 ? plan_.partial_begin[row] + first : Plan::kDirect;
+        block.merges += tree_height(plan_.results[row]);
       }
       const size_t end =
           b + 1 < plan_.blocks.size() ? plan_.blocks[b + 1].first_item : plan_.items.size();
@@ -454,9 +481,6 @@ class Planner {
   }
 
   void emit(WorkItem& item, int64_t parts) {
-    // One partial per row for the chunk, whichever item computes which heads of it.
-    item.partials = partial_rows_;
-    partial_rows_ += item.rows();
     const int64_t m = query_rows(item.rows());
     for (int64_t p = 0; p < parts; ++p) {
       item.head_begin = static_cast<int32_t>(shape_.kv_heads * p / parts);
@@ -465,33 +489,6 @@ class Planner {
       plan_.items.push_back(item);
     }
     plan_.max_bias_rows = std::max(plan_.max_bias_rows, m);
-  }
-
-  // --- Places of the results ---------------------------------------------------------------------
-
-  /// Numbers the partials row by row, in the order of the items as cut.
-  void place_partials() {
-    const auto rows = static_cast<size_t>(plan_.forest.rows);
-    plan_.partial_begin.assign(rows + 1, 0);
-    plan_.next_partial.assign(rows, Plan::kDirect);  // a lone result needs no partial
-    for (size_t r = 0; r < rows; ++r) {
-      plan_.partial_begin[r + 1] = plan_.partial_begin[r];
-      if (plan_.results[r] <= 1) continue;
-      plan_.next_partial[r] = plan_.partial_begin[r];
-      plan_.partial_begin[r + 1] += plan_.results[r];
-    }
-    plan_.partials = plan_.partial_begin[rows];
-    plan_.partial_of.resize(partial_rows_);
-    uint32_t seen = UINT32_MAX;
-    for (const WorkItem& item : plan_.items) {
-      if (item.partials == seen) continue;  // further heads of the same chunk
-      seen = item.partials;
-      for (uint32_t i = 0; i < item.rows(); ++i) {
-        uint32_t& next = plan_.next_partial[plan_.row_index[item.row_begin + i]];
-        plan_.partial_of[item.partials + i] = next;
-        if (next != Plan::kDirect) ++next;
-      }
-    }
   }
 
   void add_empty_rows() {
@@ -522,7 +519,6 @@ class Planner {
   double longest_ = 0;              ///< of one item
   double size_ = 0;                 ///< of items that are all alike
   double room_ = 0;                 ///< left in the one that is being filled
-  uint32_t partial_rows_ = 0;       ///< (chunk, row) pairs so far
 };
 
 }  // namespace

@@ -13,7 +13,7 @@ void cut_plan(Plan& plan, const Forest& forest, const PlanOptions& options, cons
 /// Seconds of one item by a cost model (see there), merging left out.
 double item_seconds(const CostModel& costs, const WorkItem& item, const HeadShape& shape);
 
-/// Seconds of merging one partial of one KV head.
+/// Seconds of merging two partials of one KV head.
 double merge_seconds(const CostModel& costs, const HeadShape& shape);
 
 }  // namespace relay

@@ -6,10 +6,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <numeric>
+#include <random>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "plan/cost_model.h"
+#include "plan/merge_tree.h"
 #include "plan/plan.h"
 #include "plan/schedule.h"
 #include "relay/forest.h"
@@ -288,9 +292,9 @@ bool same(const Plan& a, const Plan& b) {
     return x.segment == y.segment && x.row_begin == y.row_begin && x.row_end == y.row_end &&
            x.span == y.span && x.span_offset == y.span_offset && x.slots == y.slots &&
            x.head_begin == y.head_begin && x.head_end == y.head_end && x.few == y.few &&
-           x.partials == y.partials && x.cost == y.cost;
+           x.block == y.block && x.chunk == y.chunk && x.cost == y.cost;
   };
-  return a.partial_of == b.partial_of && a.partial_begin == b.partial_begin &&
+  return a.first_partial == b.first_partial && a.partial_begin == b.partial_begin &&
          std::equal(a.items.begin(), a.items.end(), b.items.begin(), b.items.end(), equal);
 }
 
@@ -320,42 +324,50 @@ TEST(Cutting, OneRequestIsPlannedAlikeWithSharingAndWithout) {
 /// `rows` rows of two KV heads; blocks and items are added by hand.
 struct Sketch {
   Plan plan;
+  std::vector<uint32_t> results;  // [rows]
+  std::vector<uint32_t> before;   // [row_index]: results of the row's earlier blocks
 
   Sketch(int32_t threads, int32_t rows, double merge_seconds) {
     plan.options.shape = {.q_heads = 2, .kv_heads = 2, .qk_dim = 1, .v_dim = 1};
     plan.options.threads = threads;
     plan.forest.rows = rows;
     plan.merge_seconds = merge_seconds;
-    plan.blocks_of.assign(static_cast<size_t>(rows), 0);
-    plan.results.assign(static_cast<size_t>(rows), 0);
+    plan.partial_begin.assign(static_cast<size_t>(rows) + 1, 0);
+    plan.alike.assign(static_cast<size_t>(rows), 1);
+    results.assign(static_cast<size_t>(rows), 0);
   }
 
   void block(const std::vector<uint32_t>& rows, uint32_t chunks) {
     Plan::Block block;
     block.row_begin = static_cast<uint32_t>(plan.row_index.size());
+    block.rows_at = block.row_begin;
     for (uint32_t row : rows) {
       plan.row_index.push_back(row);
-      ++plan.blocks_of[row];
-      plan.results[row] += chunks;
+      before.push_back(results[row]);
+      results[row] += chunks;
     }
     block.row_end = static_cast<uint32_t>(plan.row_index.size());
     block.chunks = chunks;
     plan.blocks.push_back(block);
-    for (Plan::Block& b : plan.blocks) {
-      b.shared_rows = 0;
-      b.partials = 0;
-      for (uint32_t i = b.row_begin; i < b.row_end; ++i) {
-        const uint32_t row = plan.row_index[i];
-        b.shared_rows += plan.blocks_of[row] > 1;
-        if (plan.results[row] > 1) b.partials += plan.results[row];
-      }
+    for (size_t r = 0; r < results.size(); ++r) {
+      plan.partial_begin[r + 1] = plan.partial_begin[r] + (results[r] > 1 ? results[r] : 0);
+    }
+    plan.partials = plan.partial_begin.back();
+    plan.first_partial.clear();
+    for (size_t i = 0; i < before.size(); ++i) {
+      const uint32_t row = plan.row_index[i];
+      plan.first_partial.push_back(results[row] > 1 ? plan.partial_begin[row] + before[i]
+                                                    : Plan::kDirect);
     }
   }
 
-  void item(uint32_t block, int32_t head_begin, int32_t head_end, double seconds) {
+  void item(uint32_t block, uint32_t chunk, int32_t head_begin, int32_t head_end, double seconds) {
     WorkItem item;
     item.segment = 0;
     item.block = block;
+    item.chunk = chunk;
+    item.row_begin = plan.blocks[block].row_begin;
+    item.row_end = plan.blocks[block].row_end;
     item.head_begin = head_begin;
     item.head_end = head_end;
     item.cost = seconds;
@@ -363,28 +375,39 @@ struct Sketch {
   }
 };
 
-TEST(Foretold, WhoeverIsLastMerges) {
+TEST(Foretold, WhoeverComesSecondMerges) {
   Sketch s(2, 1, 0.5);
   s.block({0}, 2);
-  s.item(0, 0, 2, 5);
-  s.item(0, 0, 2, 3);
+  s.item(0, 0, 0, 2, 5);
+  s.item(0, 1, 0, 2, 3);
   const Schedule schedule = foretell(s.plan);
-  EXPECT_EQ(schedule.merging, 2 * 2 * 0.5) << "two partials of two heads";
-  EXPECT_EQ(schedule.seconds, 5 + 2);
-  EXPECT_EQ(schedule.last_item, 0u);
-  EXPECT_EQ(schedule.busy, 5 + 3 + 2);
-  EXPECT_DOUBLE_EQ(schedule.idle_share(), 4.0 / 14);
+  EXPECT_EQ(schedule.merging, 2 * 0.5) << "once for each head";
+  EXPECT_EQ(schedule.seconds, 5 + 1);
+  EXPECT_EQ(schedule.busy, 5 + 3 + 1);
+  EXPECT_DOUBLE_EQ(schedule.idle_share(), 3.0 / 12);
+}
+
+TEST(Foretold, WhoeverIsLastMergesWhatTheOthersHaveMerged) {
+  Sketch s(4, 1, 1);
+  s.block({0}, 4);
+  s.item(0, 0, 0, 2, 5);
+  s.item(0, 1, 0, 2, 9);  // with the first, and with the two others together
+  s.item(0, 2, 0, 2, 3);
+  s.item(0, 3, 0, 2, 4);  // with the third
+  const Schedule schedule = foretell(s.plan);
+  EXPECT_EQ(schedule.merging, 2 * 3);
+  EXPECT_EQ(schedule.seconds, 9 + 2 * 2);
 }
 
 TEST(Foretold, HeadsAreMergedApart) {
   Sketch s(2, 1, 0.5);
   s.block({0}, 2);
-  s.item(0, 0, 2, 1);
-  s.item(0, 0, 1, 5);
-  s.item(0, 1, 2, 4);
+  s.item(0, 0, 0, 2, 1);
+  s.item(0, 1, 0, 1, 5);
+  s.item(0, 1, 1, 2, 4);
   const Schedule schedule = foretell(s.plan);
-  EXPECT_EQ(schedule.merging, 2);
-  EXPECT_EQ(schedule.seconds, 5 + 1) << "each thread merges one head";
+  EXPECT_EQ(schedule.merging, 1);
+  EXPECT_EQ(schedule.seconds, 5 + 0.5) << "each thread merges one head";
   EXPECT_EQ(schedule.idle_share(), 0);
 }
 
@@ -392,27 +415,88 @@ TEST(Foretold, ARowOfTwoBlocksIsMergedWithTheLast) {
   Sketch s(2, 2, 0.25);
   s.block({0, 1}, 1);
   s.block({0}, 1);  // row 1 has one result, and nothing to merge
-  s.item(0, 0, 2, 4);
-  s.item(1, 0, 2, 6);
+  s.item(0, 0, 0, 2, 4);
+  s.item(1, 0, 0, 2, 6);
   const Schedule schedule = foretell(s.plan);
-  EXPECT_EQ(schedule.merging, 2 * 2 * 0.25);
-  EXPECT_EQ(schedule.seconds, 6 + 1);
-  EXPECT_EQ(schedule.last_item, 1u);
+  EXPECT_EQ(schedule.merging, 2 * 0.25);
+  EXPECT_EQ(schedule.seconds, 6 + 0.5);
 }
 
 TEST(Foretold, NobodyTakesAnItemWhileMerging) {
-  Sketch s(2, 3, 1);
+  Sketch s(2, 3, 2);
   s.block({0}, 2);
   s.block({1}, 1);
   s.block({2}, 1);
-  s.item(0, 0, 2, 1);
-  s.item(0, 0, 2, 2);  // merges until 6
-  s.item(1, 0, 2, 3);  // begins at 1
-  s.item(2, 0, 2, 2);  // begins at 4, on the same thread
+  s.item(0, 0, 0, 2, 1);
+  s.item(0, 1, 0, 2, 2);  // merges until 6
+  s.item(1, 0, 0, 2, 3);  // begins at 1
+  s.item(2, 0, 0, 2, 2);  // begins at 4, on the same thread
   const Schedule schedule = foretell(s.plan);
   EXPECT_EQ(schedule.seconds, 6);
   EXPECT_EQ(schedule.busy, 1 + 2 + 4 + 3 + 2);
   EXPECT_EQ(schedule.idle_share(), 0);
+}
+
+TEST(MergeTree, EachLeafJoinsOnceWhateverTheOrder) {
+  std::mt19937 random(7);
+  for (uint32_t count = 1; count <= 40; ++count) {
+    std::vector<uint32_t> order(count);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), random);
+    std::vector<bool> half_there(count);
+    std::vector<std::set<uint32_t>> merged(count);  // what lies where the first leaf did
+    uint32_t roots = 0;
+    for (uint32_t i = 0; i < count; ++i) {
+      merged[order[i]] = {order[i]};
+      uint32_t height = 0;
+      bool second = true;
+      climb(order[i], count, [&](uint32_t left, uint32_t right) {
+        ++height;
+        second = half_there[right];
+        half_there[right] = !second;
+        if (second) merged[left].merge(merged[right]);
+        return second;
+      });
+      EXPECT_LE(height, tree_height(count));
+      if (second) {
+        ++roots;
+        EXPECT_EQ(i, count - 1) << "only the last one reaches the root";
+      }
+    }
+    EXPECT_EQ(roots, 1u);
+    EXPECT_EQ(merged[0].size(), count);
+    EXPECT_EQ(std::count(half_there.begin(), half_there.end(), true), 0)
+        << "ready to be used again";
+  }
+}
+
+TEST(MergeTree, HeadsHaveBits) {
+  EXPECT_EQ(head_words(1), 1);
+  EXPECT_EQ(head_words(64), 1);
+  EXPECT_EQ(head_words(65), 2);
+  EXPECT_EQ(head_bits(0, 64, 0), ~uint64_t{0});
+  EXPECT_EQ(head_bits(2, 5, 0), 0b11100u);
+  EXPECT_EQ(head_bits(60, 70, 0), uint64_t{15} << 60);
+  EXPECT_EQ(head_bits(60, 70, 1), 63u);
+  EXPECT_EQ(head_bits(0, 3, 1), 0u);
+  std::vector<int> heads;
+  each_head(head_bits(63, 130, 1), 1, [&](int32_t head) { heads.push_back(head); });
+  EXPECT_EQ(heads.size(), 64u);
+  EXPECT_EQ(heads.front(), 64);
+  EXPECT_EQ(heads.back(), 127);
+}
+
+TEST(Foretold, AnyItemMayTakeLonger) {
+  Sketch s(2, 3, 0);
+  s.block({0}, 1);
+  s.block({1}, 1);
+  s.block({2}, 1);
+  s.item(0, 0, 0, 2, 10);  // not the last to end, but the one that could
+  s.item(1, 0, 0, 2, 8);
+  s.item(2, 0, 0, 2, 2.5);
+  const Schedule schedule = foretell(s.plan);
+  EXPECT_EQ(schedule.seconds, 10.5);
+  EXPECT_DOUBLE_EQ(schedule.worst, 10 * 1.1);
 }
 
 TEST(Foretold, NothingToDoIsNoIdleness) {
@@ -424,7 +508,9 @@ TEST(Foretold, NothingToDoIsNoIdleness) {
 TEST(Foretold, EveryPartialIsMergedOnce) {
   for (const Case& c : realistic_cases()) {
     const PlanPtr plan = plan_of(c, 8);
-    const double merging = static_cast<double>(plan->partials) * c.options.shape.kv_heads *
+    int64_t merges = 0;
+    for (uint32_t results : plan->results) merges += results > 1 ? results - 1 : 0;
+    const double merging = static_cast<double>(merges) * c.options.shape.kv_heads *
                            costs_of(plan->options).merge * c.options.shape.group();
     ASSERT_NEAR(foretell(*plan).merging, merging, 1e-9 * merging) << c.name;
     ASSERT_EQ(foretell(*plan).seconds, foretell(*plan, costs_of(plan->options)).seconds) << c.name;

@@ -4,35 +4,30 @@
 #include <functional>
 
 #include "plan/cost_model.h"
+#include "plan/merge_tree.h"
 #include "plan/plan.h"
 #include "plan/planner.h"
 
 namespace relay {
 namespace {
 
-/// Runs a plan on paper. A (row, KV head) is merged by the thread that ends the last chunk of the
-/// last block with that row: so rows are looked at once per block, not once per item.
+/// An item may take longer than foretold by this part of itself: cores are not alike, and others
+/// use them too.
+constexpr double kUncertainty = 0.1;
+
+/// Runs a plan on paper.
 class Rehearsal {
  public:
   Rehearsal(const Plan& plan, ScheduleScratch& scratch)
       : plan_(plan),
-        heads_(static_cast<size_t>(plan.options.shape.kv_heads)),
-        rows_(static_cast<size_t>(plan.forest.rows)),
+        words_(head_words(plan.options.shape.kv_heads)),
         running_(scratch.running),
-        chunks_left_(scratch.chunks_left),
-        blocks_left_(scratch.blocks_left) {
-    chunks_left_.clear();
-    for (const Plan::Block& block : plan.blocks) {
-      chunks_left_.insert(chunks_left_.end(), heads_, block.chunks);
-    }
-    blocks_left_.clear();
-    for (size_t h = 0; h < heads_; ++h) {
-      blocks_left_.insert(blocks_left_.end(), plan.blocks_of.begin(), plan.blocks_of.end());
-    }
+        half_there_(scratch.half_there) {
+    half_there_.assign(static_cast<size_t>(plan.partials) * words_, 0);
   }
 
   /// `item_at(i)`: the i-th of all items to be taken. `seconds_of(item)` leaves out merging:
-  /// `merge_seconds` for each partial of one KV head.
+  /// `merge_seconds` for each two partials of one KV head.
   template <typename ItemAt, typename SecondsOf>
   Schedule run(ItemAt item_at, SecondsOf seconds_of, double merge_seconds) {
     Schedule schedule;
@@ -49,12 +44,13 @@ class Rehearsal {
     for (int32_t t = 0; t < schedule.threads; ++t) take(0);
     while (!running_.empty()) {
       const auto [end, item] = pop();
-      const double merging = item != nullptr ? merge_seconds * partials_due(*item) : 0;
+      const double merging =
+          item != nullptr ? merge_seconds * static_cast<double>(merges_due(*item)) : 0;
       schedule.busy += merging;
       schedule.merging += merging;
-      if (end + merging > schedule.seconds) {
-        schedule.seconds = end + merging;
-        if (item != nullptr) schedule.last_item = static_cast<size_t>(item - plan_.items.data());
+      schedule.seconds = std::max(schedule.seconds, end + merging);
+      if (item != nullptr) {
+        schedule.worst = std::max(schedule.worst, end + merging + kUncertainty * seconds_of(*item));
       }
       if (merging == 0) {
         take(end);
@@ -79,32 +75,70 @@ class Rehearsal {
     return first;
   }
 
-  /// How many partials of one KV head the thread that ends `item` has to merge.
-  double partials_due(const WorkItem& item) {
+  /// How often the thread that ends `item` merges two partials of one KV head.
+  int64_t merges_due(const WorkItem& item) {
     if (item.segment == WorkItem::kNoSegment) return 0;
-    const Plan::Block& block = plan_.blocks[item.block];
-    int64_t partials = 0;
-    for (int32_t h = item.head_begin; h < item.head_end; ++h) {
-      if (--chunks_left_[item.block * heads_ + h] > 0) continue;
-      if (block.shared_rows == 0) {
-        partials += block.partials;
-        continue;
-      }
-      uint32_t* blocks_left = &blocks_left_[h * rows_];
-      for (uint32_t i = block.row_begin; i < block.row_end; ++i) {
-        const uint32_t row = plan_.row_index[i];
-        if (--blocks_left[row] == 0 && plan_.results[row] > 1) partials += plan_.results[row];
-      }
+    int64_t merges = 0;
+    for (int32_t w = item.head_begin / 64; w < head_words(item.head_end); ++w) {
+      merges += merges_due(item, w);
     }
-    return static_cast<double>(partials);
+    return merges;
+  }
+
+  int64_t merges_due(const WorkItem& item, int32_t word) {
+    const Plan::Block& block = plan_.blocks[item.block];
+    uint64_t heads = head_bits(item.head_begin, item.head_end, word);
+    int64_t merges = 0;
+    // Nodes of this block's chunks alone are the same in all of its rows: the first stands for all.
+    int64_t leaf = block.leaf + item.chunk;
+    uint32_t width = 1;
+    if (block.leaf >= 0 && block.chunks > 1) {
+      const uint32_t row = plan_.row_index[item.row_begin];
+      climb(static_cast<uint32_t>(leaf), count(row), [&](uint32_t left, uint32_t right) {
+        const int64_t end = int64_t{right} + (right - left);
+        if (left < block.leaf || end > block.leaf + block.chunks) return false;
+        merges += item.rows() * both_there(row, right, word, heads);
+        leaf = left;
+        width = 2 * (right - left);
+        return heads != 0;
+      });
+    }
+    uint32_t alike = 0;
+    for (uint32_t i = 0; i < item.rows() && heads != 0; i += alike) {
+      const uint32_t row = plan_.row_index[item.row_begin + i];
+      alike = plan_.alike[row];
+      const uint32_t partial = plan_.partial_of(item, i);
+      if (partial == Plan::kDirect) continue;
+      const uint32_t from =
+          block.leaf >= 0 ? static_cast<uint32_t>(leaf) : partial - plan_.partial_begin[row];
+      uint64_t of_row = heads;
+      climb(
+          from, count(row),
+          [&](uint32_t, uint32_t right) {
+            merges += alike * both_there(row, right, word, of_row);
+            return of_row != 0;
+          },
+          width);
+    }
+    return merges;
+  }
+
+  uint32_t count(uint32_t row) const {
+    return plan_.partial_begin[row + 1] - plan_.partial_begin[row];
+  }
+
+  /// Delivers a half of a node; `heads` becomes those that have both, and it says how many.
+  int64_t both_there(uint32_t row, uint32_t node, int32_t word, uint64_t& heads) {
+    uint64_t& half_there = half_there_[(plan_.partial_begin[row] + size_t{node}) * words_ + word];
+    half_there ^= heads;
+    heads &= ~half_there;
+    return std::popcount(heads);
   }
 
   const Plan& plan_;
-  const size_t heads_;
-  const size_t rows_;
+  const size_t words_;
   std::vector<Running>& running_;
-  std::vector<uint32_t>& chunks_left_;
-  std::vector<uint32_t>& blocks_left_;
+  std::vector<uint64_t>& half_there_;
 };
 
 }  // namespace

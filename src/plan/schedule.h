@@ -1,5 +1,5 @@
 // Foretells how a plan runs: its items, in their order, each to the thread that is free first; and
-// each row's merge to the thread that delivers the last of its partials.
+// each merge to the thread that delivers the second half (merge_tree.h).
 #pragma once
 
 #include <cstddef>
@@ -14,17 +14,17 @@ class Plan;
 struct CostModel;
 struct WorkItem;
 
-/// A plan on paper. An item takes the seconds that a cost model says, and then its thread merges,
-/// at once, every (row, KV head) whose last partial it has delivered; only then it takes the next.
+/// A plan on paper. An item takes the seconds that a cost model says, and then its thread merges
+/// what it has delivered with all that is there; only then it takes the next.
 struct Schedule {
-  double seconds = 0;    ///< from the common start until the last thread has nothing left to do
-  double busy = 0;       ///< of all threads together, in items and in merging
-  double merging = 0;    ///< part of `busy`
-  size_t last_item = 0;  ///< of Plan::items, whose end, its merges included, is the end of all
+  double seconds = 0;  ///< from the common start until the last thread has nothing left to do
+  double worst = 0;    ///< likewise, if the one item where it matters most took a tenth longer
+  double busy = 0;     ///< of all threads together, in items and in merging
+  double merging = 0;  ///< part of `busy`
   int32_t threads = 1;
 
-  /// Idle share: the part of threads * seconds in which a thread has neither an item nor a row to
-  /// merge, since it waits for the others to finish.
+  /// Idle share: the part of threads * seconds in which a thread has neither an item nor something
+  /// to merge, since it waits for the others to finish.
   double idle_share() const { return seconds > 0 ? 1 - busy / (seconds * threads) : 0; }
 };
 
@@ -37,8 +37,7 @@ struct ItemInOrder {
 /// Memory of foretell(), for those who call it again and again.
 struct ScheduleScratch {
   std::vector<std::pair<double, const WorkItem*>> running;  ///< a heap of threads: (end, item)
-  std::vector<uint32_t> chunks_left;                        ///< [block][KV head]
-  std::vector<uint32_t> blocks_left;                        ///< [KV head][row]
+  std::vector<uint64_t> half_there;                         ///< [partial][head_words]
 };
 
 /// By the costs that the plan was made with. What the planner itself goes by.

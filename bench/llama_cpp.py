@@ -67,7 +67,7 @@ def parse_arguments():
     args.peers = {}
     for peer in args.peer:
         name, _, command = peer.partition("=")
-        if not command or name in CONFIGS:
+        if not command or name in CONFIGS or name in args.peers:
             parser.error(f"--peer {peer}: give a new name, = and a command")
         args.peers[name] = shlex.split(command)
     if any(c in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl") for c in (args.ctv,)):

@@ -388,9 +388,9 @@ class Runner {
         }
         continue;
       }
-      for (int32_t w = item.head_begin / 64; w < head_words(item.head_end); ++w) {
-        merge_upwards(item, i, partial - plan_.partial_begin[row], w);
-      }
+      each_word(item.head_begin, item.head_end, [&](int32_t word, uint64_t heads) {
+        merge_upwards(item, i, partial - plan_.partial_begin[row], word, heads);
+      });
     }
   }
 
@@ -399,16 +399,15 @@ class Runner {
     return (int64_t{kv_head - item.head_begin} * item.rows() + i) * shape_.group();
   }
 
-  /// Takes the states of an item's row i, leaf `leaf` of the row's tree, towards its root: each KV
-  /// head of a word as far as the other halves are there. A node's result lies where the first leaf
-  /// of its left half did.
-  void merge_upwards(const WorkItem& item, uint32_t i, uint32_t leaf, int32_t word) {
+  /// Takes the states of an item's row i, leaf `leaf` of the row's tree, towards its root: each of
+  /// these KV heads of a word as far as the other halves are there. A node's result lies where the
+  /// first leaf of its left half did.
+  void merge_upwards(const WorkItem& item, uint32_t i, uint32_t leaf, int32_t word,
+                     uint64_t heads) {
     const uint32_t row = plan_.row_index[item.row_begin + i];
     const uint32_t first = plan_.partial_begin[row];
-    const uint32_t count = plan_.partial_begin[row + 1] - first;
-    uint64_t heads = head_bits(item.head_begin, item.head_end, word);
     bool stored = false;
-    climb(leaf, count, [&](uint32_t left, uint32_t right) {
+    climb(leaf, plan_.partials_of(row), [&](uint32_t left, uint32_t right) {
       std::atomic<uint64_t>& half_there =
           ws_.half_there[int64_t{first + right} * head_words(shape_.kv_heads) + word];
       uint64_t here = 0;  // heads that are not stored, since their left halves are there

@@ -38,7 +38,7 @@ struct Workspace::State {
   /// [partials][head_words]: nodes of the rows' trees (plan/merge_tree.h). The bit of a KV head of
   /// which one half is there.
   std::unique_ptr<std::atomic<uint64_t>[]> half_there;
-  int64_t nodes = 0;
+  int64_t nodes = 0;  ///< there is room for
   alignas(64) std::atomic<uint32_t> next_item{0};
   alignas(64) std::atomic<uint32_t> finished_threads{0};
 };

@@ -42,6 +42,12 @@ inline uint64_t head_bits(int32_t begin, int32_t end, int32_t word) {
   return below(end) & ~below(begin);
 }
 
+/// visit(word, bits) for each word that holds some of the heads [begin, end).
+template <typename Visit>
+void each_word(int32_t begin, int32_t end, Visit visit) {
+  for (int32_t w = begin / 64; w < head_words(end); ++w) visit(w, head_bits(begin, end, w));
+}
+
 /// visit(head) for each head of a word's bits.
 template <typename Visit>
 void each_head(uint64_t bits, int32_t word, Visit visit) {

@@ -82,14 +82,17 @@ class Plan {
     return first == kDirect ? kDirect : first + item.chunk;
   }
 
-  std::vector<uint32_t> blocks_of;  ///< [rows]: how many blocks list the row
-  std::vector<uint32_t> alike;      ///< [rows]: how many, from this one on, lie in the same blocks
-  std::vector<uint32_t> results;    ///< [rows]: chunks of those; all partials, or a lone one
-  double merge_seconds = 0;         ///< of two partials of one KV head
+  /// How many a row has; 0 where its only result goes straight out.
+  uint32_t partials_of(uint32_t row) const { return partial_begin[row + 1] - partial_begin[row]; }
+
+  std::vector<uint32_t> alike;    ///< [rows]: how many, from this one on, lie in the same blocks
+  std::vector<uint32_t> results;  ///< [rows]: chunks of its blocks; all partials, or a lone one
+  double merge_seconds = 0;       ///< of two partials of one KV head
 
   // Scratch of planning, kept to avoid allocation.
-  std::vector<int64_t> unit_rows;  ///< query rows that see something of a unit of slots
-  std::vector<WorkItem> as_cut;    ///< items, before they have their order
+  std::vector<int64_t> unit_rows;   ///< query rows that see something of a unit of slots
+  std::vector<uint32_t> blocks_of;  ///< [rows]: how many blocks list the row
+  std::vector<WorkItem> as_cut;     ///< items, before they have their order
   std::vector<ItemInOrder> order;
   ScheduleScratch schedule;
 };

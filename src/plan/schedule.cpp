@@ -79,29 +79,28 @@ class Rehearsal {
   int64_t merges_due(const WorkItem& item) {
     if (item.segment == WorkItem::kNoSegment) return 0;
     int64_t merges = 0;
-    for (int32_t w = item.head_begin / 64; w < head_words(item.head_end); ++w) {
-      merges += merges_due(item, w);
-    }
+    each_word(item.head_begin, item.head_end,
+              [&](int32_t word, uint64_t heads) { merges += merges_due(item, word, heads); });
     return merges;
   }
 
-  int64_t merges_due(const WorkItem& item, int32_t word) {
+  int64_t merges_due(const WorkItem& item, int32_t word, uint64_t heads) {
     const Plan::Block& block = plan_.blocks[item.block];
-    uint64_t heads = head_bits(item.head_begin, item.head_end, word);
     int64_t merges = 0;
     // Nodes of this block's chunks alone are the same in all of its rows: the first stands for all.
     int64_t leaf = block.leaf + item.chunk;
     uint32_t width = 1;
     if (block.leaf >= 0 && block.chunks > 1) {
       const uint32_t row = plan_.row_index[item.row_begin];
-      climb(static_cast<uint32_t>(leaf), count(row), [&](uint32_t left, uint32_t right) {
-        const int64_t end = int64_t{right} + (right - left);
-        if (left < block.leaf || end > block.leaf + block.chunks) return false;
-        merges += item.rows() * both_there(row, right, word, heads);
-        leaf = left;
-        width = 2 * (right - left);
-        return heads != 0;
-      });
+      climb(static_cast<uint32_t>(leaf), plan_.partials_of(row),
+            [&](uint32_t left, uint32_t right) {
+              const int64_t end = int64_t{right} + (right - left);
+              if (left < block.leaf || end > block.leaf + block.chunks) return false;
+              merges += item.rows() * both_there(row, right, word, heads);
+              leaf = left;
+              width = 2 * (right - left);
+              return heads != 0;
+            });
     }
     uint32_t alike = 0;
     for (uint32_t i = 0; i < item.rows() && heads != 0; i += alike) {
@@ -113,7 +112,7 @@ class Rehearsal {
           block.leaf >= 0 ? static_cast<uint32_t>(leaf) : partial - plan_.partial_begin[row];
       uint64_t of_row = heads;
       climb(
-          from, count(row),
+          from, plan_.partials_of(row),
           [&](uint32_t, uint32_t right) {
             merges += alike * both_there(row, right, word, of_row);
             return of_row != 0;
@@ -121,10 +120,6 @@ class Rehearsal {
           width);
     }
     return merges;
-  }
-
-  uint32_t count(uint32_t row) const {
-    return plan_.partial_begin[row + 1] - plan_.partial_begin[row];
   }
 
   /// Delivers a half of a node; `heads` becomes those that have both, and it says how many.

@@ -41,13 +41,26 @@ struct AmxConfigs {
 };
 inline constexpr AmxConfigs kAmxConfigs;
 
-/// This thread's AMX tiles, while it lives.
+/// This thread's AMX tiles, while it lives. How the host had configured them comes back afterwards,
+/// as ggml's own products on AMX configure a thread only once; what was in them is lost.
 class AmxTiles {
  public:
-  explicit AmxTiles(int rows) { _tile_loadconfig(&kAmxConfigs.of_rows[rows]); }
-  ~AmxTiles() { _tile_release(); }
+  AmxTiles() { asm volatile("sttilecfg %0" : "=m"(host_)); }
+  ~AmxTiles() {
+    if (host_[0] != 0) {  // the palette
+      asm volatile("ldtilecfg %0" : : "m"(host_));
+    } else {
+      _tile_release();
+    }
+  }
   AmxTiles(const AmxTiles&) = delete;
   AmxTiles& operator=(const AmxTiles&) = delete;
+
+  /// For blocks of so many query rows.
+  void configure(int rows) { _tile_loadconfig(&kAmxConfigs.of_rows[rows]); }
+
+ private:
+  alignas(64) uint8_t host_[sizeof(AmxConfig)];  // the intrinsics would tell of 8 bytes only
 };
 
 /// c[rows][32] = a b, or += if kAdd, for as many rows as the tiles are configured for. Strides in
@@ -113,8 +126,9 @@ class AmxAttention {
   void run() {
     const int rest = t_.rows % kAmxRows;
     const int whole = t_.rows - rest;
+    AmxTiles tiles;
     if (whole > 0) {
-      const AmxTiles tiles(kAmxRows);
+      tiles.configure(kAmxRows);
       scores(0);
       for (int first = 0; first < whole; first += kAmxRows) {
         if (first + kAmxRows < whole) scores(first + kAmxRows);
@@ -123,7 +137,7 @@ class AmxAttention {
       }
     }
     if (rest > 0) {
-      const AmxTiles tiles(rest);
+      tiles.configure(rest);
       scores(whole);
       weigh(whole, rest);
       values(whole);

@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <numbers>
 #include <numeric>
@@ -490,6 +492,41 @@ TEST(Garbage, NanInASlotSpoilsOnlyThoseWhoAttendIt) {
   }
 }
 
+TEST(Garbage, NanBehindAMaskSpoilsOnlyItsRequest) {
+  // A short prompt, then 6 columns of row 0's, of rows 1 and 2, and of row 2's: all would fit one
+  // tile, and fill it cheaply.
+  constexpr int64_t kPrompt = 20;
+  const std::vector<std::vector<int64_t>> readers = {{0}, {1, 2}, {2}};
+  const int64_t columns = kPrompt + 6 * static_cast<int64_t>(readers.size());
+  Mask mask = make_mask(DType::kF16, 3, 1, columns);
+  for (int64_t column = 0; column < columns; ++column) {
+    const std::vector<int64_t> all = {0, 1, 2};
+    for (int64_t row : column < kPrompt ? all : readers[(column - kPrompt) / 6]) {
+      mask.set(row, column, 0.0f);
+    }
+  }
+  Forest forest;
+  build_from_mask(mask.batch(), Sharing::kOn, forest);
+  for (DType type : {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0}) {
+    for (int64_t spoilt : {0, 2}) {
+      OperatorCase op(config_of(type), 3, columns, 1, std::vector<bool>(columns, true), 23);
+      op.kv.v.poison(kPrompt + 6 * spoilt + 2, 0);  // KV head 0
+      for_each_isa([&](const std::string&) {
+        op.out.reset();
+        AttentionInputs inputs = op.inputs();
+        inputs.bias = mask.bias();
+        attend_forest(forest, op.options(3), inputs);
+        for (int64_t head = 0; head < 4; ++head) {
+          for (int64_t j = 0; j < 64; ++j) {
+            ASSERT_EQ(std::isnan(op.out.out(spoilt, head, j)), head < 2) << head;
+            ASSERT_FALSE(std::isnan(op.out.out(2 - spoilt, head, j))) << head;
+          }
+        }
+      });
+    }
+  }
+}
+
 // --- Values --------------------------------------------------------------------------------------
 
 TEST(Values, ExtremeOnesSurvive) {
@@ -511,6 +548,52 @@ TEST(Values, ExtremeOnesSurvive) {
     }
   }
 }
+
+// --- The host's threads --------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+
+struct alignas(64) AmxConfiguration {
+  std::array<uint8_t, 64> bytes{};
+};
+void configure_amx(const AmxConfiguration& c) { asm volatile("ldtilecfg %0" : : "m"(c)); }
+AmxConfiguration configured_amx() {
+  AmxConfiguration c;
+  asm volatile("sttilecfg %0" : "=m"(c));
+  return c;
+}
+
+TEST(Host, FindsItsAmxConfigurationAgain) {
+  const std::vector<std::string> isas = available_isas();
+  if (std::find(isas.begin(), isas.end(), "amx") == isas.end()) GTEST_SKIP() << "no AMX";
+  AmxConfiguration none;
+  AmxConfiguration tiles;  // palette 1, tiles 0 and 5 of 8 rows of 32 bytes
+  tiles.bytes[0] = 1;
+  for (int tile : {0, 5}) {
+    tiles.bytes[16 + 2 * tile] = 32;
+    tiles.bytes[48 + tile] = 8;
+  }
+  for (DType type : {DType::kF16, DType::kBF16, DType::kQ8_0}) {
+    for (const AmxConfiguration& host : {tiles, none}) {
+      // 16 and 4 rows of a head: blocks of both sizes.
+      const ForestCase c = shared_prefix_case(200, std::vector<int64_t>(10, 3));
+      OperatorCase op = make_case(config_of(type), c);
+      Forest forest;
+      build_from_tree(c, Sharing::kOn, 1, forest);
+      for_each_isa([&](const std::string&) {
+        const PlanPtr plan = make_plan(forest, op.options(1));
+        Workspace workspace(*plan);
+        configure_amx(host);
+        attend(*plan, op.inputs(), workspace, 0);
+        const AmxConfiguration after = configured_amx();
+        configure_amx(none);
+        ASSERT_EQ(after.bytes, host.bytes) << to_string(type);
+      });
+    }
+  }
+}
+
+#endif
 
 }  // namespace
 }  // namespace relay::test

@@ -1,7 +1,9 @@
 // Additive mask -> forest. Columns that the same rows see, without bias, form one segment, wherever
 // they lie: so the interleaved cells of many decoding sequences fall apart into one segment each,
 // and the shared prompt stays whole. What falls into too small pieces (the staircase of a causal
-// prompt, arbitrary masks) is gathered into tiles that consult the mask.
+// prompt, arbitrary masks) is gathered into tiles that consult the mask. In such a tile a hidden
+// value is multiplied by 0, so NaN or infinity would show: where requests share like the branches
+// of a tree, no tile holds cells that another request's rows do not see.
 //
 // Cost: one pass over the mask, 64 columns at a time where they are alike.
 #include <algorithm>
@@ -53,6 +55,16 @@ int64_t count(const RowSet& set) {
   int64_t n = 0;
   for (uint64_t word : set) n += __builtin_popcountll(word);
   return n;
+}
+
+bool nested(const RowSet& a, const RowSet& b) {
+  bool a_in_b = true;
+  bool b_in_a = true;
+  for (size_t w = 0; w < a.size(); ++w) {
+    a_in_b = a_in_b && (a[w] & ~b[w]) == 0;
+    b_in_a = b_in_a && (b[w] & ~a[w]) == 0;
+  }
+  return a_in_b || b_in_a;
 }
 
 template <typename Type>
@@ -183,24 +195,44 @@ class MaskBuilder {
     }
   }
 
+  /// Fills sets_, each group's readers, and last_rows_, the last of each request: what such a row
+  /// adds to the cache, no other row sees.
+  void find_readers() {
+    if (sets_.size() < group_count_) sets_.resize(group_count_);
+    last_rows_.assign(static_cast<size_t>(end_ - begin_ + 63) / 64, 0);
+    for (size_t i = 0; i < group_count_; ++i) {
+      readers(groups_[i], sets_[i]);
+      if (count(sets_[i]) > 1) continue;
+      for (size_t w = 0; w < last_rows_.size(); ++w) last_rows_[w] |= sets_[i][w];
+    }
+  }
+
+  /// Whether columns with these readers in one tile would show a request what only others see.
+  bool mixes_requests(const RowSet& a, const RowSet& b) const {
+    bool same = true;
+    for (size_t w = 0; w < a.size(); ++w) same = same && ((a[w] ^ b[w]) & last_rows_[w]) == 0;
+    return !same && nested(a, b);
+  }
+
   /// Groups become segments; small ones that read much alike are gathered (see the file's head).
   void emit() {
+    find_readers();
     cluster_.clear();
     for (size_t i = 0; i < group_count_; ++i) {
-      readers(groups_[i], set_);
+      const RowSet& set = sets_[i];
       if (groups_[i].columns >= kBlock) {
-        rows_ = set_;
+        rows_ = set;
         emit_segment({&i, 1}, groups_[i].bias ? Visibility::kBias : Visibility::kAll);
         continue;
       }
       if (!cluster_.empty()) {
-        union_.resize(set_.size());
-        for (size_t w = 0; w < set_.size(); ++w) union_[w] = set_[w] | cluster_rows_[w];
+        union_.resize(set.size());
+        for (size_t w = 0; w < set.size(); ++w) union_[w] = set[w] | cluster_rows_[w];
         const int64_t columns = cluster_columns_ + groups_[i].columns;
         const int64_t together = count(union_) * (columns + kSegmentCost);
         const int64_t apart = count(cluster_rows_) * (cluster_columns_ + kSegmentCost) +
-                              count(set_) * (groups_[i].columns + kSegmentCost);
-        if (columns <= kBlock && together <= apart) {
+                              count(set) * (groups_[i].columns + kSegmentCost);
+        if (columns <= kBlock && together <= apart && !mixes_requests(set, cluster_rows_)) {
           cluster_.push_back(i);
           cluster_rows_.swap(union_);
           cluster_columns_ = columns;
@@ -209,7 +241,7 @@ class MaskBuilder {
         emit_cluster();
       }
       cluster_.assign(1, i);
-      cluster_rows_ = set_;
+      cluster_rows_ = set;
       cluster_columns_ = groups_[i].columns;
     }
     emit_cluster();
@@ -256,7 +288,8 @@ class MaskBuilder {
   size_t group_count_ = 0;
   size_t last_ = SIZE_MAX;
   uint64_t last_key_ = 0;
-  RowSet set_, union_, rows_, cluster_rows_;
+  std::vector<RowSet> sets_;  ///< of the groups
+  RowSet last_rows_, union_, rows_, cluster_rows_;
   std::vector<size_t> cluster_;
   int64_t cluster_columns_ = 0;
   std::vector<Span> spans_;

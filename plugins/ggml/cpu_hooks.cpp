@@ -8,6 +8,8 @@
 #include <memory>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 #include "graph_runner.h"
 
@@ -27,6 +29,7 @@ struct Hooked {
 struct Hooks {
   std::mutex mutex;  // guards `backends`
   std::unordered_map<ggml_backend_t, std::unique_ptr<Hooked>> backends;
+  std::vector<std::unique_ptr<Hooked>> left;  // when the module went
   bool installed = false;
   ggml_backend_dev_t cpu = nullptr;
   ggml_backend_reg_t cpu_registry = nullptr;
@@ -143,6 +146,8 @@ void remove_hooks() {
   for (auto& [backend, hooked] : h.backends) {
     backend->iface.graph_compute = hooked->compute;
     backend->iface.free = hooked->free;
+    // Kept: where a signal handler ends the program, graphs are still running in them.
+    h.left.push_back(std::move(hooked));
   }
   h.backends.clear();
 }

@@ -144,6 +144,12 @@ BackendReport load_backends(bool relay, const std::string& path) {
     const char* from_environment = std::getenv("GGML_BACKEND_PATH");
     loaded_from = from_environment != nullptr ? from_environment : kModuleName;
   }
+  // RELAY_DISABLE leaves a registry without a device.
+  if (relay && ggml_backend_reg_dev_count(ggml_backend_reg_by_name(kRegistryName)) == 0) {
+    throw EngineError(ErrorKind::kBackend, "The Relay module " + loaded_from +
+                                               " is disabled by RELAY_DISABLE; unset it, or run "
+                                               "without Relay (--relay off).");
+  }
   llama_backend_init();
   return {relay, describe(relay, loaded_from)};
 }

@@ -1,6 +1,7 @@
 """Start, keys, a full queue, and the end."""
 
 import concurrent.futures
+import os
 import signal
 import socket
 import subprocess
@@ -20,9 +21,13 @@ def endless(**fields):
     return {"messages": HELLO, "max_tokens": 20_000, "ignore_eos": True, **fields}
 
 
-def run_serve(*arguments, timeout=60):
+def run_serve(*arguments, env=None, timeout=60):
     return subprocess.run(
-        [RELAY, "serve", *map(str, arguments)], capture_output=True, text=True, timeout=timeout
+        [RELAY, "serve", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **(env or {})},
     )
 
 
@@ -56,6 +61,15 @@ def test_port_in_use(model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run_serve("-m", model, "--port", taken.getsockname()[1])
     assert result.returncode != 0 and "in use" in result.stderr
+
+
+def test_a_disabled_module_is_not_called_active(model):
+    result = run_serve("-m", model, "--port", "0", env={"RELAY_DISABLE": "1"})
+    assert (
+        result.returncode != 0
+        and "RELAY_DISABLE" in result.stderr
+        and "--relay off" in result.stderr
+    )
 
 
 def test_unknown_option(model):

@@ -101,8 +101,8 @@ std::string to_table(const OpReport& report) {
   text +=
       "\niqr: quartile distance over median. KV MiB: what the plan reads of the cache, reads: over "
       "one "
-      "read of every slot.\ncompute, memory: share of the measured peaks; bf16 KV on bf16 kernels "
-      "counts "
+      "read of every slot.\ncompute, memory: share of the measured peaks; KV that the kernels "
+      "multiply as bf16 counts "
       "against the bf16 peak.\nroof: the least time the problem needs on this machine (one "
       "read, or all flops) over the time taken.\nidle: share of the threads' time that they waited "
       "for the last one.\n";

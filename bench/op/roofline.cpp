@@ -13,6 +13,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "plan/cache_size.h"
@@ -30,8 +32,12 @@ double seconds_since(Clock::time_point start) {
 /// Runs `iterations` of a register-only loop; returns the flops done.
 using FlopLoop = double (*)(int64_t iterations);
 
-// Enough independent chains to cover latency times units: 4 or 5 cycles times 2.
-constexpr int kChains = 12;
+// Enough independent chains to cover latency times units, and no more than there are registers.
+#if defined(__aarch64__)
+constexpr int kChains = 16;  // 4 cycles times 4
+#else
+constexpr int kChains = 12;  // 4 or 5 cycles times 2
+#endif
 
 /// Keeps the compiler from merging or dropping the chains; costs nothing.
 #define RELAY_KEEP(x, constraint) asm volatile("" : "+" constraint(x))
@@ -45,7 +51,7 @@ __attribute__((target("avx512f"))) double fma_avx512(int64_t iterations) {
   RELAY_KEEP(a, "v");
   RELAY_KEEP(b, "v");
   for (int64_t n = 0; n < iterations; ++n) {
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int i = 0; i < kChains; ++i) acc[i] = _mm512_fmadd_ps(acc[i], a, b);
   }
   for (int i = 0; i < kChains; ++i) RELAY_KEEP(acc[i], "v");
@@ -59,7 +65,7 @@ __attribute__((target("avx2,fma"))) double fma_avx2(int64_t iterations) {
   RELAY_KEEP(a, "x");
   RELAY_KEEP(b, "x");
   for (int64_t n = 0; n < iterations; ++n) {
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int i = 0; i < kChains; ++i) acc[i] = _mm256_fmadd_ps(acc[i], a, b);
   }
   for (int i = 0; i < kChains; ++i) RELAY_KEEP(acc[i], "x");
@@ -73,7 +79,7 @@ __attribute__((target("avx512f,avx512bf16"))) double dot_avx512bf16(int64_t iter
   RELAY_KEEP(ones, "v");
   const auto pairs = (__m512bh)ones;
   for (int64_t n = 0; n < iterations; ++n) {
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int i = 0; i < kChains; ++i) acc[i] = _mm512_dpbf16_ps(acc[i], pairs, pairs);
   }
   for (int i = 0; i < kChains; ++i) RELAY_KEEP(acc[i], "v");
@@ -105,6 +111,22 @@ __attribute__((target("amx-tile,amx-bf16"))) double dot_amx(int64_t iterations) 
   return static_cast<double>(iterations) * 4 * 16 * 16 * 32 * 2;
 }
 
+#elif defined(__aarch64__)
+
+__attribute__((target("arch=armv8.2-a+bf16"))) double dot_neonbf16(int64_t iterations) {
+  float32x4_t acc[kChains];
+  for (int i = 0; i < kChains; ++i) acc[i] = vdupq_n_f32(static_cast<float>(i));
+  uint16x8_t ones = vdupq_n_u16(0x3f80);
+  RELAY_KEEP(ones, "w");
+  const bfloat16x8_t pairs = vreinterpretq_bf16_u16(ones);
+  for (int64_t n = 0; n < iterations; ++n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) acc[i] = vbfdotq_f32(acc[i], pairs, pairs);
+  }
+  for (int i = 0; i < kChains; ++i) RELAY_KEEP(acc[i], "w");
+  return static_cast<double>(iterations) * kChains * 4 * 2 * 2;
+}
+
 #endif
 
 /// Whatever the compiler makes of vectors of 4 f32 without further flags: SSE2, NEON.
@@ -115,7 +137,7 @@ double fma_portable(int64_t iterations) {
   volatile float half = 0.5f, one = 1.0f;
   const Vec4 a = Vec4{} + half, b = Vec4{} + one;
   for (int64_t n = 0; n < iterations; ++n) {
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * a + b;
   }
   volatile float sink = 0;
@@ -131,13 +153,18 @@ FlopLoop f32_loop() {
   return fma_portable;
 }
 
+/// The loop of the best kernel set that multiplies bf16; asking for the sets asks the system for
+/// AMX's registers, too.
 FlopLoop bf16_loop() {
+  for (const std::string& isa : available_isas()) {
 #if defined(__x86_64__)
-  // Asking for the kernel sets asks the system for AMX's registers.
-  const std::vector<std::string> isas = available_isas();
-  if (std::find(isas.begin(), isas.end(), "amx") != isas.end()) return dot_amx;
-  if (__builtin_cpu_supports("avx512bf16")) return dot_avx512bf16;
+    if (isa == "amx") return dot_amx;
+    if (isa == "avx512bf16") return dot_avx512bf16;
+#elif defined(__aarch64__)
+    // Serves SVE of 256 bits as well: such cores have twice as many units for NEON.
+    if (isa == "neonbf16") return dot_neonbf16;
 #endif
+  }
   return nullptr;
 }
 

@@ -1,6 +1,6 @@
 """The attention operator on vLLM's own tensors: Relay beside vLLM's kernel, alternating in one run.
 
-    $RELAY_VLLM_VENV/bin/python plugins/vllm/bench/vllm_op.py --batch 1,8,32 --prefix 0,4096
+    ~/.cache/relay/vllm-0.32.0/bin/python plugins/vllm/bench/vllm_op.py --batch 8,32 --prefix 0,4096
 
 One decode row per request, over `prefix` tokens that all share and `context` of its own. Each
 attends its own copy of the KV, in its own layout, through as many layers as it takes to leave the

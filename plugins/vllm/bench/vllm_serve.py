@@ -1,6 +1,6 @@
 """vLLM's own benchmarks, with Relay and without: `vllm bench serve` and `vllm bench throughput`.
 
-    $RELAY_VLLM_VENV/bin/python plugins/vllm/bench/vllm_serve.py --rounds 2
+    ~/.cache/relay/vllm-0.32.0/bin/python plugins/vllm/bench/vllm_serve.py --rounds 2
 
 The requests are vLLM's prefix_repetition data: random prompts that begin with one prefix, then with
 one of several. The model is the 1B shape of vllm_step.py with random weights, its tokenizer knows

@@ -1,6 +1,6 @@
 """A whole vLLM, with Relay and without: how long prefill and decode steps take.
 
-    $RELAY_VLLM_VENV/bin/python plugins/vllm/bench/vllm_step.py --prefix 128,4096 --batch 1,8,32
+    ~/.cache/relay/vllm-0.32.0/bin/python plugins/vllm/bench/vllm_step.py --prefix 128,4096
 
 Two engines stand side by side, each in a process of its own, over the same model with random
 weights: one as it is, one with Relay. For each prefix both compute it once (prefill), then requests

@@ -28,17 +28,9 @@ struct BenchOpOptions {
   bool json = false;
 };
 
-void run(const BenchOpOptions& options) {
-  if (!options.isa.empty()) select_isa(options.isa);
-  const int32_t threads = options.threads > 0
-                              ? options.threads
-                              : static_cast<int32_t>(std::thread::hardware_concurrency());
-  bench::ThreadPool pool(threads);
-  bench::OpReport report;
-  report.isa = current_isa();
-  report.load = bench::load_average();
-  if (!options.json) std::fprintf(stderr, "measuring the roofline ...\n");
-  report.roofline = bench::measure_roofline(pool);
+/// All combinations, each checked, so that a wrong one costs no measurement.
+std::vector<bench::OpProblem> problems_of(const BenchOpOptions& options) {
+  std::vector<bench::OpProblem> problems;
   for (const std::string& kv_type : options.kv_types) {
     for (int64_t prefix : options.prefix) {
       for (int64_t context : options.context) {
@@ -53,15 +45,34 @@ void run(const BenchOpOptions& options) {
           problem.context = context;
           problem.batch = batch;
           problem.layout = options.layout == "tiles" ? KvLayout::kTiles : KvLayout::kRows;
-          if (!options.json) {
-            std::fprintf(stderr, "measuring %s, prefix %lld, context %lld, batch %d ...\n",
-                         kv_type.c_str(), static_cast<long long>(prefix),
-                         static_cast<long long>(context), batch);
-          }
-          report.results.push_back(bench::run_op(problem, pool, options.rounds));
+          bench::check(problem);
+          problems.push_back(problem);
         }
       }
     }
+  }
+  return problems;
+}
+
+void run(const BenchOpOptions& options) {
+  if (!options.isa.empty()) select_isa(options.isa);
+  const std::vector<bench::OpProblem> problems = problems_of(options);
+  const int32_t threads = options.threads > 0
+                              ? options.threads
+                              : static_cast<int32_t>(std::thread::hardware_concurrency());
+  bench::ThreadPool pool(threads);
+  bench::OpReport report;
+  report.isa = current_isa();
+  report.load = bench::load_average();
+  if (!options.json) std::fprintf(stderr, "measuring the roofline ...\n");
+  report.roofline = bench::measure_roofline(pool);
+  for (const bench::OpProblem& problem : problems) {
+    if (!options.json) {
+      std::fprintf(stderr, "measuring %s, prefix %lld, context %lld, batch %d ...\n",
+                   to_string(problem.kv_type), static_cast<long long>(problem.prefix),
+                   static_cast<long long>(problem.context), problem.batch);
+    }
+    report.results.push_back(bench::run_op(problem, pool, options.rounds));
   }
   std::puts((options.json ? bench::to_json(report) : bench::to_table(report)).c_str());
 }
@@ -72,32 +83,45 @@ void add_bench_op(CLI::App& app) {
   auto options = std::make_shared<BenchOpOptions>();
   CLI::App* op = app.add_subcommand(
       "op", "The attention operator: decode rows over one shared prefix, sharing on against off");
-  op->add_option("--heads", options->heads, "Query heads")->capture_default_str();
-  op->add_option("--kv-heads", options->kv_heads, "KV heads")->capture_default_str();
-  op->add_option("--head-dim", options->head_dim, "Elements of a Q, K and V vector")
+  op->add_option("--heads", options->heads, "Query heads")->check(kPositive)->capture_default_str();
+  op->add_option("--kv-heads", options->kv_heads, "KV heads")
+      ->check(kPositive)
       ->capture_default_str();
-  op->add_option("--v-head-dim", options->v_head_dim, "Elements of a V vector, if others");
+  op->add_option("--head-dim", options->head_dim, "Elements of a Q, K and V vector")
+      ->check(kPositive)
+      ->capture_default_str();
+  op->add_option("--v-head-dim", options->v_head_dim, "Elements of a V vector, if not --head-dim");
   op->add_option("--prefix", options->prefix, "Shared KV slots; several: a,b,c")
       ->delimiter(',')
-      ->capture_default_str();
+      ->capture_default_str()
+      ->option_text("N,...");
   op->add_option("--context", options->context, "KV slots of each request's own; several: a,b,c")
       ->delimiter(',')
-      ->capture_default_str();
+      ->capture_default_str()
+      ->option_text("N,...");
   op->add_option("--batch", options->batch, "Requests, one row each; several: a,b,c")
       ->delimiter(',')
-      ->capture_default_str();
+      ->capture_default_str()
+      ->option_text("N,...");
   op->add_option("--kv-type", options->kv_types, "f32, f16, bf16, q8_0; several: a,b,c")
       ->delimiter(',')
-      ->capture_default_str();
+      ->capture_default_str()
+      ->option_text("TYPE,...");
   op->add_option("--layout", options->layout,
                  "How KV lies: rows (as in llama.cpp) or tiles (as in vLLM with Relay)")
       ->check(CLI::IsMember({"rows", "tiles"}))
-      ->capture_default_str();
-  op->add_option("--threads", options->threads, "Threads (default: all)");
+      ->capture_default_str()
+      ->option_text("LAYOUT");
+  op->add_option("--threads", options->threads, "Threads (default: all)")->check(kNotNegative);
   op->add_option("--rounds", options->rounds, "Alternating rounds of on and off")
+      ->check(kPositive)
       ->capture_default_str();
-  op->add_option("--isa", options->isa, "Kernel set, one of `relay isa` (default: the best)");
+  op->add_option("--isa", options->isa, "Kernel set, one of `relay isa` (default: the best)")
+      ->option_text("NAME");
   op->add_flag("--json", options->json, "Print JSON");
+  op->footer(
+      "KV comes from memory, as in a model. Shares are those of peaks measured in the same run.\n"
+      "Example: relay bench op --heads 32 --kv-heads 8 --head-dim 64 --prefix 4096 --batch 32");
   op->callback([options] { run(*options); });
 }
 

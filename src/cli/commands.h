@@ -7,8 +7,13 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <cstdint>
 
 namespace relay::cli {
+
+/// Checks of counts. (CLI11's own name a bound of 300 digits in their message.)
+inline const CLI::Range kPositive{1, INT32_MAX};
+inline const CLI::Range kNotNegative{0, INT32_MAX};
 
 void add_serve(CLI::App& app);     ///< relay serve: the OpenAI-compatible server
 void add_synth(CLI::App& app);     ///< relay synth: GGUF models with random weights

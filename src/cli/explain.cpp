@@ -93,16 +93,18 @@ void add_explain(CLI::App& app) {
       "explain", "Foretells what sharing a prompt saves on this machine: bytes, flops, time");
   CLI::Option* model =
       explain->add_option("--model,-m", options->model, "A GGUF file, for its shape")
-          ->check(CLI::ExistingFile);
+          ->check(CLI::ExistingFile)
+          ->option_text("FILE");
   CLI::Option* shape =
       explain->add_option("--shape", options->shape, "A shape of `relay synth --list`")
-          ->excludes(model);
+          ->excludes(model)
+          ->option_text("NAME");
   for (CLI::Option* option :
        {explain->add_option("--heads", options->heads, "Query heads"),
         explain->add_option("--kv-heads", options->kv_heads, "KV heads"),
         explain->add_option("--head-dim", options->head_dim, "Elements of a Q, K and V vector"),
         explain->add_option("--layers", options->layers, "Layers")}) {
-    option->capture_default_str()->check(CLI::PositiveNumber)->excludes(model)->excludes(shape);
+    option->capture_default_str()->check(kPositive)->excludes(model)->excludes(shape);
   }
   explain->add_option("--prefix", options->prefix, "Tokens of the shared prompt")
       ->capture_default_str();
@@ -110,7 +112,8 @@ void add_explain(CLI::App& app) {
       ->capture_default_str();
   explain->add_option("--batch", options->batch, "Requests at once")->capture_default_str();
   explain->add_option("--kv-type", options->kv_type, "f32, f16, bf16 or q8_0")
-      ->capture_default_str();
+      ->capture_default_str()
+      ->option_text("TYPE");
   explain->add_option("--threads", options->threads,
                       "Threads (default: all). For more than there are cores, arithmetic is "
                       "scaled from what they do and memory taken as it is");

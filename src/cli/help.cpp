@@ -53,7 +53,9 @@ std::string HelpFormatter::make_option(const CLI::Option* option, bool is_positi
   std::string facts;
   const auto add = [&](const std::string& fact) { facts += (facts.empty() ? "" : "; ") + fact; };
   if (option->get_required() && !is_positional) add("required");
-  if (!option->get_default_str().empty()) add("default " + option->get_default_str());
+  std::string value = option->get_default_str();
+  if (!value.empty() && value.front() == '[') value = value.substr(1, value.size() - 2);  // a list
+  if (!value.empty()) add("default " + value);
   if (!option->get_envname().empty()) add(option->get_envname());
   if (!facts.empty()) description += " [" + facts + "]";
   return entry(name, description);

@@ -65,6 +65,7 @@ int main(int argc, char** argv) {
 #ifdef RELAY_CLI_BENCH_OP
     CLI::App* bench = app.add_subcommand("bench", "Measures parts of Relay on this machine");
     bench->require_subcommand(1);
+    bench->footer("relay bench SUBCOMMAND --help says more about each.");
     relay::cli::add_bench_op(*bench);
 #endif
 #ifdef RELAY_CLI_EXPLAIN

@@ -509,7 +509,8 @@ void add_serve(CLI::App& app) {
       "  curl http://127.0.0.1:8080/v1/chat/completions -d '{\"messages\":[{\"role\":\"user\","
       "\"content\":\"Hello\"}]}'\n"
       "SIGINT and SIGTERM let running requests finish; a second one ends at once.\n"
-      "GET /health answers 503 until the model is loaded and the prompts are pinned.");
+      "GET /health answers 503 until the model is loaded and the prompts are pinned.\n"
+      "RELAY_VERBOSE, RELAY_ISA and the other variables of docs/llama-cpp.md hold here, too.");
   add_model_options(*serve_app, *options);
   add_engine_options(*serve_app, *options);
   add_http_options(*serve_app, *options);

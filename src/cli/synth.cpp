@@ -188,29 +188,31 @@ void add_synth(CLI::App& app) {
           "Type of the weight matrices: " + types +
               ". Types below 8 bits keep the output matrix at q6_k (q8_0 where its rows do "
               "not fit), as llama-quantize does")
-      ->capture_default_str();
+      ->capture_default_str()
+      ->option_text("TYPE");
   synth
       ->add_option("--seed", options->seed,
                    "The same seed gives the same file, whatever the number of threads")
       ->capture_default_str();
-  synth->add_option(
-      "--vocab", options->vocabulary,
-      "Another vocabulary: a name (llama-bpe, llama-spm, phi-3, gpt-2, gemma-4, qwen2: "
-      "llama.cpp's models/ggml-vocab-NAME.gguf), or a GGUF file, whole models included");
-  synth->add_option(
-      "--chat-template", options->chat_template,
-      "Another chat template: a Jinja file, or a name of llama.cpp's models/templates");
+  synth
+      ->add_option(
+          "--vocab", options->vocabulary,
+          "Another vocabulary: a name (llama-bpe, llama-spm, phi-3, gpt-2, gemma-4, qwen2: "
+          "llama.cpp's models/ggml-vocab-NAME.gguf), or a GGUF file, whole models included")
+      ->option_text("NAME|FILE");
+  synth
+      ->add_option("--chat-template", options->chat_template,
+                   "Another chat template: a Jinja file, or a name of llama.cpp's models/templates")
+      ->option_text("NAME|FILE");
   synth
       ->add_option("--ffn", options->ffn,
                    "Another FFN width. llama-3.2-1b has the real model's 8192; 5632 gives the "
                    "lighter 1B shape of some published measurements")
-      ->check(CLI::PositiveNumber);
-  synth->add_option("--layers", options->layers, "Another number of layers")
-      ->check(CLI::PositiveNumber);
+      ->check(kPositive);
+  synth->add_option("--layers", options->layers, "Another number of layers")->check(kPositive);
   synth->add_option("--context", options->context, "Another trained context length, in tokens")
-      ->check(CLI::PositiveNumber);
-  synth->add_option("--threads", options->threads, "Threads (default: all)")
-      ->check(CLI::NonNegativeNumber);
+      ->check(kPositive);
+  synth->add_option("--threads", options->threads, "Threads (default: all)")->check(kNotNegative);
   synth->add_flag("--force", options->force, "Replaces an existing file");
   synth->add_flag("--quiet", options->quiet, "Prints nothing but errors");
   synth->footer(

@@ -14,7 +14,7 @@ help:
 	@echo 'make bench   set up, build, and run the benches'
 	@echo 'make build   set up, and build all programs and libraries into build/release'
 	@echo 'make format  rewrite sources in the pinned format'
-	@echo 'make lint    check format and lint only'
+	@echo 'make lint    set up, build, and check format and lint only'
 	@echo 'make clean   delete the build folders (not .deps and .venv)'
 
 setup:
@@ -40,7 +40,7 @@ format: setup-build
 	@scripts/format.sh
 
 lint: setup
-	@scripts/test.sh format lint
+	@scripts/test.sh format build lint
 
 clean:
 	rm -rf build

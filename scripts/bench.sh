@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # The benches of `make bench`: kernels, the operator, then llama.cpp with and without the module.
 # Results lie in build/bench. The machine should have nothing else to do.
+# usage: scripts/bench.sh        RELAY_BENCH_MODEL=m.gguf: a model of your own, else one of the 1B
+# class is written once (0.8 GB); RELAY_BENCH_ROUNDS=3: rounds of llama.cpp
 set -euo pipefail
 cd "$(dirname "$0")/.."
+[ $# = 0 ] || { sed -n '2,6s/^# //p' scripts/bench.sh >&2; exit 2; }
 relay=build/release/bin/relay
 [ -x "$relay" ] || { echo "bench: no $relay; run make build" >&2; exit 1; }
 mkdir -p build/bench
 
-# RELAY_BENCH_MODEL is a model of your own; else one of the 1B class is written once (0.8 GB).
 model="${RELAY_BENCH_MODEL:-build/bench/llama-3.2-1b-ffn5632-q4_0.gguf}"
 if [ ! -f "$model" ]; then
   [ -z "${RELAY_BENCH_MODEL:-}" ] || { echo "bench: RELAY_BENCH_MODEL=$model is no file" >&2; exit 1; }

@@ -757,8 +757,14 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    def env(name: str, default):
-        return type(default)(os.environ.get(f"RELAY_DEMO_{name}", default))
+    def env(name: str, default) -> str:  # argparse converts defaults that are strings
+        return os.environ.get(f"RELAY_DEMO_{name}", str(default))
+
+    def positive(text: str) -> int:
+        value = int(text)
+        if value < 1:
+            raise argparse.ArgumentTypeError(f"{text} is not positive")
+        return value
 
     parser = argparse.ArgumentParser(
         description="Relay beside stock llama-server: one long system prompt, many users at once.",
@@ -767,21 +773,27 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=env("MODEL", ""), help="a GGUF model; default: made with relay synth")
     add("--prompt", default=env("PROMPT", ""), help="text file; default: the system's GPL-3")
-    add("--prompt-tokens", type=int, default=env("PROMPT_TOKENS", 4096), help="cut it to so many")
-    add("--users", type=int, default=env("USERS", 16), help="requests at once (%(default)s)")
-    add("--rounds", type=int, default=env("ROUNDS", 2), help="(%(default)s)")
-    add("--tokens", type=int, default=env("TOKENS", 32), help="per answer (%(default)s)")
+    add(
+        "--prompt-tokens",
+        type=positive,
+        default=env("PROMPT_TOKENS", 4096),
+        help="cut it to so many (%(default)s)",
+    )
+    add("--users", type=positive, default=env("USERS", 16), help="requests at once (%(default)s)")
+    add("--rounds", type=positive, default=env("ROUNDS", 2), help="(%(default)s)")
+    add("--tokens", type=positive, default=env("TOKENS", 32), help="per answer (%(default)s)")
+    flash_attention = ["best", "on", "off"]
     add(
         "--stock-fa",
-        choices=["best", "on", "off"],
+        choices=flash_attention,
         default=env("STOCK_FA", "best"),
         help="llama-server's flash attention; best: measured first",
     )
-    add("--build", default=str(ROOT / "build/release"), help="build folder (%(default)s)")
+    build = env("BUILD", ROOT / "build/release")
+    add("--build", default=build, help="build folder (%(default)s)")
     args = parser.parse_args()
-    for name in ("prompt_tokens", "users", "rounds", "tokens"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be positive")
+    if args.stock_fa not in flash_attention:  # argparse does not look at defaults
+        parser.error(f"RELAY_DEMO_STOCK_FA is one of {', '.join(flash_attention)}")
     return args
 
 

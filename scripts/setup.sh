@@ -92,7 +92,7 @@ install_with_apt() {
     [ -n "$chosen" ] || fail "no apt source of this system offers ${need//|/ or }.
   On Ubuntu enable 'universe' (add-apt-repository universe), then run scripts/setup.sh again.
   Ubuntu 22.04 and Debian 11 lack it: there, the library and the ggml module alone build with
-  -DRELAY_BUILD_APPS=OFF, from g++ cmake ninja-build python3-venv libgtest-dev."
+  -DRELAY_BUILD_APPS=OFF -DRELAY_BUILD_BENCH=OFF, from g++ cmake ninja-build python3-venv libgtest-dev."
     packages+=("$chosen")
   done
   say "apt-get install ${packages[*]}"

@@ -93,7 +93,7 @@ stage_e2e() {
   .venv/bin/python -m pytest -q tests/e2e
 }
 
-# vLLM lies outside the checkout, so that its 6 GB are installed once.
+# vLLM lies outside the checkout, so that its 7 GB are installed once.
 stage_vllm() {
   plugins/vllm/setup_vllm.sh || return 1
   local venv="${RELAY_VLLM_VENV:-$HOME/.cache/relay/vllm-0.32.0}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the pinned vLLM for CPUs, and this package beside it, into a virtual environment outside
-# the checkout, so that all clones and CI runs share it: some 6 GB, once.
+# the checkout, so that all clones and CI runs share it: 7 GB, once.
 # usage: plugins/vllm/setup_vllm.sh          (RELAY_VLLM_VENV says where)
 set -euo pipefail
 cd "$(dirname "$0")"

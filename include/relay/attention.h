@@ -1,10 +1,10 @@
 // Attention over a forest of KV segments: plan once per batch, run once per layer.
 //
 //   Forest forest;  build_from_block_tables(batch, Sharing::kOn, forest);
-//   Plan plan = make_plan(forest, {.shape = shape, .kv_type = DType::kF16, .threads = 8});
-//   Workspace workspace(plan);
+//   PlanPtr plan = make_plan(forest, {.shape = shape, .threads = 8});  // KV in f16
+//   Workspace workspace(*plan);
 //   // on each of 8 threads, for every layer:
-//   attend(plan, inputs, workspace, thread);
+//   attend(*plan, inputs, workspace, thread);
 //
 // For row r and query head h, over the slots s that r attends (kv head h / group):
 //   logit_s = softcap(scale * q . k_s) + bias,   softcap(x) = cap * tanh(x / cap) if cap > 0

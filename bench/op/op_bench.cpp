@@ -8,6 +8,7 @@
 
 #include "bench/op/kv_buffer.h"
 #include "plan/cache_size.h"
+#include "plan/plan.h"
 #include "plan/schedule.h"
 #include "relay/forest.h"
 
@@ -164,10 +165,11 @@ void check(const OpProblem& p) {
   if (p.batch < 1 || p.prefix < 0 || p.context < 0 || p.prefix + p.context < 1) {
     throw Error("needs a batch of at least 1 and at least one slot to attend");
   }
-  if (p.layout == KvLayout::kTiles) {
-    const char* obstacle = obstacle_to_tiles(p.shape, p.kv_type, p.kv_type);
-    if (obstacle != nullptr) throw Error(std::string("no tiles: ") + obstacle);
-  }
+  check_options({.shape = p.shape,
+                 .k_type = p.kv_type,
+                 .v_type = p.kv_type,
+                 .layout = p.layout,
+                 .threads = 1});
 }
 
 int64_t slot_bytes(const OpProblem& p) {

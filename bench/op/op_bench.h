@@ -25,7 +25,7 @@ struct OpProblem {
   KvLayout layout = KvLayout::kRows;
 };
 
-/// Throws Error for a problem without a request or a slot, or whose KV cannot lie in its layout.
+/// Throws Error for a problem without a request or a slot, or that no plan can be made for.
 void check(const OpProblem& problem);
 /// Bytes of one slot's K and V, of all KV heads.
 int64_t slot_bytes(const OpProblem& problem);

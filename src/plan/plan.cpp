@@ -16,28 +16,6 @@ using kernels::padded_dim;
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-void check_options(const PlanOptions& options) {
-  const auto fail = [](const std::string& what) { throw Error("plan: " + what); };
-  const HeadShape& s = options.shape;
-  if (s.q_heads < 1 || s.kv_heads < 1 || s.q_heads % s.kv_heads != 0) {
-    fail("q_heads (" + std::to_string(s.q_heads) + ") must be a positive multiple of kv_heads (" +
-         std::to_string(s.kv_heads) + ")");
-  }
-  if (s.group() > kMaxGroup) fail("more than 1024 query heads share a KV head");
-  if (s.qk_dim < 1 || s.qk_dim > 1024 || s.v_dim < 1 || s.v_dim > 1024) {
-    fail("head sizes must be 1 to 1024");
-  }
-  if ((options.k_type == DType::kQ8_0 && s.qk_dim % 32 != 0) ||
-      (options.v_type == DType::kQ8_0 && s.v_dim % 32 != 0)) {
-    fail("q8_0 needs head sizes that are multiples of 32");
-  }
-  if (options.layout == KvLayout::kTiles) {
-    const char* obstacle = obstacle_to_tiles(s, options.k_type, options.v_type);
-    if (obstacle != nullptr) fail(obstacle);
-  }
-  if (options.threads < 1) fail("threads must be positive");
-}
-
 /// The promises of a forest that planning relies on; relay::validate() also checks disjointness.
 void check_ranges(const Forest& f, KvLayout layout) {
   for (const Segment& s : f.segments) {
@@ -63,6 +41,28 @@ void check_ranges(const Forest& f, KvLayout layout) {
 }
 
 }  // namespace
+
+void check_options(const PlanOptions& options) {
+  const auto fail = [](const std::string& what) { throw Error("plan: " + what); };
+  const HeadShape& s = options.shape;
+  if (s.q_heads < 1 || s.kv_heads < 1 || s.q_heads % s.kv_heads != 0) {
+    fail("q_heads (" + std::to_string(s.q_heads) + ") must be a positive multiple of kv_heads (" +
+         std::to_string(s.kv_heads) + ")");
+  }
+  if (s.group() > kMaxGroup) fail("more than 1024 query heads share a KV head");
+  if (s.qk_dim < 1 || s.qk_dim > 1024 || s.v_dim < 1 || s.v_dim > 1024) {
+    fail("head sizes must be 1 to 1024");
+  }
+  if ((options.k_type == DType::kQ8_0 && s.qk_dim % 32 != 0) ||
+      (options.v_type == DType::kQ8_0 && s.v_dim % 32 != 0)) {
+    fail("q8_0 needs head sizes that are multiples of 32");
+  }
+  if (options.layout == KvLayout::kTiles) {
+    const char* obstacle = obstacle_to_tiles(s, options.k_type, options.v_type);
+    if (obstacle != nullptr) fail(obstacle);
+  }
+  if (options.threads < 1) fail("threads must be positive");
+}
 
 void PlanDeleter::operator()(Plan* plan) const { delete plan; }
 

@@ -97,6 +97,9 @@ class Plan {
   ScheduleScratch schedule;
 };
 
+/// Throws Error for options that no plan can be made for, whatever the forest.
+void check_options(const PlanOptions& options);
+
 /// As remake_plan of attention.h, by the given costs: a plan is a function of these three.
 void remake_plan(Plan& plan, const Forest& forest, const PlanOptions& options,
                  const CostModel& costs);

@@ -57,16 +57,6 @@ int64_t count(const RowSet& set) {
   return n;
 }
 
-bool nested(const RowSet& a, const RowSet& b) {
-  bool a_in_b = true;
-  bool b_in_a = true;
-  for (size_t w = 0; w < a.size(); ++w) {
-    a_in_b = a_in_b && (a[w] & ~b[w]) == 0;
-    b_in_a = b_in_a && (b[w] & ~a[w]) == 0;
-  }
-  return a_in_b || b_in_a;
-}
-
 template <typename Type>
 class MaskBuilder {
   using Bits = typename Type::Bits;
@@ -186,8 +176,10 @@ class MaskBuilder {
     }
   }
 
+  size_t row_words() const { return static_cast<size_t>(end_ - begin_ + 63) / 64; }
+
   void readers(const Group& g, RowSet& set) const {
-    set.assign(static_cast<size_t>(end_ - begin_ + 63) / 64, 0);
+    set.assign(row_words(), 0);
     for (int32_t r = begin_; r < end_; ++r) {
       if (!Type::hides(row(r)[g.representative])) {
         set[(r - begin_) / 64] |= uint64_t{1} << ((r - begin_) % 64);
@@ -199,7 +191,7 @@ class MaskBuilder {
   /// adds to the cache, no other row sees.
   void find_readers() {
     if (sets_.size() < group_count_) sets_.resize(group_count_);
-    last_rows_.assign(static_cast<size_t>(end_ - begin_ + 63) / 64, 0);
+    last_rows_.assign(row_words(), 0);
     for (size_t i = 0; i < group_count_; ++i) {
       readers(groups_[i], sets_[i]);
       if (count(sets_[i]) > 1) continue;
@@ -207,11 +199,14 @@ class MaskBuilder {
     }
   }
 
-  /// Whether columns with these readers in one tile would show a request what only others see.
-  bool mixes_requests(const RowSet& a, const RowSet& b) const {
-    bool same = true;
-    for (size_t w = 0; w < a.size(); ++w) same = same && ((a[w] ^ b[w]) & last_rows_[w]) == 0;
-    return !same && nested(a, b);
+  /// Whether a tile with columns of either readers would show a request what only others see,
+  /// though they lie as in a tree: the one within the other, which then are all of both.
+  bool mixes_requests(const RowSet& a, const RowSet& b, const RowSet& all) const {
+    if (all != a && all != b) return false;
+    for (size_t w = 0; w < all.size(); ++w) {
+      if (((a[w] ^ b[w]) & last_rows_[w]) != 0) return true;
+    }
+    return false;
   }
 
   /// Groups become segments; small ones that read much alike are gathered (see the file's head).
@@ -232,7 +227,7 @@ class MaskBuilder {
         const int64_t together = count(union_) * (columns + kSegmentCost);
         const int64_t apart = count(cluster_rows_) * (cluster_columns_ + kSegmentCost) +
                               count(set) * (groups_[i].columns + kSegmentCost);
-        if (columns <= kBlock && together <= apart && !mixes_requests(set, cluster_rows_)) {
+        if (columns <= kBlock && together <= apart && !mixes_requests(set, cluster_rows_, union_)) {
           cluster_.push_back(i);
           cluster_rows_.swap(union_);
           cluster_columns_ = columns;

@@ -573,13 +573,13 @@ TEST(Host, FindsItsAmxConfigurationAgain) {
     tiles.bytes[16 + 2 * tile] = 32;
     tiles.bytes[48 + tile] = 8;
   }
+  // 16 and 4 rows of a head: blocks of both sizes.
+  const ForestCase c = shared_prefix_case(200, std::vector<int64_t>(10, 3));
+  Forest forest;
+  build_from_tree(c, Sharing::kOn, 1, forest);
   for (DType type : {DType::kF16, DType::kBF16, DType::kQ8_0}) {
+    OperatorCase op = make_case(config_of(type), c);
     for (const AmxConfiguration& host : {tiles, none}) {
-      // 16 and 4 rows of a head: blocks of both sizes.
-      const ForestCase c = shared_prefix_case(200, std::vector<int64_t>(10, 3));
-      OperatorCase op = make_case(config_of(type), c);
-      Forest forest;
-      build_from_tree(c, Sharing::kOn, 1, forest);
       for_each_isa([&](const std::string&) {
         const PlanPtr plan = make_plan(forest, op.options(1));
         Workspace workspace(*plan);

@@ -14,6 +14,8 @@ const char* to_string(DType type) {
       return "q8_0";
     case DType::kCustom:
       return "custom";
+    case DType::kF8E4M3:
+      return "f8_e4m3";
   }
   return "?";
 }
@@ -28,6 +30,8 @@ int64_t row_bytes(DType type, int64_t count) {
     case DType::kQ8_0:
       if (count % 32 != 0) throw Error("q8_0 rows hold a multiple of 32 elements");
       return count / 32 * 34;
+    case DType::kF8E4M3:
+      return count;
     case DType::kCustom:
       break;
   }

@@ -23,6 +23,7 @@ enum class DType : uint8_t {
   kBF16,    ///< upper half of binary32
   kQ8_0,    ///< blocks of 32: one f16 scale, then 32 int8 (34 bytes); head size a multiple of 32
   kCustom,  ///< any other; read through KvPlane::unpack
+  kF8E4M3,  ///< 8 bits, 4 of exponent, 3 of mantissa, no infinities: KV on GPUs only
 };
 
 const char* to_string(DType type);

@@ -1,0 +1,165 @@
+// What the attention kernels share: a worker's way through its steps, element types, the softmax.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include "cuda/kernels/params.h"
+
+namespace relay::cuda {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+/// One piece of a job: steps [step_begin, step_end) of one KV head and one tile of query rows.
+struct Item {
+  Segment segment;
+  int32_t kv_head;
+  int32_t first_row;  ///< of the tile, among the segment's rows x group
+  int32_t rows;       ///< of the tile, rows x group
+  int32_t step_begin;
+  int32_t step_end;
+  int32_t partial;  ///< where the tile's first partial row lies; -1: results go straight out
+};
+
+/// Partial rows of a job's piece. Merging must find them, so both ask here.
+__device__ inline int32_t partial_row(const AttendParams& p, const Segment& segment,
+                                      int32_t kv_head, int32_t first_row, int32_t worker,
+                                      bool has_begin, bool has_end) {
+  if (!has_begin) return p.partial_capacity + worker * p.tile_rows;
+  if (segment.partial_base >= 0) {
+    return segment.partial_base + kv_head * segment.rows * p.group + first_row;
+  }
+  return has_end ? -1 : p.partial_capacity + (p.workers + worker) * p.tile_rows;
+}
+
+/// A worker's items, in order. The same in every thread.
+class Walk {
+ public:
+  __device__ Walk(const AttendParams& p, int32_t worker) : worker_(worker) {
+    const Cut begin = p.plan.cuts[worker];
+    at_ = begin.step;
+    segment_ = begin.segment;
+    end_ = p.plan.cuts[worker + 1].step;
+  }
+
+  __device__ bool next(const AttendParams& p, Item& item) {
+    if (at_ >= end_) return false;
+    for (;; ++segment_) {
+      item.segment = p.plan.segments[segment_];
+      const Segment& s = item.segment;
+      const int32_t local = at_ - s.step_base;
+      const int32_t job = s.steps > 0 ? local / s.steps : 0;
+      if (s.steps == 0 || job >= s.row_tiles * p.kv_heads) continue;
+      item.kv_head = job / s.row_tiles;
+      item.first_row = (job % s.row_tiles) * p.tile_rows;
+      item.rows = min(p.tile_rows, s.rows * p.group - item.first_row);
+      item.step_begin = local % s.steps;
+      item.step_end = min(s.steps, item.step_begin + end_ - at_);
+      item.partial = partial_row(p, s, item.kv_head, item.first_row, worker_,
+                                 item.step_begin == 0, item.step_end == s.steps);
+      at_ += item.step_end - item.step_begin;
+      return true;
+    }
+  }
+
+ private:
+  int32_t worker_;
+  int32_t at_;
+  int32_t end_;
+  int32_t segment_;
+};
+
+/// The query row and head of row m of an item's tile.
+struct RowHead {
+  int32_t row;
+  int32_t head;
+};
+__device__ inline RowHead row_head(const AttendParams& p, const Item& item, int32_t m) {
+  const int32_t of_segment = item.first_row + m;
+  return {p.plan.row_index[item.segment.row_begin + of_segment / p.group],
+          item.kv_head * p.group + of_segment % p.group};
+}
+
+/// A column's block and the slot in it; block -1 where the table names none of the cache.
+struct BlockSlot {
+  int32_t block;
+  int32_t slot;
+};
+__device__ inline BlockSlot block_slot(const AttendParams& p, const Segment& segment,
+                                       int32_t column) {
+  const int32_t id = p.table[segment.request * p.table_stride + column / p.block_size];
+  return {id >= 0 && id < p.cache_blocks ? id : -1, column % p.block_size};
+}
+
+template <typename T>
+struct Pair;
+template <>
+struct Pair<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+  __device__ static uint32_t pack(float low, float high) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&v);
+  }
+  __device__ static float2 unpack(uint32_t v) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v));
+  }
+};
+template <>
+struct Pair<__half> {
+  using type = __half2;
+  __device__ static uint32_t pack(float low, float high) {
+    const __half2 v = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&v);
+  }
+  __device__ static float2 unpack(uint32_t v) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&v));
+  }
+};
+
+/// 2^x; flushes results below 2^-126 to 0, and 2^-inf is 0.
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// How raw products q.k become logits in base 2.
+struct Logits {
+  float scale;    ///< of products; includes log2 e where there is no soft cap
+  float softcap;  ///< 0: none
+
+  __device__ Logits(const AttendParams& p) {
+    scale = p.scale * (p.k_scale != nullptr ? *p.k_scale : 1.0f);
+    softcap = p.softcap;
+    if (softcap == 0.0f) scale *= kLog2E;
+  }
+  __device__ float capped(float product) const {
+    return softcap * tanhf(product * scale / softcap) * kLog2E;
+  }
+};
+
+/// Ends one row: its sink, its log-sum-exp; returns what its output is to be multiplied by.
+__device__ inline float finish_row(const AttendParams& p, int32_t row, int32_t head, float max,
+                                   float sum, bool writes) {
+  float factor = 1.0f;
+  if (p.sinks != nullptr) {
+    const float sink = p.sinks[head] * kLog2E;
+    if (sink > max) {
+      factor = max == -INFINITY ? 0.0f : exp2f(max - sink);
+      sum = sum * factor + 1.0f;
+      max = sink;
+    } else if (max != -INFINITY) {
+      sum += exp2f(sink - max);
+    }
+  }
+  if (writes && p.lse != nullptr) {
+    p.lse[int64_t{row} * p.q_heads + head] =
+        sum > 0.0f ? (max + log2f(sum)) * kLn2 : -INFINITY;
+  }
+  const float v_scale = p.v_scale != nullptr ? *p.v_scale : 1.0f;
+  return sum > 0.0f ? factor * v_scale / sum : 0.0f;
+}
+
+}  // namespace relay::cuda

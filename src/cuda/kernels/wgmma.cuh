@@ -1,0 +1,523 @@
+// Attention by wgmma and TMA: Hopper (compute capability 9.0).
+//
+// A block is one warp that loads and two warpgroups that compute. The loader runs ahead through all
+// of its worker's items: K and V tiles (kSlots x head size each) stream through a ring in shared
+// memory without a gap between one item and the next, so that a step of few rows costs the time of
+// reading its KV bytes once. A tile of up to 64 query rows is one warpgroup's; the two take such
+// items in turn, and one prepares while the other computes. In a larger tile each has 64 rows, and
+// both read the same KV: 4 x rows x kSlots x head size flops a step.
+//
+// Within a warpgroup the products of the next scores and of the present weights with V run while it
+// computes the next weights. S, P and O never leave registers.
+#pragma once
+
+#include "cuda/kernels/common.cuh"
+#include "cuda/kernels/wgmma_instructions.cuh"
+#include "cuda/kernels/wgmma_shape.h"
+#include "cuda/launch.h"
+
+namespace relay::cuda::wgmma {
+
+constexpr int kGroupThreads = 128;
+constexpr int kThreads = 3 * kGroupThreads;
+constexpr int kGroupRows = 64;
+constexpr int kSharedBytes = 227 * 1024;
+constexpr int kLoaderRegisters = 40;
+constexpr int kComputeRegisters = 232;
+
+// --- Instructions --------------------------------------------------------------------------------
+
+__device__ inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ inline void init_barrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+__device__ inline void arrive(uint32_t barrier, int count) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+__device__ inline void arrive_expecting(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+__device__ inline void wait(uint32_t barrier, uint32_t phase) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@done bra ready;\n"
+      "bra again;\n"
+      "ready:\n}" ::"r"(barrier),
+      "r"(phase)
+      : "memory");
+}
+__device__ inline void copy_page(uint32_t to, const CUtensorMap& map, uint32_t barrier, int c0,
+                                 int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+/// What was written to shared memory by stores is from here on seen by wgmma and TMA.
+__device__ inline void fence_stores() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ inline void sync_group(int group) {
+  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
+}
+
+/// A matrix in shared memory for wgmma, in rows of 128 bytes whose 16-byte pieces are swizzled.
+/// `leading`: bytes from one span of 64 columns to the next, where those are not what is summed.
+__device__ inline uint64_t descriptor(uint32_t address, uint32_t leading) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
+  return kSwizzle128 | kEightRows | uint64_t{(leading & 0x3ffff) >> 4} << 16 |
+         ((address & 0x3ffff) >> 4);
+}
+
+// --- The kernel ------------------------------------------------------------------------------------
+
+template <typename T, int kHead>
+struct Kernel {
+  static constexpr int kSlots = tile_slots(kHead);
+  static constexpr int kSpans = kHead / kSpan;
+  static constexpr int kSpanBytes = kSlots * 128;
+  static constexpr int kTileBytes = kSpans * kSpanBytes;
+  static constexpr int kQueryBytes = kGroupRows * kHead * 2;
+  static constexpr int kStages = (kSharedBytes - 1024 - 2 * kQueryBytes - 256) / kTileBytes;
+  static constexpr int kScoreBlocks = kSlots / 8;
+  static constexpr int kOutBlocks = kHead / 8;
+  static constexpr int kPages = kSlots / kPageSlots;
+  static_assert(kStages >= 4 && kStages <= 16);
+  static_assert(kPages * kSpans <= 32, "a lane of the loader a page and span");
+
+  /// Addresses in shared memory.
+  struct Shared {
+    char* base;
+    uint32_t address;
+
+    __device__ char* queries(int group) const { return base + group * kQueryBytes; }
+    __device__ char* tile(int stage) const {
+      return base + 2 * kQueryBytes + stage * kTileBytes;
+    }
+    __device__ uint32_t full(int stage) const {
+      return address + 2 * kQueryBytes + kStages * kTileBytes + stage * 8;
+    }
+    __device__ uint32_t empty(int stage) const { return full(stage) + kStages * 8; }
+  };
+
+  /// A place in the ring.
+  struct Ring {
+    int stage = 0;
+    uint32_t phase = 0;
+    __device__ void advance(int n) {
+      stage += n;
+      const int laps = stage / kStages;
+      stage -= laps * kStages;
+      phase ^= laps & 1;
+    }
+    __device__ Ring ahead(int n) const {
+      Ring r = *this;
+      r.advance(n);
+      return r;
+    }
+  };
+
+  // --- Loading ---
+
+  __device__ static int step_pages(const Segment& s, int step) {
+    return min(kPages, (s.slots - step * kSlots + kPageSlots - 1) / kPageSlots);
+  }
+
+  /// Loads one tile; lane l the span l / kPages of the page l % kPages.
+  __device__ static void load_tile(const Shared& shared, Ring& ring, const CUtensorMap& map,
+                                   bool slots_first, int kv_head, int pages, int block,
+                                   int slot) {
+    const int lane = threadIdx.x % 32;
+    wait(shared.empty(ring.stage), ring.phase ^ 1);
+    const uint32_t full = shared.full(ring.stage);
+    if (lane == 0) arrive_expecting(full, pages * kSpans * kPageSlots * 128);
+    __syncwarp();
+    const int page = lane % kPages;
+    const int span = lane / kPages;
+    if (page < pages && span < kSpans) {
+      const uint32_t to = shared_address(shared.tile(ring.stage)) + span * kSpanBytes +
+                          page * kPageSlots * 128;
+      // A block outside of the tensor is filled with zeros.
+      copy_page(to, map, full, span * kSpan, slots_first ? slot : kv_head,
+                slots_first ? kv_head : slot, block);
+    }
+    ring.advance(1);
+  }
+
+  __device__ static void load_items(const AttendParams& p, const Maps& maps,
+                                    const Shared& shared) {
+    const int page = threadIdx.x % 32 % kPages;
+    Walk walk(p, blockIdx.x);
+    Ring ring;
+    struct Place {
+      int kv_head, pages, block, slot;
+    };
+    Item item;
+    int step = 0;
+    bool more = walk.next(p, item);
+    if (more) step = item.step_begin;
+    // The block's number is asked for one step ahead of its use.
+    const auto look_up = [&] {
+      Place place{item.kv_head, step_pages(item.segment, step), -1, 0};
+      if (page < place.pages) {
+        const BlockSlot at = block_slot(
+            p, item.segment, item.segment.first + step * kSlots + page * kPageSlots);
+        place.block = at.block;
+        place.slot = at.slot;
+      }
+      return place;
+    };
+    Place next{};
+    if (more) next = look_up();
+    while (more) {
+      const Place now = next;
+      if (++step == item.step_end) {
+        more = walk.next(p, item);
+        if (more) step = item.step_begin;
+      }
+      if (more) next = look_up();
+      load_tile(shared, ring, maps.k, maps.slots_first, now.kv_head, now.pages, now.block,
+                now.slot);
+      load_tile(shared, ring, maps.v, maps.slots_first, now.kv_head, now.pages, now.block,
+                now.slot);
+    }
+  }
+
+  // --- Computing ---
+
+  struct State {
+    float max[2];
+    float sum[2];
+    float out[kOutBlocks][4];
+  };
+
+  __device__ static void load_queries(const AttendParams& p, const Item& item, char* to,
+                                      int first, int rows) {
+    constexpr int kChunks = kHead / 8;
+    for (int i = threadIdx.x % kGroupThreads; i < rows * kChunks; i += kGroupThreads) {
+      const int m = i / kChunks;
+      const int chunk = i % kChunks;
+      uint4 value = {0, 0, 0, 0};
+      if (chunk * 8 < p.head_size) {
+        const RowHead at = row_head(p, item, first + m);
+        value = __ldg(reinterpret_cast<const uint4*>(p.q + at.row * p.q_row + at.head * p.q_head +
+                                                     chunk * 16));
+      }
+      *reinterpret_cast<uint4*>(to + chunk / 8 * (kGroupRows * 128) + m * 128 +
+                                ((chunk % 8) ^ (m % 8)) * 16) = value;
+    }
+  }
+
+  /// Zeros V where nothing may be read into sums: slots that are not the segment's.
+  __device__ static void clear_slots(char* tile, int begin, int end) {
+    for (int i = threadIdx.x % kGroupThreads; i < (end - begin) * kSpans * 8;
+         i += kGroupThreads) {
+      const int slot = begin + i / (kSpans * 8);
+      const int span = i / 8 % kSpans;
+      *reinterpret_cast<uint4*>(tile + span * kSpanBytes + slot * 128 + i % 8 * 16) = {0, 0, 0,
+                                                                                       0};
+    }
+  }
+
+  __device__ static void multiply_keys(float (&s)[kScoreBlocks][4], uint32_t q, uint32_t k) {
+#pragma unroll
+    for (int d = 0; d < kHead / 16; ++d) {
+      const uint64_t a = descriptor(q + d / 4 * (kGroupRows * 128) + d % 4 * 32, 16);
+      const uint64_t b = descriptor(k + d / 4 * kSpanBytes + d % 4 * 32, 16);
+      wgmma_shared<T, kScoreBlocks>(s, a, b, d > 0);
+    }
+    wgmma_commit();
+  }
+
+  __device__ static void multiply_values(State& state, const uint32_t (&weights)[kSlots / 16][4],
+                                         uint32_t v) {
+#pragma unroll
+    for (int n = 0; n < kSlots / 16; ++n) {
+      wgmma_registers<T, kOutBlocks>(state.out, weights[n], descriptor(v + n * 2048, kSpanBytes),
+                                     true);
+    }
+    wgmma_commit();
+  }
+
+  /// Scores to weights, in place; `keep` is what the output so far is to be multiplied by.
+  __device__ static void soften(const AttendParams& p, const Item& item, const Logits& logits,
+                                int step, const RowInfo (&rows)[2], const float (&slopes)[2],
+                                float (&s)[kScoreBlocks][4], State& state, float (&keep)[2]) {
+    const int lane = threadIdx.x % 32;
+    const Segment& segment = item.segment;
+    const int column = segment.first + step * kSlots;
+    const int end = segment.first + segment.slots;
+    const bool hidden = column < segment.visible_from ||
+                        min(column + kSlots, end) > segment.visible_to || column + kSlots > end;
+    const bool plain = logits.softcap == 0.0f && p.slopes == nullptr;
+    // Without soft cap and slopes the scale is applied with the subtraction of the maximum.
+    float scale = logits.scale;
+    if (!plain) {
+      scale = 1.0f;
+#pragma unroll
+      for (int n = 0; n < kScoreBlocks; ++n) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int c = column + n * 8 + lane % 4 * 2 + j % 2;
+          float x = s[n][j];
+          x = logits.softcap > 0.0f ? logits.capped(x) : x * logits.scale;
+          s[n][j] = x + slopes[j / 2] * static_cast<float>(c - rows[j / 2].position) * kLog2E;
+        }
+      }
+    }
+    if (hidden) {
+      const int from[2] = {rows[0].lo - column, rows[1].lo - column};
+      const int to[2] = {min(rows[0].hi, end) - column, min(rows[1].hi, end) - column};
+#pragma unroll
+      for (int n = 0; n < kScoreBlocks; ++n) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int c = n * 8 + lane % 4 * 2 + j % 2;
+          if (c < from[j / 2] || c >= to[j / 2]) s[n][j] = -INFINITY;
+        }
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < kScoreBlocks; ++n) top = fmaxf(top, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+      top *= scale;
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      top = fmaxf(top, state.max[h]);
+      const float base = top == -INFINITY ? 0.0f : top;
+      keep[h] = exp2_fast(state.max[h] - base);
+      state.max[h] = top;
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kScoreBlocks; ++n) {
+#pragma unroll
+        for (int j = 2 * h; j < 2 * h + 2; ++j) {
+          s[n][j] = exp2_fast(fmaf(s[n][j], scale, -base));
+          sum += s[n][j];
+        }
+      }
+      state.sum[h] = state.sum[h] * keep[h] + sum;
+    }
+  }
+
+  __device__ static void pack(const float (&s)[kScoreBlocks][4],
+                              uint32_t (&weights)[kSlots / 16][4]) {
+#pragma unroll
+    for (int n = 0; n < kSlots / 16; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float(&block)[4] = s[2 * n + i / 2];
+        weights[n][i] = Pair<T>::pack(block[i % 2 * 2], block[i % 2 * 2 + 1]);
+      }
+    }
+  }
+
+  __device__ static void store(const AttendParams& p, const Item& item, const State& state,
+                               int first) {
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x % kGroupThreads / 32;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum = state.sum[h];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      const int m = first + warp * 16 + lane / 4 + 8 * h;
+      if (m >= item.rows) continue;
+      const RowHead at = row_head(p, item, m);
+      if (item.partial < 0) {
+        const float factor = finish_row(p, at.row, at.head, state.max[h], sum, lane % 4 == 0);
+        char* to = p.out + at.row * p.out_row + at.head * p.out_head;
+#pragma unroll
+        for (int n = 0; n < kOutBlocks; ++n) {
+          const int d = n * 8 + lane % 4 * 2;
+          if (d < p.head_size) {
+            *reinterpret_cast<uint32_t*>(to + d * 2) = Pair<T>::pack(
+                state.out[n][2 * h] * factor, state.out[n][2 * h + 1] * factor);
+          }
+        }
+      } else {
+        const int64_t row = item.partial + m;
+        if (lane % 4 == 0) p.partial_state[row] = {state.max[h], sum};
+#pragma unroll
+        for (int n = 0; n < kOutBlocks; ++n) {
+          const int d = n * 8 + lane % 4 * 2;
+          if (d < p.head_size) {
+            *reinterpret_cast<float2*>(p.partial_out + row * p.head_size + d) = {
+                state.out[n][2 * h], state.out[n][2 * h + 1]};
+          }
+        }
+      }
+    }
+  }
+
+  /// `arrivals`: what this warpgroup's warps count for when they have done with a tile.
+  __device__ static void attend_item(const AttendParams& p, const Item& item,
+                                     const Logits& logits, const Shared& shared, int group,
+                                     int first, int arrivals, Ring ring) {
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x % kGroupThreads / 32;
+    const int live = min(kGroupRows, item.rows - first);
+    const bool busy = warp * 16 < live;  // has this warp rows that count?
+    const Segment& segment = item.segment;
+    const int segment_end = segment.first + segment.slots;
+
+    sync_group(group);  // the queries of the item before are done with
+    load_queries(p, item, shared.queries(group), first, live);
+    const uint32_t q = shared_address(shared.queries(group));
+    RowInfo rows[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+    float slopes[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int m = warp * 16 + lane / 4 + 8 * h;
+      if (m < live) {
+        const RowHead at = row_head(p, item, first + m);
+        rows[h] = p.plan.rows[at.row];
+        if (p.slopes != nullptr) slopes[h] = p.slopes[at.head];
+      }
+    }
+    fence_stores();
+    sync_group(group);
+
+    State state;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      state.max[h] = -INFINITY;
+      state.sum[h] = 0.0f;
+    }
+#pragma unroll
+    for (int n = 0; n < kOutBlocks; ++n) {
+      state.out[n][0] = state.out[n][1] = state.out[n][2] = state.out[n][3] = 0.0f;
+    }
+    float scores[kScoreBlocks][4];
+    uint32_t weights[kSlots / 16][4];
+    float keep[2] = {1.0f, 1.0f};
+
+    const auto release = [&](const Ring& at) {
+      if (lane == 0) arrive(shared.empty(at.stage), arrivals);
+    };
+    const auto await_values = [&](const Ring& at, int step) {
+      wait(shared.full(at.stage), at.phase);
+      const int column = segment.first + step * kSlots;
+      const int begin = max(0, min(kSlots, segment.seen_from - column));
+      const int end = min(kSlots, segment_end - column);
+      if (begin > 0 || end < kSlots) {
+        clear_slots(shared.tile(at.stage), 0, begin);
+        clear_slots(shared.tile(at.stage), end, kSlots);
+        fence_stores();
+        sync_group(group);
+      }
+    };
+
+    int step = item.step_begin;
+    wait(shared.full(ring.stage), ring.phase);
+    wgmma_fence();
+    multiply_keys(scores, q, shared_address(shared.tile(ring.stage)));
+    wgmma_wait<0>();
+    release(ring);
+    if (busy) soften(p, item, logits, step, rows, slopes, scores, state, keep);
+    pack(scores, weights);
+    Ring values = ring.ahead(1);
+
+    for (++step; step < item.step_end; ++step) {
+      const Ring keys = values.ahead(1);
+      wait(shared.full(keys.stage), keys.phase);
+      wgmma_fence();
+      multiply_keys(scores, q, shared_address(shared.tile(keys.stage)));
+      await_values(values, step - 1);
+      wgmma_fence();
+      multiply_values(state, weights, shared_address(shared.tile(values.stage)));
+      wgmma_wait<1>();
+      release(keys);
+      if (busy) soften(p, item, logits, step, rows, slopes, scores, state, keep);
+      wgmma_wait<0>();
+      release(values);
+#pragma unroll
+      for (int n = 0; n < kOutBlocks; ++n) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) state.out[n][j] *= keep[j / 2];
+      }
+      pack(scores, weights);
+      values = keys.ahead(1);
+    }
+    await_values(values, step - 1);
+    wgmma_fence();
+    multiply_values(state, weights, shared_address(shared.tile(values.stage)));
+    wgmma_wait<0>();
+    release(values);
+    store(p, item, state, first);
+  }
+
+  __device__ static void compute_items(const AttendParams& p, const Shared& shared, int group) {
+    const Logits logits(p);
+    Walk walk(p, blockIdx.x);
+    Ring ring;
+    Item item;
+    int turn = 0;
+    while (walk.next(p, item)) {
+      const bool few = item.rows <= kGroupRows;
+      if (!few || turn == group) {
+        attend_item(p, item, logits, shared, group, few ? 0 : group * kGroupRows, few ? 2 : 1,
+                    ring);
+      }
+      if (few) turn ^= 1;
+      ring.advance(2 * (item.step_end - item.step_begin));
+    }
+  }
+};
+
+template <typename T, int kHead>
+__global__ void __launch_bounds__(kThreads, 1)
+    attend(const __grid_constant__ AttendParams p, const __grid_constant__ Maps maps) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using K = Kernel<T, kHead>;
+  extern __shared__ char memory[];
+  typename K::Shared shared;
+  shared.base = memory + (1024 - shared_address(memory) % 1024) % 1024;
+  shared.address = shared_address(shared.base);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < K::kStages; ++i) {
+      init_barrier(shared.full(i), 1);
+      init_barrier(shared.empty(i), 2 * kGroupThreads / 32);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  let_next_start();
+  wait_for_previous();
+  if (threadIdx.x < kGroupThreads) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kLoaderRegisters));
+    if (threadIdx.x < 32) K::load_items(p, maps, shared);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
+    K::compute_items(p, shared, threadIdx.x / kGroupThreads - 1);
+  }
+#endif
+}
+
+template <typename T, int kHead>
+cudaError_t launch_one(const AttendParams& p, const Maps& maps, cudaStream_t stream) {
+  const auto kernel = attend<T, kHead>;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+  return launch(kernel, p.workers, kThreads, kSharedBytes, stream, p, maps);
+}
+
+template <typename T>
+cudaError_t launch_type(const AttendParams& p, const Maps& maps, cudaStream_t stream) {
+  if (p.head_size <= 64) return launch_one<T, 64>(p, maps, stream);
+  if (p.head_size <= 128) return launch_one<T, 128>(p, maps, stream);
+  if (p.head_size <= 192) return launch_one<T, 192>(p, maps, stream);
+  return launch_one<T, 256>(p, maps, stream);
+}
+
+}  // namespace relay::cuda::wgmma

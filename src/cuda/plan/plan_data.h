@@ -1,0 +1,199 @@
+// A plan as it lies in device memory: what planner.h writes and the kernels read.
+//
+// Work is counted in *steps*: one KV head's tile of `tile_slots` slots for one tile of up to
+// `tile_rows` query rows (rows x head group). A segment has kv_heads x row_tiles *jobs* of `steps`
+// steps each; all jobs of all segments stand in one line, and worker w does the steps
+// [cuts[w], cuts[w + 1]) of it. So a worker takes the end of one job, some whole ones and the
+// beginning of another, all workers have the same amount of work, and at most one job more than
+// there are workers is cut for that.
+#pragma once
+
+#include <cstdint>
+
+namespace relay::cuda {
+
+#ifdef __CUDACC__
+#define RELAY_HD __host__ __device__
+#else
+#define RELAY_HD
+#endif
+
+/// Shared runs of one request that are looked at; what comes after them is read by it alone.
+inline constexpr int kMaxRuns = 5;
+/// Segments that one group of requests is cut into where their shared parts end in different places.
+inline constexpr int kMaxGroupSegments = 8;
+/// Parts of one request: those of its runs, those that it leads, and what lies between.
+inline constexpr int kMaxParts = 64;
+static_assert(kMaxRuns * kMaxGroupSegments + kMaxGroupSegments + kMaxRuns + kMaxGroupSegments + 1 <=
+              kMaxParts);
+
+/// Blocks [begin, end) of a request that hold what request `owner` has there too.
+struct Run {
+  int32_t begin;
+  int32_t end;
+  int32_t owner;
+  int32_t request;
+};
+
+/// Columns [first, first + slots) of one request's table, for `rows` query rows.
+struct Segment {
+  int32_t request;  ///< whose block table says where the slots lie
+  int32_t first;
+  int32_t slots;
+  int32_t rows;
+  int32_t row_begin;  ///< into row_index
+  int32_t steps;      ///< of each job
+  int32_t row_tiles;
+  int32_t step_base;     ///< number of its first step in the line
+  int32_t partial_base;  ///< its first partial row; -1: results of whole jobs go straight out
+  int32_t visible_from;  ///< every row sees the columns [visible_from, visible_to)
+  int32_t visible_to;
+  int32_t seen_from;  ///< no row sees columns before it: they are not to be read into any sum
+  int32_t shared;  ///< rows of more than one request
+};
+
+/// A query row sees the columns [lo, hi) of its request.
+struct RowInfo {
+  int32_t request;
+  int32_t position;
+  int32_t lo;
+  int32_t hi;
+};
+
+/// Where the rows of a request are: parts[count], or, for one with many rows, one segment after
+/// the other from `segment` on, each of `rows_per_segment` rows.
+struct RequestInfo {
+  int32_t parts;
+  int32_t segment;
+  int32_t rows_per_segment;  ///< 0: listed in parts
+  int32_t row_begin;         ///< its first query row
+};
+
+struct RequestPart {
+  int32_t segment;
+  int32_t row;  ///< its first row among the segment's
+};
+
+enum PlanFault : uint32_t {
+  kFaultStarts = 1,   ///< query_starts descend or exceed max_rows
+  kFaultLength = 2,   ///< fewer KV tokens than rows, or more than the block table has room for
+  kFaultBlockId = 4,  ///< a block id outside of the cache
+};
+
+struct PlanHeader {
+  int32_t segments;
+  int32_t shared_segments;
+  int32_t workers;
+  int32_t steps;
+  int32_t rows;
+  int32_t partial_rows;
+  uint32_t faults;
+  int32_t fault_request;  ///< the first request that something is wrong with
+};
+
+/// A place in the line of steps, and the segment it is in (or at the end of).
+struct Cut {
+  int32_t step;
+  int32_t segment;
+};
+
+struct PlanView {
+  PlanHeader* header;
+  Segment* segments;
+  int32_t* row_index;    ///< query rows of the segments
+  RowInfo* rows;         ///< [max_rows]
+  RequestInfo* requests; ///< [max_requests]
+  RequestPart* parts;    ///< [max_requests][kMaxParts]
+  Cut* cuts;             ///< [workers + 1]
+};
+
+/// How long things take, in any unit, where all workers are busy.
+struct PlanCosts {
+  int32_t step_memory;  ///< reading a step's KV
+  int32_t step_few;     ///< its products for up to 64 query rows
+  int32_t step_many;    ///< for more
+  int32_t job;          ///< beginning and ending a job
+  int32_t worker;       ///< the least that is worth a worker of its own
+  int32_t snap;         ///< steps: no piece of a job is smaller
+};
+
+struct PlanShape {
+  int32_t max_requests;
+  int32_t max_rows;
+  int32_t max_blocks;
+  int32_t block_size;
+  int32_t cache_blocks;
+  int32_t q_heads;
+  int32_t kv_heads;
+  int32_t group;
+  int32_t window;
+  int32_t causal;
+  int32_t tile_rows;
+  int32_t tile_slots;
+  int32_t workers;
+  int32_t max_segments;
+  int32_t max_row_index;
+  int32_t partial_capacity;  ///< rows for whole jobs' partials; those of cut ones have their own
+  int32_t min_shared_blocks; ///< shorter runs are not worth sharing
+  PlanCosts costs;
+};
+
+struct PlanBatch {
+  int32_t requests;
+  const int32_t* query_starts;
+  const int32_t* kv_lengths;
+  const int32_t* table;
+  int64_t table_stride;
+};
+
+// --- What batch and shape say of a request --------------------------------------------------------
+
+struct RequestShape {
+  int32_t row_begin;
+  int32_t rows;
+  int32_t length;  ///< tokens
+  int32_t seen_from;  ///< first column that any of its rows sees
+  int32_t first;      ///< where that block begins
+  uint32_t faults;
+};
+
+RELAY_HD inline RequestShape request_shape(const PlanShape& shape, const PlanBatch& batch,
+                                           int32_t i) {
+  RequestShape r{batch.query_starts[i], 0, 0, 0, 0, 0};
+  const int32_t end = batch.query_starts[i + 1];
+  if (r.row_begin < 0 || end < r.row_begin || end > shape.max_rows) {
+    r.faults = kFaultStarts;
+    r.row_begin = 0;
+    return r;
+  }
+  r.rows = end - r.row_begin;
+  if (r.rows == 0) return r;
+  const int64_t room = int64_t{shape.max_blocks} * shape.block_size;
+  r.length = batch.kv_lengths[i];
+  if (r.length < r.rows || r.length > room) {
+    r.faults = kFaultLength;
+    r.length = r.length < 0 ? 0 : (r.length > room ? static_cast<int32_t>(room) : r.length);
+  }
+  if (shape.window > 0) {
+    const int32_t lo = r.length - r.rows - shape.window + 1;
+    if (lo > 0) {
+      r.seen_from = lo;
+      r.first = lo / shape.block_size * shape.block_size;
+    }
+  }
+  return r;
+}
+
+/// Requests with so many rows that a tile of them is full read KV for themselves: nobody's company
+/// would make them faster.
+RELAY_HD inline bool sharable(const PlanShape& shape, int32_t rows) {
+  return rows > 0 && rows * shape.group <= shape.tile_rows;
+}
+
+RELAY_HD inline int32_t rows_per_tile(const PlanShape& shape) {
+  return shape.group >= shape.tile_rows ? 1 : shape.tile_rows / shape.group;
+}
+
+RELAY_HD inline int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+}  // namespace relay::cuda

@@ -1,0 +1,263 @@
+// Who shares what, found in the block tables: a block id means one content, so requests share a
+// block exactly if they list the same id in the same column.
+//
+//   stamp_owners   every listed block gets the least request that lists it        1 atomic an entry
+//   find_runs      a request's columns become runs of one owner                   2 reads an entry
+//   plan_work      planner.h                                                      one thread block
+//
+// Owners carry the number of the step, so that they need no clearing: one 64-bit maximum takes the
+// newest step and in it the least request.
+#include "cuda/launch.h"
+#include "cuda/plan/plan_kernels.h"
+
+namespace relay::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kColumnsPerThread = 4;
+constexpr int kColumns = kThreads * kColumnsPerThread;
+constexpr int kMaxStarts = 64;
+constexpr int kMaxTeam = 1024;
+
+/// Whole blocks that may be shared, [begin, end).
+struct Columns {
+  int32_t begin;
+  int32_t end;
+};
+
+__device__ Columns sharable_columns(const PlanShape& shape, const RequestShape& r) {
+  if (!sharable(shape, r.rows) || r.faults != 0) return {0, 0};
+  return {r.first / shape.block_size, r.length / shape.block_size};
+}
+
+__global__ void stamp_owners(PlanShape shape, PlanBatch batch, PlanMemory memory, bool check) {
+  let_next_start();
+  wait_for_previous();
+  const int32_t request = blockIdx.y;
+  const RequestShape r = request_shape(shape, batch, request);
+  const Columns columns = sharable_columns(shape, r);
+  const int32_t listed = ceil_div(r.length, shape.block_size);
+  const int32_t end = check ? listed : columns.end;
+  const unsigned long long stamp =
+      static_cast<unsigned long long>(*memory.epoch) << 32 | (0xffffffffu - request);
+  const int32_t* table = batch.table + request * batch.table_stride;
+  int32_t column = blockIdx.x * kColumns + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < kColumnsPerThread; ++i, column += kThreads) {
+    if (column >= end) break;
+    const int32_t id = table[column];
+    if (id < 0 || id >= shape.cache_blocks) {
+      if (check) {
+        atomicOr(&memory.faults[0], kFaultBlockId);
+        atomicMax(&memory.faults[1], 0xffffffffu - request);
+      }
+    } else if (column >= columns.begin && column < columns.end) {
+      atomicMax(&memory.owners[id], stamp);
+    }
+  }
+}
+
+__global__ void find_runs(PlanShape shape, PlanBatch batch, PlanMemory memory) {
+  __shared__ int32_t owner_of[kColumns + 1];  // the one before the first, then this chunk's
+  __shared__ int32_t warp_sum[kThreads / 32];
+  __shared__ int32_t starts[kMaxStarts + 1];
+  __shared__ int32_t owners[kMaxStarts + 1];
+  let_next_start();
+  const int32_t request = blockIdx.x;
+  wait_for_previous();
+  const RequestShape r = request_shape(shape, batch, request);
+  const Columns columns = sharable_columns(shape, r);
+  const int32_t* table = batch.table + request * batch.table_stride;
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  int32_t count = 0;
+  for (int32_t chunk = columns.begin; chunk < columns.end; chunk += kColumns) {
+    int32_t ids[kColumnsPerThread];
+#pragma unroll
+    for (int i = 0; i < kColumnsPerThread; ++i) {
+      const int32_t column = chunk + i * kThreads + threadIdx.x;
+      ids[i] = column < columns.end ? table[column] : -1;
+    }
+    int32_t found[kColumnsPerThread];
+#pragma unroll
+    for (int i = 0; i < kColumnsPerThread; ++i) {
+      const bool known = ids[i] >= 0 && ids[i] < shape.cache_blocks;
+      found[i] = known ? static_cast<int32_t>(0xffffffffu -
+                                              static_cast<uint32_t>(memory.owners[ids[i]]))
+                       : request;
+    }
+    if (threadIdx.x == 0) owner_of[0] = chunk == columns.begin ? -1 : owner_of[kColumns];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kColumnsPerThread; ++i) {
+      const int32_t column = chunk + i * kThreads + threadIdx.x;
+      int32_t owner = request;
+      if (column < columns.end && found[i] != request) {
+        // The owner must list the block in this very column: elsewhere it is at another position.
+        const Columns theirs =
+            sharable_columns(shape, request_shape(shape, batch, found[i]));
+        if (column >= theirs.begin && column < theirs.end &&
+            batch.table[found[i] * batch.table_stride + column] == ids[i]) {
+          owner = found[i];
+        }
+      }
+      owner_of[1 + i * kThreads + threadIdx.x] = owner;
+    }
+    __syncthreads();
+    // Where the owner changes, in order.
+    const int first = threadIdx.x * kColumnsPerThread;
+    int here = 0;
+#pragma unroll
+    for (int i = 0; i < kColumnsPerThread; ++i) {
+      if (chunk + first + i < columns.end && owner_of[first + i] != owner_of[first + i + 1]) ++here;
+    }
+    int before = here;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(~0u, before, d);
+      if (lane >= d) before += other;
+    }
+    if (lane == 31) warp_sum[warp] = before;
+    __syncthreads();
+    int at = count + before - here;
+    int total = count;
+    for (int w = 0; w < kThreads / 32; ++w) {
+      if (w < warp) at += warp_sum[w];
+      total += warp_sum[w];
+    }
+#pragma unroll
+    for (int i = 0; i < kColumnsPerThread; ++i) {
+      if (chunk + first + i < columns.end && owner_of[first + i] != owner_of[first + i + 1]) {
+        if (at <= kMaxStarts) {
+          starts[at] = chunk + first + i;
+          owners[at] = owner_of[first + i + 1];
+        }
+        ++at;
+      }
+    }
+    count = total;
+    __syncthreads();
+  }
+  if (threadIdx.x != 0) return;
+  int32_t kept = 0;
+  for (int32_t s = 0; s < count && s < kMaxStarts && kept < kMaxRuns; ++s) {
+    if (owners[s] == request) continue;
+    Run run{starts[s], s + 1 < count ? starts[s + 1] : columns.end, owners[s], request};
+    if (shape.window > 0) {
+      // The windows of requests begin in different places: meet at few.
+      const int32_t raster = shape.window / (4 * shape.block_size);
+      if (raster > 1) run.begin = ceil_div(run.begin, raster) * raster;
+    }
+    if (run.end - run.begin < shape.min_shared_blocks) continue;
+    memory.runs[request * kMaxRuns + kept++] = run;
+  }
+  memory.run_counts[request] = kept;
+}
+
+/// The threads of one block.
+struct BlockTeam {
+  int32_t* warp_sums;  // [32]
+
+  template <typename F>
+  __device__ void each(int n, F f) {
+    for (int i = threadIdx.x; i < n; i += blockDim.x) f(i);
+    __syncthreads();
+  }
+  __device__ bool any(bool b) { return __syncthreads_or(b); }
+  __device__ int32_t scan(int32_t* p, int n) {
+    const int per = (n + blockDim.x - 1) / blockDim.x;
+    const int begin = min(n, static_cast<int>(threadIdx.x) * per);
+    const int end = min(n, begin + per);
+    int32_t sum = 0;
+    for (int i = begin; i < end; ++i) sum += p[i];
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    int32_t through = sum;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int32_t other = __shfl_up_sync(~0u, through, d);
+      if (lane >= d) through += other;
+    }
+    if (lane == 31) warp_sums[warp] = through;
+    __syncthreads();
+    int32_t at = through - sum;
+    int32_t total = 0;
+    for (int w = 0; w < static_cast<int>(blockDim.x / 32); ++w) {
+      if (w < warp) at += warp_sums[w];
+      total += warp_sums[w];
+    }
+    for (int i = begin; i < end; ++i) {
+      const int32_t value = p[i];
+      p[i] = at;
+      at += value;
+    }
+    __syncthreads();
+    return total;
+  }
+  __device__ int32_t add(int32_t* p, int32_t v) { return atomicAdd(p, v); }
+  __device__ void min(int32_t* p, int32_t v) { atomicMin(p, v); }
+  __device__ void max(int32_t* p, int32_t v) { atomicMax(p, v); }
+  __device__ void set_bits(uint32_t* p, uint32_t v) { atomicOr(p, v); }
+  __device__ static int min(int a, int b) { return a < b ? a : b; }
+};
+
+__global__ void __launch_bounds__(kMaxTeam)
+    plan_work(PlanShape shape, PlanBatch batch, PlanView view, PlanMemory memory, bool sharing,
+              bool in_shared_memory) {
+  extern __shared__ char shared_scratch[];
+  __shared__ int32_t warp_sums[32];
+  let_next_start();
+  PlannerScratch scratch;
+  PlannerScratch::lay_out(shape, in_shared_memory ? shared_scratch : memory.scratch, &scratch);
+  BlockTeam team{warp_sums};
+  wait_for_previous();
+  Planner<BlockTeam> planner(team, shape, batch, scratch, view);
+  planner.plan(sharing ? memory.run_counts : nullptr, memory.runs);
+  if (threadIdx.x == 0) {
+    ++*memory.epoch;
+    if (memory.faults[0] != 0) {
+      view.header->faults |= memory.faults[0];
+      view.header->fault_request =
+          ::min(view.header->fault_request, static_cast<int32_t>(0xffffffffu - memory.faults[1]));
+      memory.faults[0] = 0;
+      memory.faults[1] = 0;
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_plan(const PlanShape& shape, const PlanBatch& batch, const PlanView& view,
+                        const PlanMemory& memory, bool sharing, bool check, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  const bool any = batch.requests > 0;
+  if ((sharing || check) && any) {
+    const dim3 grid((shape.max_blocks + kColumns - 1) / kColumns, batch.requests);
+    error = launch(stamp_owners, grid, kThreads, 0, stream, shape, batch, memory, check);
+    if (error != cudaSuccess) return error;
+  }
+  if (sharing && any) {
+    error = launch(find_runs, batch.requests, kThreads, 0, stream, shape, batch, memory);
+    if (error != cudaSuccess) return error;
+  }
+  // Of the batch, not of the limits: a small batch finds its arrays in shared memory.
+  PlanShape fitted = shape;
+  fitted.max_requests = any ? batch.requests : 1;
+  const int64_t bytes = PlannerScratch::lay_out(fitted, nullptr, nullptr);
+  int device = 0;
+  int most = 0;
+  error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  const bool in_shared_memory = bytes <= most - 1024;
+  const int32_t team = batch.requests <= 64 ? 256 : (batch.requests <= 256 ? 512 : kMaxTeam);
+  const auto shared_bytes = static_cast<size_t>(in_shared_memory ? bytes : 0);
+  error = cudaFuncSetAttribute(plan_work, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               most - 1024);
+  if (error != cudaSuccess) return error;
+  return launch(plan_work, 1, team, shared_bytes, stream, fitted, batch, view, memory, sharing,
+                in_shared_memory);
+}
+
+}  // namespace relay::cuda

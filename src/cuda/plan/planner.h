@@ -1,0 +1,521 @@
+// From the runs that requests share to segments and work: the logic of planning, for a team of
+// threads of one thread block, or (tests) one thread of the host.
+//
+// A Team has
+//   each(n, f)   f(0) to f(n - 1) in any order, and a barrier
+//   scan(p, n)   exclusive prefix sums in place; returns the sum
+//   any(b)       whether b holds for any thread of the team
+//   min(p, v), max(p, v), add(p, v)  atomic; add returns the old value
+//
+// Members of a group are the requests that share a run with its *leader*, the request that owns the
+// blocks. Where the members' runs end in different places, the group is cut there into segments.
+// Everything that a request does not share is a segment of its own.
+#pragma once
+
+#include <climits>
+#include <type_traits>
+
+#include "cuda/plan/plan_data.h"
+
+namespace relay::cuda {
+
+/// The planner's memory: arrays by request (R), by run (N), by group segment (G) and by segment (S).
+struct PlannerScratch {
+  int32_t* rows;          // R
+  int32_t* row_begin;     // R
+  int32_t* length;        // R, tokens
+  int32_t* first;         // R, column
+  int32_t* seen_from;     // R, column
+  int32_t* run_base;      // R
+  int32_t* run_count;     // R
+  int32_t* members;       // R, members of the group that it leads
+  int32_t* shift;         // R, the group's runs begin and end at multiples of 2^shift blocks
+  int32_t* cursor;        // R
+  int32_t* next;          // R
+  int32_t* bounds_count;  // R
+  int32_t* own_count;     // R, segments of its own
+  int32_t* bounds;        // R x (kMaxGroupSegments + 1)
+  Run* runs;              // N
+  int32_t* covered;       // G, rows of members
+  int32_t* group_id;      // G, number of the segment
+  int32_t* visible_from;  // G
+  int32_t* visible_to;    // G
+  int32_t* group_seen;    // G, first column that any member sees
+  int32_t* sums;          // S
+  int32_t* costs;         // S
+
+  RELAY_HD static int64_t max_segments(const PlanShape& shape) {
+    const int64_t tiles = ceil_div(shape.max_rows, rows_per_tile(shape)) + shape.max_requests;
+    return int64_t{shape.max_requests} * (2 * kMaxGroupSegments + kMaxRuns + 1) + tiles;
+  }
+
+  /// Lays the arrays out from `base` on (null: only counts); returns the bytes.
+  RELAY_HD static int64_t lay_out(const PlanShape& shape, char* base, PlannerScratch* s) {
+    const int64_t r = shape.max_requests;
+    int64_t used = 0;
+    const auto take = [&](auto*& p, int64_t count) {
+      using T = std::remove_reference_t<decltype(*p)>;
+      if (base != nullptr) p = reinterpret_cast<T*>(base + used);
+      used += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    };
+    PlannerScratch ignored{};
+    PlannerScratch& to = s != nullptr ? *s : ignored;
+    for (int32_t** p : {&to.rows, &to.row_begin, &to.length, &to.first, &to.seen_from, &to.run_base,
+                        &to.run_count, &to.members, &to.shift, &to.cursor, &to.next, &to.bounds_count,
+                        &to.own_count}) {
+      take(*p, r);
+    }
+    take(to.bounds, r * (kMaxGroupSegments + 1));
+    take(to.runs, r * kMaxRuns);
+    for (int32_t** p : {&to.covered, &to.group_id, &to.visible_from, &to.visible_to, &to.group_seen}) {
+      take(*p, r * kMaxGroupSegments);
+    }
+    take(to.sums, max_segments(shape));
+    take(to.costs, max_segments(shape));
+    return used;
+  }
+};
+
+template <typename Team>
+class Planner {
+ public:
+  RELAY_HD Planner(Team& team, const PlanShape& shape, const PlanBatch& batch,
+                   const PlannerScratch& scratch, const PlanView& out)
+      : team_(team), shape_(shape), batch_(batch), s_(scratch), out_(out) {}
+
+  /// `run_counts` [requests] and `runs` [requests][kMaxRuns], or null: nothing is shared.
+  RELAY_HD void plan(const int32_t* run_counts, const Run* runs) {
+    take_requests(run_counts, runs);
+    int32_t least_shift = 0;
+    for (;;) {
+      find_bounds(least_shift);
+      number_segments();
+      write_segments();
+      if (lay_out_partials() <= shape_.partial_capacity || run_total_ == 0) break;
+      // More partial results than there is room for: share in coarser pieces, at last not at all.
+      least_shift += 3;
+      if (least_shift > 24) run_total_ = 0;
+    }
+    cut();
+    write_rows();
+  }
+
+ private:
+  struct Interval {
+    int32_t begin;
+    int32_t end;
+  };
+
+  RELAY_HD void take_requests(const int32_t* run_counts, const Run* runs) {
+    const int32_t n = batch_.requests;
+    team_.each(1, [&](int) { *out_.header = PlanHeader{0, 0, 0, 0, 0, 0, 0, INT_MAX}; });
+    team_.each(n, [&](int i) {
+      const RequestShape r = request_shape(shape_, batch_, i);
+      s_.rows[i] = r.rows;
+      s_.row_begin[i] = r.row_begin;
+      s_.length[i] = r.length;
+      s_.first[i] = r.first;
+      s_.seen_from[i] = r.seen_from;
+      const int32_t count =
+          run_counts != nullptr && sharable(shape_, r.rows) ? run_counts[i] : 0;
+      s_.run_count[i] = count;
+      s_.run_base[i] = count;
+      s_.members[i] = 0;
+      if (r.faults != 0) fault(i, r.faults);
+      team_.max(&out_.header->rows, r.row_begin + r.rows);
+    });
+    run_total_ = team_.scan(s_.run_base, n);
+    team_.each(n, [&](int i) {
+      for (int k = 0; k < s_.run_count[i]; ++k) {
+        const Run run = runs[i * kMaxRuns + k];
+        s_.runs[s_.run_base[i] + k] = run;
+        team_.add(&s_.members[run.owner], 1);
+      }
+    });
+  }
+
+  RELAY_HD void fault(int32_t request, uint32_t kind) {
+    team_.min(&out_.header->fault_request, request);
+    team_.set_bits(&out_.header->faults, kind);
+  }
+
+  /// A run within its group's raster.
+  RELAY_HD Interval rastered(const Run& run) const {
+    const int32_t shift = s_.shift[run.owner];
+    return {((run.begin + (1 << shift) - 1) >> shift) << shift, (run.end >> shift) << shift};
+  }
+
+  /// Where the groups' segments begin and end: the distinct ends of their members' runs, in order.
+  /// A group with too many of them, or with segments too short to pay, gets a coarser raster.
+  RELAY_HD void find_bounds(int32_t least_shift) {
+    const int32_t n = batch_.requests;
+    team_.each(n, [&](int i) {
+      s_.shift[i] = least_shift;
+      s_.bounds_count[i] = 0;
+      s_.cursor[i] = run_total_ > 0 && s_.members[i] > 0 ? -1 : INT_MAX;
+      s_.next[i] = INT_MAX;
+    });
+    if (run_total_ == 0) return;
+    for (bool more = true; more;) {
+      team_.each(run_total_, [&](int k) {
+        const Run run = s_.runs[k];
+        const int32_t cursor = s_.cursor[run.owner];
+        const Interval in = rastered(run);
+        if (in.begin >= in.end || in.end <= cursor) return;
+        team_.min(&s_.next[run.owner], in.begin > cursor ? in.begin : in.end);
+      });
+      bool here = false;
+      team_.each(n, [&](int i) {
+        const int32_t next = s_.next[i];
+        s_.next[i] = INT_MAX;
+        if (next == INT_MAX) {
+          s_.cursor[i] = INT_MAX;
+          return;
+        }
+        here = true;
+        int32_t& count = s_.bounds_count[i];
+        const bool narrow = count > 0 && next - s_.cursor[i] < shape_.min_shared_blocks &&
+                            (1 << s_.shift[i]) < shape_.min_shared_blocks;
+        if (narrow || count > kMaxGroupSegments) {
+          s_.shift[i] += 2;
+          s_.cursor[i] = -1;
+          count = 0;
+          return;
+        }
+        s_.bounds[i * (kMaxGroupSegments + 1) + count] = next;
+        s_.cursor[i] = next;
+        ++count;
+      });
+      more = team_.any(here);
+    }
+  }
+
+  RELAY_HD const int32_t* bounds_of(int32_t leader) const {
+    return s_.bounds + leader * (kMaxGroupSegments + 1);
+  }
+  /// Segments between the bounds of a group; some may have no member.
+  RELAY_HD int32_t group_segments(int32_t leader) const {
+    return s_.bounds_count[leader] > 0 ? s_.bounds_count[leader] - 1 : 0;
+  }
+
+  /// Calls f(k) for the segments of its group that a run covers.
+  template <typename F>
+  RELAY_HD void covered_segments(const Run& run, F f) const {
+    const Interval in = rastered(run);
+    const int32_t* bounds = bounds_of(run.owner);
+    for (int k = 0; k < group_segments(run.owner); ++k) {
+      if (in.begin <= bounds[k] && in.end >= bounds[k + 1]) f(k);
+    }
+  }
+
+  RELAY_HD Interval visible(int32_t i) const {
+    const int32_t first_row = s_.length[i] - s_.rows[i];  // its position
+    Interval in{0, s_.length[i]};
+    if (shape_.causal) in.end = first_row + 1;
+    if (shape_.window > 0) in.begin = s_.length[i] - shape_.window;
+    return in;
+  }
+
+  RELAY_HD void number_segments() {
+    const int32_t n = batch_.requests;
+    const int32_t groups = run_total_ > 0 ? n * kMaxGroupSegments : 0;
+    team_.each(groups, [&](int g) {
+      const int32_t leader = g / kMaxGroupSegments;
+      const Interval in = visible(leader);
+      s_.covered[g] = 0;
+      s_.visible_from[g] = in.begin;
+      s_.visible_to[g] = in.end;
+      s_.group_seen[g] = s_.seen_from[leader];
+    });
+    if (groups > 0) {
+      team_.each(run_total_, [&](int r) {
+        const Run run = s_.runs[r];
+        const Interval in = visible(run.request);
+        covered_segments(run, [&](int k) {
+          const int32_t g = run.owner * kMaxGroupSegments + k;
+          team_.add(&s_.covered[g], s_.rows[run.request]);
+          team_.max(&s_.visible_from[g], in.begin);
+          team_.min(&s_.visible_to[g], in.end);
+          team_.min(&s_.group_seen[g], s_.seen_from[run.request]);
+        });
+      });
+    }
+    team_.each(groups, [&](int g) { s_.group_id[g] = s_.covered[g] > 0 ? 1 : 0; });
+    shared_ = groups > 0 ? team_.scan(s_.group_id, groups) : 0;
+    team_.each(n, [&](int i) {
+      int32_t own = 0;
+      if (s_.rows[i] > 0) {
+        if (sharable(shape_, s_.rows[i])) {
+          walk(i, [&](int32_t, int32_t) { ++own; }, [](int32_t, int32_t) {});
+        } else {
+          own = ceil_div(s_.rows[i], rows_per_tile(shape_));
+        }
+      }
+      s_.own_count[i] = own;
+    });
+    segments_ = shared_ + team_.scan(s_.own_count, n);
+  }
+
+  /// In the order of columns: own(begin, end) for what request i reads alone, shared(group segment,
+  /// run or -1 for the leader) for the rest.
+  template <typename Own, typename Shared>
+  RELAY_HD void walk(int32_t i, Own own, Shared shared) const {
+    int32_t at = s_.first[i];
+    int32_t run = 0;
+    int32_t led = 0;
+    const int32_t runs = run_total_ > 0 ? s_.run_count[i] : 0;
+    const int32_t leads = run_total_ > 0 ? group_segments(i) : 0;
+    for (;;) {
+      Interval in{0, 0};
+      while (run < runs) {
+        in = rastered(s_.runs[s_.run_base[i] + run]);
+        if (in.begin < in.end) break;
+        ++run;
+      }
+      while (led < leads && s_.covered[i * kMaxGroupSegments + led] == 0) ++led;
+      const bool take_run =
+          run < runs && (led == leads || in.begin < bounds_of(i)[led]);
+      if (run == runs && led == leads) break;
+      if (!take_run) in = {bounds_of(i)[led], bounds_of(i)[led + 1]};
+      const int32_t begin = in.begin * shape_.block_size;
+      if (begin > at) own(at, begin);
+      at = in.end * shape_.block_size;
+      if (take_run) {
+        const int32_t number = s_.run_base[i] + run;
+        const int32_t owner = s_.runs[number].owner;
+        covered_segments(s_.runs[number],
+                         [&](int k) { shared(owner * kMaxGroupSegments + k, number); });
+        ++run;
+      } else {
+        shared(i * kMaxGroupSegments + led, -1);
+        ++led;
+      }
+    }
+    if (at < s_.length[i]) own(at, s_.length[i]);
+  }
+
+  /// Rows of a group segment that come before those of run number `run`: the leader's, then the
+  /// members' in the order of requests.
+  RELAY_HD int32_t rows_before(int32_t g, int32_t run) const {
+    if (run < 0) return 0;
+    const int32_t leader = g / kMaxGroupSegments;
+    const int32_t* bounds = bounds_of(leader) + g % kMaxGroupSegments;
+    int32_t rows = s_.rows[leader];
+    for (int32_t r = 0; r < run; ++r) {
+      const Run other = s_.runs[r];
+      if (other.owner != leader) continue;
+      const Interval in = rastered(other);
+      if (in.begin <= bounds[0] && in.end >= bounds[1]) rows += s_.rows[other.request];
+    }
+    return rows;
+  }
+
+  RELAY_HD void put_segment(int32_t id, const Segment& segment) {
+    out_.segments[id] = segment;
+    s_.sums[id] = segment.rows;
+  }
+
+  RELAY_HD void write_segments() {
+    const int32_t n = batch_.requests;
+    const int32_t groups = run_total_ > 0 ? n * kMaxGroupSegments : 0;
+    team_.each(groups, [&](int g) {
+      if (s_.covered[g] == 0) return;
+      const int32_t leader = g / kMaxGroupSegments;
+      const int32_t* bounds = bounds_of(leader) + g % kMaxGroupSegments;
+      Segment segment{};
+      segment.request = leader;
+      segment.first = bounds[0] * shape_.block_size;
+      segment.slots = (bounds[1] - bounds[0]) * shape_.block_size;
+      segment.rows = s_.rows[leader] + s_.covered[g];
+      segment.visible_from = s_.visible_from[g];
+      segment.visible_to = s_.visible_to[g];
+      segment.seen_from = s_.group_seen[g];
+      segment.shared = 1;
+      put_segment(s_.group_id[g], segment);
+    });
+    team_.each(n, [&](int i) {
+      const int32_t rows = s_.rows[i];
+      const int32_t base = shared_ + s_.own_count[i];
+      if (rows == 0) {
+        out_.requests[i] = {0, 0, 0, s_.row_begin[i]};
+        return;
+      }
+      Segment segment{};
+      segment.request = i;
+      if (!sharable(shape_, rows)) {
+        const int32_t step = rows_per_tile(shape_);
+        out_.requests[i] = {1, base, step, s_.row_begin[i]};
+        for (int32_t t = 0; t * step < rows; ++t) {
+          const int32_t row = t * step;
+          segment.rows = rows - row < step ? rows - row : step;
+          const int32_t position = s_.length[i] - rows + row;
+          const int32_t last = position + segment.rows - 1;
+          const int32_t end = shape_.causal ? last + 1 : s_.length[i];
+          const int32_t lo = shape_.window > 0 ? position - shape_.window + 1 : 0;
+          segment.first = lo > 0 ? lo / shape_.block_size * shape_.block_size : 0;
+          segment.seen_from = lo > 0 ? lo : 0;
+          segment.slots = end > segment.first ? end - segment.first : 0;
+          segment.visible_from = shape_.window > 0 ? last - shape_.window + 1 : 0;
+          segment.visible_to = shape_.causal ? position + 1 : end;
+          put_segment(base + t, segment);
+        }
+        return;
+      }
+      int32_t parts = 0;
+      int32_t own = 0;
+      const Interval in = visible(i);
+      walk(
+          i,
+          [&](int32_t begin, int32_t end) {
+            segment.first = begin;
+            segment.slots = end - begin;
+            segment.rows = rows;
+            segment.visible_from = in.begin;
+            segment.visible_to = in.end;
+            segment.seen_from = s_.seen_from[i];
+            out_.parts[i * kMaxParts + parts++] = {base + own, 0};
+            put_segment(base + own++, segment);
+          },
+          [&](int32_t g, int32_t run) {
+            out_.parts[i * kMaxParts + parts++] = {s_.group_id[g], rows_before(g, run)};
+          });
+      out_.requests[i] = {parts, 0, 0, s_.row_begin[i]};
+    });
+    team_.scan(s_.sums, segments_);
+    team_.each(segments_, [&](int k) {
+      Segment& segment = out_.segments[k];
+      segment.row_begin = s_.sums[k];
+      segment.steps = ceil_div(segment.slots, shape_.tile_slots);
+      segment.row_tiles = ceil_div(segment.rows * shape_.group, shape_.tile_rows);
+    });
+    team_.each(n, [&](int i) {
+      const RequestInfo info = out_.requests[i];
+      if (info.rows_per_segment > 0) return;
+      for (int p = 0; p < info.parts; ++p) {
+        const RequestPart part = out_.parts[i * kMaxParts + p];
+        int32_t* to = out_.row_index + out_.segments[part.segment].row_begin + part.row;
+        for (int32_t r = 0; r < s_.rows[i]; ++r) to[r] = info.row_begin + r;
+      }
+    });
+    // The many rows of one request: by all threads.
+    team_.each(segments_, [&](int k) {
+      const Segment& segment = out_.segments[k];
+      const RequestInfo info = out_.requests[segment.request];
+      if (info.rows_per_segment == 0) return;
+      const int32_t row = info.row_begin + (k - info.segment) * info.rows_per_segment;
+      for (int32_t r = 0; r < segment.rows; ++r) out_.row_index[segment.row_begin + r] = row + r;
+    });
+  }
+
+  /// Places for the partial results of rows that have more than one part; returns how many.
+  RELAY_HD int32_t lay_out_partials() {
+    team_.each(segments_, [&](int k) {
+      const Segment& segment = out_.segments[k];
+      const RequestInfo info = out_.requests[segment.request];
+      const bool alone = info.rows_per_segment > 0 || (segment.shared == 0 && info.parts == 1);
+      // Counted in head groups, as rows x heads may be many.
+      s_.sums[k] = alone ? 0 : segment.rows;
+      out_.segments[k].partial_base = alone ? -1 : 0;
+    });
+    const int64_t rows = int64_t{team_.scan(s_.sums, segments_)} * shape_.q_heads;
+    team_.each(segments_, [&](int k) {
+      if (out_.segments[k].partial_base == 0) {
+        out_.segments[k].partial_base = s_.sums[k] * shape_.q_heads;
+      }
+    });
+    partial_rows_ = rows > INT_MAX ? INT_MAX : static_cast<int32_t>(rows);
+    return partial_rows_;
+  }
+
+  /// The tiles of a segment read the same KV at about the same time: from memory only once.
+  RELAY_HD int32_t step_cost(const Segment& segment) const {
+    const int32_t memory = shape_.costs.step_memory / (segment.row_tiles > 0 ? segment.row_tiles : 1);
+    const bool many = segment.rows * shape_.group > 64;
+    const int32_t products = many ? shape_.costs.step_many : shape_.costs.step_few;
+    return memory > products ? memory : products;
+  }
+  RELAY_HD int32_t jobs(const Segment& segment) const {
+    return segment.row_tiles * shape_.kv_heads;
+  }
+
+  /// Cuts the line of steps into equal shares.
+  RELAY_HD void cut() {
+    team_.each(segments_, [&](int k) {
+      const Segment& segment = out_.segments[k];
+      s_.sums[k] = jobs(segment) * segment.steps;
+      s_.costs[k] = segment.steps == 0 ? 0
+                                       : jobs(segment) * (shape_.costs.job +
+                                                          segment.steps * step_cost(segment));
+    });
+    const int32_t steps = team_.scan(s_.sums, segments_);
+    const int32_t cost = team_.scan(s_.costs, segments_);
+    int32_t workers = cost / shape_.costs.worker;
+    workers = workers < 1 ? 1 : (workers > shape_.workers ? shape_.workers : workers);
+    team_.each(segments_, [&](int k) { out_.segments[k].step_base = s_.sums[k]; });
+    team_.each(shape_.workers + 1, [&](int w) {
+      out_.cuts[w] = w >= workers ? Cut{steps, segments_} : step_at(int64_t{cost} * w / workers);
+    });
+    team_.each(1, [&](int) {
+      PlanHeader& header = *out_.header;
+      header.segments = segments_;
+      header.shared_segments = shared_;
+      header.workers = steps > 0 ? workers : 0;
+      header.steps = steps;
+      header.partial_rows = partial_rows_;
+    });
+  }
+
+  /// The step in front of which `cost` is reached; not near a job's end or begin.
+  RELAY_HD Cut step_at(int64_t cost) const {
+    if (segments_ == 0) return {0, 0};
+    int32_t low = 0;  // the last segment that begins at or before it
+    for (int32_t high = segments_; high - low > 1;) {
+      const int32_t middle = (low + high) / 2;
+      (s_.costs[middle] <= cost ? low : high) = middle;
+    }
+    const Segment& segment = out_.segments[low];
+    if (segment.steps == 0) return {segment.step_base, low};
+    const int32_t one = step_cost(segment);
+    const int32_t job_cost = shape_.costs.job + segment.steps * one;
+    const auto within = static_cast<int32_t>(cost - s_.costs[low]);
+    int32_t job = within / job_cost;
+    int32_t step = (within % job_cost - shape_.costs.job + one / 2) / one;
+    if (step < shape_.costs.snap) step = 0;
+    if (step > segment.steps - shape_.costs.snap) step = segment.steps;
+    if (job >= jobs(segment)) {
+      job = jobs(segment);
+      step = 0;
+    }
+    return {segment.step_base + job * segment.steps + step, low};
+  }
+
+  RELAY_HD void write_rows() {
+    const int32_t n = batch_.requests;
+    team_.each(out_.header->rows, [&](int row) {
+      int32_t low = 0;  // the last request that begins at or before the row
+      for (int32_t high = n; high - low > 1;) {
+        const int32_t middle = (low + high) / 2;
+        (batch_.query_starts[middle] <= row ? low : high) = middle;
+      }
+      const int32_t position = s_.length[low] - s_.rows[low] + row - s_.row_begin[low];
+      RowInfo info{low, position, 0, s_.length[low]};
+      if (shape_.causal) info.hi = position + 1 < 0 ? 0 : position + 1;
+      if (shape_.window > 0 && position - shape_.window + 1 > 0) {
+        info.lo = position - shape_.window + 1;
+      }
+      out_.rows[row] = info;
+    });
+  }
+
+  Team& team_;
+  const PlanShape& shape_;
+  const PlanBatch& batch_;
+  const PlannerScratch& s_;
+  const PlanView& out_;
+  int32_t run_total_ = 0;
+  int32_t shared_ = 0;
+  int32_t segments_ = 0;
+  int32_t partial_rows_ = 0;
+};
+
+}  // namespace relay::cuda

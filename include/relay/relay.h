@@ -1,6 +1,7 @@
 /* The stable C interface of librelay: for engines in other languages. Everything that follows is
- * described in relay/types.h, relay/forest.h and relay/attention.h; here it has C's shape. Structs
- * begin with their size, so that later versions can append fields: set it with sizeof. */
+ * described in relay/types.h, relay/forest.h, relay/inputs.h and relay/attention.h; here it has C's
+ * shape. Structs begin with their size, so that later versions can append fields: set it with
+ * sizeof. */
 #ifndef RELAY_RELAY_H_
 #define RELAY_RELAY_H_
 

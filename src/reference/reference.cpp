@@ -1,5 +1,5 @@
 // Dense attention in double precision. Nothing here is fast and nothing is shared with the kernels:
-// every formula stands as it does in relay/attention.h.
+// every formula stands as it does in relay/inputs.h.
 #include "relay/reference.h"
 
 #include <algorithm>

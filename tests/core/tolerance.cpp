@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace relay::test {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "plan/schedule.h"
+#include "cpu/plan/schedule.h"
 #include "relay/attention.h"
 
 namespace relay {

@@ -15,22 +15,22 @@
 
 // In the order of their dependence.
 // clang-format off
-#include "kernels/elements-inl.h"
-#include "kernels/math-inl.h"
-#include "kernels/prefetch-inl.h"
-#include "kernels/softmax-inl.h"
-#include "kernels/few_rows-inl.h"
+#include "cpu/kernels/elements-inl.h"
+#include "cpu/kernels/math-inl.h"
+#include "cpu/kernels/prefetch-inl.h"
+#include "cpu/kernels/softmax-inl.h"
+#include "cpu/kernels/few_rows-inl.h"
 #ifdef RELAY_HAS_BYTE_DOT
-#include "kernels/q8-inl.h"
+#include "cpu/kernels/q8-inl.h"
 #endif
-#include "kernels/few_dots-inl.h"
-#include "kernels/product-inl.h"
+#include "cpu/kernels/few_dots-inl.h"
+#include "cpu/kernels/product-inl.h"
 #ifdef RELAY_HAS_AMX
-#include "kernels/amx-inl.h"
+#include "cpu/kernels/amx-inl.h"
 #endif
-#include "kernels/many_rows-inl.h"
-#include "kernels/tiled-inl.h"
-#include "kernels/rows-inl.h"
+#include "cpu/kernels/many_rows-inl.h"
+#include "cpu/kernels/tiled-inl.h"
+#include "cpu/kernels/rows-inl.h"
 // clang-format on
 
 /// Query rows of one pass over a tile, as the cost model counts attend_few; the same in all sets.

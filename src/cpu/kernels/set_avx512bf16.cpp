@@ -6,15 +6,15 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace relay::kernels {
 namespace {
 
 #define RELAY_HAS_BF16_DOT 1
 #define RELAY_HAS_BYTE_DOT 1
-#include "kernels/simd_avx512.h"
-#include "kernels/tile-inl.h"
+#include "cpu/kernels/simd_avx512.h"
+#include "cpu/kernels/tile-inl.h"
 
 }  // namespace
 

@@ -4,13 +4,13 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace relay::kernels {
 namespace {
 
-#include "kernels/simd_plain.h"
-#include "kernels/tile-inl.h"
+#include "cpu/kernels/simd_plain.h"
+#include "cpu/kernels/tile-inl.h"
 
 }  // namespace
 

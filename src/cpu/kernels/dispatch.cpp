@@ -15,7 +15,7 @@
 #include <sys/prctl.h>
 #endif
 
-#include "kernels/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "relay/attention.h"
 
 namespace relay {

@@ -1,4 +1,4 @@
-#include "execution/workspace.h"
+#include "cpu/execution/workspace.h"
 
 #include <new>
 

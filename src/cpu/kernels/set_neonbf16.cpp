@@ -6,14 +6,14 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace relay::kernels {
 namespace {
 
 #define RELAY_HAS_BF16_DOT 1
-#include "kernels/simd_neon.h"
-#include "kernels/tile-inl.h"
+#include "cpu/kernels/simd_neon.h"
+#include "cpu/kernels/tile-inl.h"
 
 }  // namespace
 

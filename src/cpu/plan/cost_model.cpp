@@ -1,4 +1,4 @@
-#include "plan/cost_model.h"
+#include "cpu/plan/cost_model.h"
 
 #include <algorithm>
 #include <array>
@@ -8,9 +8,9 @@
 #include <mutex>
 #include <string>
 
-#include "kernels/kernels.h"
-#include "plan/cache_size.h"
-#include "plan/calibrate.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/plan/cache_size.h"
+#include "cpu/plan/calibrate.h"
 
 namespace relay {
 namespace {

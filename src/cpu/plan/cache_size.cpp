@@ -1,4 +1,4 @@
-#include "plan/cache_size.h"
+#include "cpu/plan/cache_size.h"
 
 #include <algorithm>
 #include <fstream>

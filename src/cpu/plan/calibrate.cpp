@@ -1,4 +1,4 @@
-#include "plan/calibrate.h"
+#include "cpu/plan/calibrate.h"
 
 #include <algorithm>
 #include <array>

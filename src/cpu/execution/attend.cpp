@@ -1,15 +1,15 @@
 // Runs a plan: each thread takes items until none is left. Partial results of a row are merged in a
-// tree (plan/merge_tree.h) by whoever delivers the second half of a node, so threads never wait for
-// each other, and the output does not depend on timing.
+// tree (cpu/plan/merge_tree.h) by whoever delivers the second half of a node, so threads never wait
+// for each other, and the output does not depend on timing.
 #include <algorithm>
 #include <cstring>
 #include <string>
 #include <thread>
 
-#include "execution/workspace.h"
-#include "kernels/kernels.h"
-#include "plan/merge_tree.h"
-#include "plan/plan.h"
+#include "cpu/execution/workspace.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/plan/merge_tree.h"
+#include "cpu/plan/plan.h"
 #include "relay/attention.h"
 #include "relay/state.h"
 

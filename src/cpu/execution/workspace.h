@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "plan/plan.h"
+#include "cpu/plan/plan.h"
 #include "relay/attention.h"
 #include "relay/state.h"
 
@@ -35,8 +35,8 @@ struct Workspace::State {
   FloatBuffer partial_o;                     ///< [partials][q_heads][padded v_dim]
   std::vector<SoftmaxState> partial_states;  ///< [partials][q_heads]
   std::vector<FloatBuffer> threads;
-  /// [partials][head_words]: nodes of the rows' trees (plan/merge_tree.h). The bit of a KV head of
-  /// which one half is there.
+  /// [partials][head_words]: nodes of the rows' trees (cpu/plan/merge_tree.h). The bit of a KV head
+  /// of which one half is there.
   std::unique_ptr<std::atomic<uint64_t>[]> half_there;
   int64_t nodes = 0;  ///< there is room for
   alignas(64) std::atomic<uint32_t> next_item{0};

@@ -1,12 +1,12 @@
-#include "plan/plan.h"
+#include "cpu/plan/plan.h"
 
 #include <cmath>
 #include <string>
 
-#include "kernels/kernels.h"
-#include "plan/cost_model.h"
-#include "plan/merge_tree.h"
-#include "plan/planner.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/plan/cost_model.h"
+#include "cpu/plan/merge_tree.h"
+#include "cpu/plan/planner.h"
 #include "relay/state.h"
 
 namespace relay {

@@ -1,12 +1,12 @@
-#include "plan/schedule.h"
+#include "cpu/plan/schedule.h"
 
 #include <algorithm>
 #include <functional>
 
-#include "plan/cost_model.h"
-#include "plan/merge_tree.h"
-#include "plan/plan.h"
-#include "plan/planner.h"
+#include "cpu/plan/cost_model.h"
+#include "cpu/plan/merge_tree.h"
+#include "cpu/plan/plan.h"
+#include "cpu/plan/planner.h"
 
 namespace relay {
 namespace {

@@ -1,8 +1,8 @@
 // Cuts a forest into work items of near-equal finish for all threads.
 #pragma once
 
-#include "plan/cost_model.h"
-#include "plan/plan.h"
+#include "cpu/plan/cost_model.h"
+#include "cpu/plan/plan.h"
 
 namespace relay {
 

@@ -1,6 +1,6 @@
 // KV that lies in memory as the products read it (KvLayout::kTiles): for any number of query rows
 // nothing is transposed, and a tile is one contiguous read. A host that owns its KV layout can have
-// it so; whoever writes a token scatters it once (src/execution/write_kv.cpp).
+// it so; whoever writes a token scatters it once (src/cpu/execution/write_kv.cpp).
 
 /// First byte of the tile's K and V.
 inline const uint8_t* tile_k(const Tile& t) { return t.k[0] + t.k_offset; }

@@ -12,15 +12,15 @@
 //   4. There are several ways to choose the sizes (Way), and none is best for all batches: each is
 //      tried, and the one that is foretold to finish first is kept, even if one of its items takes
 //      longer than it should.
-#include "plan/planner.h"
+#include "cpu/plan/planner.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "kernels/kernels.h"
-#include "plan/merge_tree.h"
-#include "plan/schedule.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/plan/merge_tree.h"
+#include "cpu/plan/schedule.h"
 
 namespace relay {
 namespace {

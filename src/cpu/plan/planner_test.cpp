@@ -1,5 +1,5 @@
 // Plans by a fixed cost model, and what is foretold of them: no clock is read here.
-#include "plan/planner.h"
+#include "cpu/plan/planner.h"
 
 #include <gtest/gtest.h>
 
@@ -12,10 +12,10 @@
 #include <string>
 #include <vector>
 
-#include "plan/cost_model.h"
-#include "plan/merge_tree.h"
-#include "plan/plan.h"
-#include "plan/schedule.h"
+#include "cpu/plan/cost_model.h"
+#include "cpu/plan/merge_tree.h"
+#include "cpu/plan/plan.h"
+#include "cpu/plan/schedule.h"
 #include "relay/forest.h"
 
 namespace relay {

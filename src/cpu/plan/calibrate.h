@@ -1,8 +1,8 @@
 // Measures a kernel set's costs on tiles that lie in the cache.
 #pragma once
 
-#include "kernels/kernels.h"
-#include "plan/cost_model.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/plan/cost_model.h"
 
 namespace relay {
 

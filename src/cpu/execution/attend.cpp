@@ -23,14 +23,6 @@ using kernels::Tile;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-template <typename Pointer>
-auto* at(const RowsView<Pointer>& view, int64_t row, int64_t head) {
-  using Byte =
-      std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
-  return static_cast<Byte*>(view.data) + row / view.rows_per_block * view.block_stride +
-         row % view.rows_per_block * view.row_stride + head * view.head_stride;
-}
-
 /// One thread's work on one operator.
 class Runner {
  public:
@@ -85,7 +77,7 @@ class Runner {
     for (int32_t h = item.head_begin; h < item.head_end; ++h) {
       for (uint32_t i = item.row_begin; i < item.row_end; ++i) {
         for (int32_t g = 0; g < shape_.group(); ++g) {
-          kernels_.pack_query(in_.q.type, at(in_.q, plan_.row_index[i], h * shape_.group() + g),
+          kernels_.pack_query(in_.q.type, in_.q.at(plan_.row_index[i], h * shape_.group() + g),
                               shape_.qk_dim, layout_, q);
           q += q_stride_;
         }
@@ -161,17 +153,17 @@ class Runner {
   /// Fills entries [n, n + count) of a slot table.
   void locate(int64_t slot, int64_t column, int count, int n, SlotTable& table) const {
     const KvCache& kv = in_.kv;
-    const auto* k = static_cast<const uint8_t*>(kv.k.data);
-    const auto* v = static_cast<const uint8_t*>(kv.v.data);
     const bool rows = kv.layout == KvLayout::kRows;
     for (int i = 0; i < count;) {
-      const int64_t block = (slot + i) / kv.block_size;
-      const int64_t first = (slot + i) % kv.block_size;
-      const auto here = static_cast<int>(std::min<int64_t>(count - i, kv.block_size - first));
+      // Within a block, slot follows slot: one division for all of them.
+      const int64_t left = kv.block_size - (slot + i) % kv.block_size;
+      const auto here = static_cast<int>(std::min<int64_t>(count - i, left));
+      const uint8_t* k = kv.k.at(kv.block_size, slot + i, 0);
+      const uint8_t* v = kv.v.at(kv.block_size, slot + i, 0);
       for (int j = 0; j < here; ++j, ++i) {
         if (rows || n + i == 0) {  // of a tile in kTiles only the beginning counts
-          table.k[n + i] = k + block * kv.k.block_stride + (first + j) * kv.k.slot_stride;
-          table.v[n + i] = v + block * kv.v.block_stride + (first + j) * kv.v.slot_stride;
+          table.k[n + i] = k + j * kv.k.slot_stride;
+          table.v[n + i] = v + j * kv.v.slot_stride;
         }
         table.columns[n + i] = column + i;
       }
@@ -357,15 +349,15 @@ class Runner {
 
   /// The tile's columns of one bias row; runs of neighbouring columns at a time.
   void read_bias(uint32_t row, int32_t head, float* out) const {
-    const char* bias = at(in_.bias, row, head);
+    const void* bias = in_.bias.at(row, head);
     for (int s = 0; s < tile_.slots;) {
       int end = s + 1;
       while (end < tile_.slots && now_->columns[end] == now_->columns[end - 1] + 1) ++end;
       if (in_.bias.type == DType::kF16) {
-        kernels_.expand_f16(reinterpret_cast<const uint16_t*>(bias) + now_->columns[s], out + s,
+        kernels_.expand_f16(static_cast<const uint16_t*>(bias) + now_->columns[s], out + s,
                             end - s);
       } else {
-        std::memcpy(out + s, reinterpret_cast<const float*>(bias) + now_->columns[s],
+        std::memcpy(out + s, static_cast<const float*>(bias) + now_->columns[s],
                     static_cast<size_t>(end - s) * sizeof(float));
       }
       s = end;
@@ -484,7 +476,7 @@ class Runner {
       factor = w.into;
     }
     factor = s.empty() ? 0.0f : factor / s.sum;
-    kernels_.store_output(in_.out.type, o, factor, shape_.v_dim, at(in_.out, row, head));
+    kernels_.store_output(in_.out.type, o, factor, shape_.v_dim, in_.out.at(row, head));
     if (in_.lse != nullptr) in_.lse[int64_t{row} * shape_.q_heads + head] = s.log_sum_exp();
   }
 

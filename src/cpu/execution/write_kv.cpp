@@ -6,10 +6,9 @@
 namespace relay {
 namespace {
 
-uint8_t* slot_base(const KvPlane& plane, int64_t block_size, int64_t slot, int32_t head) {
-  return static_cast<uint8_t*>(const_cast<void*>(plane.data)) +
-         slot / block_size * plane.block_stride + slot % block_size * plane.slot_stride +
-         head * plane.head_stride;
+/// Where a slot's vector (or the tile that begins with it) is to be written.
+uint8_t* place(const KvPlane& plane, int64_t block_size, int64_t slot, int32_t head) {
+  return const_cast<uint8_t*>(plane.at(block_size, slot, head));
 }
 
 /// Scatters one vector into its tile: element i goes to tile[i / step * stride + i % step].
@@ -73,13 +72,13 @@ void write_kv(const KvCache& cache, const HeadShape& shape, const ConstRows& k, 
       const void* from_v =
           static_cast<const char*>(v.data) + row * v.row_stride + h * v.head_stride;
       if (cache.layout == KvLayout::kRows) {
-        std::memcpy(slot_base(cache.k, cache.block_size, slots[i], h), from_k, k_bytes);
-        std::memcpy(slot_base(cache.v, cache.block_size, slots[i], h), from_v, v_bytes);
+        std::memcpy(place(cache.k, cache.block_size, slots[i], h), from_k, k_bytes);
+        std::memcpy(place(cache.v, cache.block_size, slots[i], h), from_v, v_bytes);
         continue;
       }
       const int64_t in_tile = slots[i] % kTileSlots;  // blocks are whole tiles
-      uint8_t* k_tile = slot_base(cache.k, cache.block_size, slots[i] - in_tile, h);
-      uint8_t* v_tile = slot_base(cache.v, cache.block_size, slots[i] - in_tile, h);
+      uint8_t* k_tile = place(cache.k, cache.block_size, slots[i] - in_tile, h);
+      uint8_t* v_tile = place(cache.v, cache.block_size, slots[i] - in_tile, h);
       if (k.type == DType::kF32) {
         write_tiled<uint32_t>(false, shape, from_k, from_v, in_tile, k_tile, v_tile);
       } else {

@@ -1,7 +1,12 @@
 /* The stable C interface of librelay: for engines in other languages. Everything that follows is
  * described in relay/types.h, relay/forest.h, relay/inputs.h and relay/attention.h; here it has C's
- * shape. Structs begin with their size, so that later versions can append fields: set it with
- * sizeof. */
+ * shape.
+ *
+ * Structs begin with their size, since later versions append fields: set it with sizeof, and the
+ * rest to 0 before anything else. An appended field is 0 by default. So an older program's shorter
+ * structs are served as ever, and a newer program's longer ones unless they set a field that this
+ * library does not know; that is RELAY_INVALID. (Appended fields begin at or behind the sizeof of
+ * the version before, never in its padding.) */
 #ifndef RELAY_RELAY_H_
 #define RELAY_RELAY_H_
 

@@ -351,6 +351,12 @@ TEST(CApi, RefusesWhatIsWrongAndSaysWhy) {
   EXPECT_EQ(relay_attend(plan, &good.c, workspace, 0), RELAY_INVALID);  // not fitted
   ASSERT_EQ(relay_workspace_fit(workspace, plan), RELAY_OK);
   EXPECT_EQ(relay_attend(plan, &good.c, workspace, 2), RELAY_INVALID);  // no such thread
+  EXPECT_EQ(relay_attend(plan, &good.c, workspace, 0), RELAY_OK);
+  ASSERT_EQ(relay_plan_batch(&plan, &batch.c, &opt), RELAY_OK);
+  EXPECT_EQ(relay_attend(plan, &good.c, workspace, 1), RELAY_INVALID);  // not fitted since
+  EXPECT_NE(std::string(relay_last_error()).find("fit"), std::string::npos);
+  ASSERT_EQ(relay_workspace_fit(workspace, plan), RELAY_OK);
+  EXPECT_EQ(relay_attend(plan, &good.c, workspace, 0), RELAY_OK);
   relay_workspace_free(workspace);
   relay_plan_free(plan);
 }

@@ -57,7 +57,7 @@ PlanSummary summarize(const Plan& plan);
 const PlanOptions& options_of(const Plan& plan);
 
 /// Scratch memory of one running operator: partial states, packed tiles, counters. It fits the plan
-/// that it was last fitted to; reuse it for every layer.
+/// that it was last fitted to, until that is planned again; reuse it for every layer.
 class Workspace {
  public:
   Workspace();
@@ -78,7 +78,8 @@ class Workspace {
 
 /// Does one thread's share of the operator; every thread 0..threads-1 of the plan must call it once
 /// (in any order, at any time, or all from one thread in turn). The output is complete when all
-/// have returned; then the workspace may be used for the next layer.
+/// have returned; then the workspace may be used for the next layer. Throws Error, before anything
+/// is done, if the workspace was not fitted to this planning or there is no such thread.
 void attend(const Plan& plan, const AttentionInputs& inputs, Workspace& workspace, int32_t thread);
 
 /// Validates, plans and runs on `threads` threads of its own: for tests and one-off use.

@@ -100,7 +100,8 @@ void relay_plan_free(relay_plan* plan);
 relay_status relay_plan_slots(const relay_plan* plan, int64_t* read, int64_t* attended);
 
 relay_status relay_workspace_create(relay_workspace** workspace);
-/* After each relay_plan_batch, before the first relay_attend; not while one is running. */
+/* After each relay_plan_batch, before the first relay_attend (which is RELAY_INVALID otherwise); not
+ * while one is running. */
 relay_status relay_workspace_fit(relay_workspace* workspace, const relay_plan* plan);
 void relay_workspace_free(relay_workspace* workspace);
 

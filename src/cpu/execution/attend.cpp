@@ -554,7 +554,11 @@ void validate(const Plan& plan, const AttentionInputs& in) {
 
 void attend(const Plan& plan, const AttentionInputs& inputs, Workspace& workspace, int32_t thread) {
   Workspace::State& ws = workspace.state();
-  if (ws.plan != &plan) throw Error("attend: the workspace was fitted to another plan");
+  if (ws.fitted_to != plan.serial) {
+    throw Error(
+        "attend: the workspace was fitted to another plan, or before this one was planned "
+        "again: call fit() after each planning");
+  }
   if (thread < 0 || thread >= plan.options.threads) throw Error("attend: no such thread");
   Runner runner(plan, inputs, ws, thread);
   const auto items = static_cast<uint32_t>(plan.items.size());

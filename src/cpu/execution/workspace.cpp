@@ -21,8 +21,8 @@ Workspace& Workspace::operator=(Workspace&&) noexcept = default;
 
 void Workspace::fit(const Plan& plan) {
   State& s = *state_;
+  s.fitted_to = 0;  // nothing's, should memory run out
   s.layout = layout_of(plan);
-  s.plan = &plan;
   s.partial_o.reserve(s.layout.partial_floats);
   if (s.partial_states.size() < static_cast<size_t>(s.layout.partial_states)) {
     s.partial_states.resize(static_cast<size_t>(s.layout.partial_states));
@@ -37,6 +37,7 @@ void Workspace::fit(const Plan& plan) {
   for (int64_t i = 0; i < s.layout.nodes; ++i) s.half_there[i].store(0, std::memory_order_relaxed);
   s.next_item.store(0, std::memory_order_relaxed);
   s.finished_threads.store(0, std::memory_order_relaxed);
+  s.fitted_to = plan.serial;
 }
 
 }  // namespace relay

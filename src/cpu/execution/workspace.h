@@ -31,7 +31,7 @@ class FloatBuffer {
 /// layer starts clean without a barrier of its own.
 struct Workspace::State {
   WorkspaceLayout layout;
-  const Plan* plan = nullptr;                ///< what the counters are set up for
+  uint64_t fitted_to = 0;                    ///< serial of the plan that all this is set up for
   FloatBuffer partial_o;                     ///< [partials][q_heads][padded v_dim]
   std::vector<SoftmaxState> partial_states;  ///< [partials][q_heads]
   std::vector<FloatBuffer> threads;

@@ -1,5 +1,6 @@
 #include "cpu/plan/plan.h"
 
+#include <atomic>
 #include <cmath>
 #include <string>
 
@@ -15,6 +16,12 @@ namespace {
 using kernels::padded_dim;
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+/// No two plannings of a process have the same; 0 is none's.
+uint64_t next_serial() {
+  static std::atomic<uint64_t> last{0};
+  return last.fetch_add(1, std::memory_order_relaxed) + 1;
+}
 
 /// The promises of a forest that planning relies on; relay::validate() also checks disjointness.
 void check_ranges(const Forest& f, KvLayout layout) {
@@ -81,6 +88,7 @@ void remake_plan(Plan& plan, const Forest& forest, const PlanOptions& options,
                  const CostModel& costs) {
   check_options(options);
   check_ranges(forest, options.layout);
+  plan.serial = next_serial();  // first: what was fitted to the older plan never runs on a torn one
   cut_plan(plan, forest, options, costs);
 }
 

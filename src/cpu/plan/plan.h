@@ -42,6 +42,7 @@ class Plan {
  public:
   static constexpr uint32_t kDirect = UINT32_MAX;  ///< a row's only result goes straight out
 
+  uint64_t serial = 0;  ///< of its last planning, in this process: which plan this is
   PlanOptions options;
   Forest forest;                        ///< what was planned
   std::vector<uint32_t> row_index;      ///< the forest's, and the rows that attend nothing

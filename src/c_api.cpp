@@ -1,5 +1,6 @@
 // The C interface over the C++ one; no exception leaves it.
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -50,6 +51,10 @@ void require(bool condition, const char* what) {
 /// sizeof(T) in the first version of the interface: where the first field appended since begins.
 template <typename T>
 constexpr size_t kFirstSize = sizeof(T);
+template <>
+constexpr size_t kFirstSize<relay_inputs> = offsetof(relay_inputs, cache_slots);
+template <>
+constexpr size_t kFirstSize<relay_kv_write> = offsetof(relay_kv_write, cache_slots);
 
 /// No struct will ever be as large: such a size is a mistake, and no memory to look at.
 constexpr size_t kAbsurdSize = 4096;
@@ -116,6 +121,7 @@ relay::AttentionInputs convert(const relay_plan* plan, const relay_inputs* input
   out.kv.v = plane(in.v, options.v_type);
   out.kv.block_size = plan->block_size;
   out.kv.layout = plan->layout;
+  out.kv.slots = in.cache_slots;
   out.scale = in.scale;
   out.softcap = in.softcap;
   out.window = plan->window;
@@ -240,6 +246,7 @@ relay_status relay_write_kv(const relay_kv_write* given, int32_t head_begin, int
     cache.v = plane(write.v_cache, dtype(write.v_type));
     cache.block_size = write.block_size;
     cache.layout = layout(write.layout);
+    cache.slots = write.cache_slots;
     const relay::HeadShape shape = {write.kv_heads, write.kv_heads, write.k_dim, write.v_dim};
     relay::write_kv(cache, shape, {cache.k.type, write.k, write.k_row_stride, write.k_head_stride},
                     {cache.v.type, write.v, write.v_row_stride, write.v_head_stride},

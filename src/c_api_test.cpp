@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -264,6 +265,12 @@ TEST(CApiVersions, ProgramsOfTheFirstVersionAreServed) {
   EXPECT_EQ(v[6 * kDim - 1], 3.0f);
 }
 
+// Nothing may be appended into the padding of an older version: its programs leave anything there.
+static_assert(sizeof(relay_v1::relay_batch) == sizeof(relay_batch));
+static_assert(sizeof(relay_v1::relay_plan_options) == sizeof(relay_plan_options));
+static_assert(sizeof(relay_v1::relay_inputs) == offsetof(relay_inputs, cache_slots));
+static_assert(sizeof(relay_v1::relay_kv_write) == offsetof(relay_kv_write, cache_slots));
+
 TEST(CApiVersions, LongerStructsAreServedUnlessTheyAskForWhatIsUnknown) {
   const Batch batch;
   Tensors now, later;
@@ -321,6 +328,32 @@ TEST(CApiVersions, SizesOfNoVersionAreRefused) {
   auto no_write = write_of<relay_kv_write>(vector, cache, cache, &slot);
   no_write.size = sizeof(relay_v1::relay_kv_write) - 1;
   EXPECT_EQ(relay_write_kv(&no_write, 0, 1), RELAY_INVALID);
+}
+
+// --- Capacity ------------------------------------------------------------------------------------
+
+TEST(CApiCapacity, SlotsThatTheCacheDoesNotHaveAreRefused) {
+  const Batch batch;  // its highest slot is the last of block 2: 47
+  const auto opt = options();
+  Tensors t;
+  t.c.cache_slots = kSlots;
+  EXPECT_EQ(run(&batch.c, &opt, &t.c), RELAY_OK) << relay_last_error();
+  t.c.cache_slots = kSlots - 1;
+  EXPECT_EQ(run(&batch.c, &opt, &t.c), RELAY_INVALID);
+  EXPECT_NE(std::string(relay_last_error()).find("slot 47"), std::string::npos);
+  t.c.cache_slots = -1;
+  EXPECT_EQ(run(&batch.c, &opt, &t.c), RELAY_INVALID);
+
+  const std::vector<float> vector(kDim, 3.0f);
+  std::vector<float> k(8 * kDim), v(8 * kDim);
+  int64_t slot = 8;
+  auto write = write_of<relay_kv_write>(vector.data(), k.data(), v.data(), &slot);
+  write.cache_slots = 8;
+  EXPECT_EQ(relay_write_kv(&write, 0, 1), RELAY_INVALID);
+  EXPECT_NE(std::string(relay_last_error()).find("slot 8"), std::string::npos);
+  slot = 7;
+  EXPECT_EQ(relay_write_kv(&write, 0, 1), RELAY_OK) << relay_last_error();
+  EXPECT_EQ(v[8 * kDim - 1], 3.0f);
 }
 
 // --- Refusals ------------------------------------------------------------------------------------

@@ -35,5 +35,25 @@ TEST(Address, OfARow) {
   EXPECT_EQ(static_cast<const char*>(one_block.at(7, 4)) - memory, 7 * 100 + 4 * 8);
 }
 
+TEST(CacheSizes, SayWhatIsWrong) {
+  KvCache cache;
+  EXPECT_EQ(fault_of(cache), nullptr);
+  cache.slots = 100;
+  EXPECT_EQ(fault_of(cache), nullptr);
+  cache.slots = -1;
+  EXPECT_NE(fault_of(cache), nullptr);
+  cache.slots = 128;
+  cache.block_size = 0;
+  EXPECT_NE(fault_of(cache), nullptr);
+  cache.layout = KvLayout::kTiles;
+  cache.block_size = 64;
+  EXPECT_EQ(fault_of(cache), nullptr);
+  cache.slots = 100;  // a tile would be cut short
+  EXPECT_NE(fault_of(cache), nullptr);
+  cache.slots = 128;
+  cache.block_size = 16;
+  EXPECT_NE(fault_of(cache), nullptr);
+}
+
 }  // namespace
 }  // namespace relay

@@ -85,7 +85,8 @@ void attend(const Plan& plan, const AttentionInputs& inputs, Workspace& workspac
 /// Validates, plans and runs on `threads` threads of its own: for tests and one-off use.
 void attend_forest(const Forest& forest, const PlanOptions& options, const AttentionInputs& inputs);
 
-/// Throws Error if `inputs` cannot be served with this plan (types, null pointers, strides).
+/// Throws Error if `inputs` cannot be served with this plan (types, null pointers, strides, slots
+/// that the cache does not have).
 void validate(const Plan& plan, const AttentionInputs& inputs);
 
 // --- Instruction sets

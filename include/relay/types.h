@@ -88,7 +88,11 @@ struct KvCache {
   KvPlane v;
   int64_t block_size = INT64_MAX;  ///< slots per block; the default is one block for all
   KvLayout layout = KvLayout::kRows;
+  int64_t slots = 0;  ///< that it has, so that none outside is touched; 0: unknown
 };
+
+/// What is wrong with a cache's sizes, whatever lies in it; null if nothing is.
+const char* fault_of(const KvCache& cache);
 
 /// Q, the output, or a bias: one vector per (row, head). Strides in bytes, elements contiguous.
 /// Vector of row r, head h: data + (r / rows_per_block) * block_stride

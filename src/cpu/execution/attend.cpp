@@ -519,8 +519,12 @@ void validate(const Plan& plan, const AttentionInputs& in) {
     fail("K or V has another type than planned");
   }
   if (in.kv.layout != plan.options.layout) fail("K and V have another layout than planned");
+  if (const char* fault = fault_of(in.kv)) fail(fault);
+  if (in.kv.slots != 0 && plan.slots_end > in.kv.slots) {
+    fail("the batch attends slot " + std::to_string(plan.slots_end - 1) + ", the KV cache has " +
+         std::to_string(in.kv.slots) + " slots");
+  }
   if (in.kv.layout == KvLayout::kTiles) {
-    if (in.kv.block_size % kTileSlots != 0) fail("tiled KV needs blocks of whole tiles");
     if (in.kv.k.slot_stride != row_bytes(in.kv.k.type, plan.options.shape.qk_dim) ||
         in.kv.v.slot_stride != row_bytes(in.kv.v.type, plan.options.shape.v_dim)) {
       fail("tiled KV has slot strides of one vector");
@@ -533,9 +537,8 @@ void validate(const Plan& plan, const AttentionInputs& in) {
       (in.kv.v.type == DType::kCustom && in.kv.v.unpack == nullptr)) {
     fail("kCustom needs an unpack function");
   }
-  if (in.kv.block_size < 1 || in.q.rows_per_block < 1 || in.out.rows_per_block < 1 ||
-      in.bias.rows_per_block < 1) {
-    fail("block sizes must be positive");
+  if (in.q.rows_per_block < 1 || in.out.rows_per_block < 1 || in.bias.rows_per_block < 1) {
+    fail("rows_per_block must be positive");
   }
   if (in.window < 0) fail("window must not be negative");
   if (!(in.softcap >= 0.0f)) fail("softcap must not be negative");

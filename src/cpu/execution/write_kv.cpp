@@ -35,13 +35,14 @@ void write_tiled(bool pairs, const HeadShape& shape, const void* k, const void* 
   }
 }
 
-void check(const KvCache& cache, const HeadShape& shape, const ConstRows& k, const ConstRows& v) {
+void check(const KvCache& cache, const HeadShape& shape, const ConstRows& k, const ConstRows& v,
+           std::span<const int64_t> slots) {
   const auto fail = [](const std::string& what) { throw Error("write_kv: " + what); };
   if (cache.k.data == nullptr || cache.v.data == nullptr || k.data == nullptr ||
       v.data == nullptr) {
     fail("null data");
   }
-  if (cache.block_size < 1) fail("block_size must be positive");
+  if (const char* fault = fault_of(cache)) fail(fault);
   if (k.type != cache.k.type || v.type != cache.v.type) {
     fail("K and V must have the cache's types");
   }
@@ -52,7 +53,13 @@ void check(const KvCache& cache, const HeadShape& shape, const ConstRows& k, con
   if (cache.layout == KvLayout::kTiles) {
     const char* obstacle = obstacle_to_tiles(shape, k.type, v.type);
     if (obstacle != nullptr) fail(obstacle);
-    if (cache.block_size % kTileSlots != 0) fail("tiled KV needs blocks of whole tiles");
+  }
+  if (cache.slots == 0) return;
+  for (const int64_t slot : slots) {
+    if (slot >= cache.slots) {
+      fail("a token is to go to slot " + std::to_string(slot) + ", the KV cache has " +
+           std::to_string(cache.slots) + " slots");
+    }
   }
 }
 
@@ -60,7 +67,7 @@ void check(const KvCache& cache, const HeadShape& shape, const ConstRows& k, con
 
 void write_kv(const KvCache& cache, const HeadShape& shape, const ConstRows& k, const ConstRows& v,
               std::span<const int64_t> slots, int32_t head_begin, int32_t head_end) {
-  check(cache, shape, k, v);
+  check(cache, shape, k, v, slots);
   const auto k_bytes = static_cast<size_t>(row_bytes(k.type, shape.qk_dim));
   const auto v_bytes = static_cast<size_t>(row_bytes(v.type, shape.v_dim));
   for (size_t i = 0; i < slots.size(); ++i) {

@@ -1,5 +1,6 @@
 #include "cpu/plan/plan.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <string>
@@ -24,7 +25,9 @@ uint64_t next_serial() {
 }
 
 /// The promises of a forest that planning relies on; relay::validate() also checks disjointness.
-void check_ranges(const Forest& f, KvLayout layout) {
+/// Returns Plan::slots_end.
+int64_t check_ranges(const Forest& f, KvLayout layout) {
+  int64_t slots_end = 0;
   for (const Segment& s : f.segments) {
     if (s.span_begin >= s.span_end || s.span_end > f.spans.size() || s.row_begin >= s.row_end ||
         s.row_end > f.row_index.size() ||
@@ -34,17 +37,22 @@ void check_ranges(const Forest& f, KvLayout layout) {
     }
     int64_t slots = 0;
     for (const Span& span : f.spans_of(s)) {
-      if (span.count <= 0 || span.slot < 0) throw Error("plan: the forest has a bad span");
+      if (span.count <= 0 || span.slot < 0 || span.slot > INT64_MAX - span.count) {
+        throw Error("plan: the forest has a bad span");
+      }
       if (layout == KvLayout::kTiles && (span.slot % kTileSlots != 0 || slots % kTileSlots != 0)) {
         throw Error("plan: with tiled KV a segment consists of whole tiles, the last one apart");
       }
+      if (span.count > s.slots - slots) break;  // too many, were they added up
       slots += span.count;
+      slots_end = std::max(slots_end, span.slot + span.count);
     }
     if (slots != s.slots) throw Error("plan: a segment's slots are not the sum of its spans");
   }
   for (uint32_t row : f.row_index) {
     if (row >= static_cast<uint32_t>(f.rows)) throw Error("plan: the forest lists a row too many");
   }
+  return slots_end;
 }
 
 }  // namespace
@@ -87,8 +95,9 @@ void remake_plan(Plan& plan, const Forest& forest, const PlanOptions& options) {
 void remake_plan(Plan& plan, const Forest& forest, const PlanOptions& options,
                  const CostModel& costs) {
   check_options(options);
-  check_ranges(forest, options.layout);
+  const int64_t slots_end = check_ranges(forest, options.layout);
   plan.serial = next_serial();  // first: what was fitted to the older plan never runs on a torn one
+  plan.slots_end = slots_end;
   cut_plan(plan, forest, options, costs);
 }
 

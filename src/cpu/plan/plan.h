@@ -50,7 +50,8 @@ class Plan {
   std::vector<uint32_t> partial_begin;  ///< [rows + 1]: row r's partials (merge_tree.h)
   std::vector<uint32_t> first_partial;  ///< [block][row]: that of its first chunk, or kDirect
 
-  int64_t partials = 0;  ///< partials of all rows, each of all query heads
+  int64_t partials = 0;   ///< partials of all rows, each of all query heads
+  int64_t slots_end = 0;  ///< all slots of the forest lie below
   // Largest needs of any item, for the threads' scratch.
   int64_t max_states = 0;  ///< (query row, KV head) pairs
   int64_t max_bias_rows = 0;

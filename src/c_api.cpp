@@ -1,4 +1,7 @@
 // The C interface over the C++ one; no exception leaves it.
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <string>
@@ -45,6 +48,39 @@ void require(bool condition, const char* what) {
   if (!condition) throw relay::Error(what);
 }
 
+/// sizeof(T) in the first version of the interface: where the first field appended since begins.
+template <typename T>
+constexpr size_t kFirstSize = sizeof(T);
+template <>
+constexpr size_t kFirstSize<relay_inputs> = offsetof(relay_inputs, cache_slots);
+template <>
+constexpr size_t kFirstSize<relay_kv_write> = offsetof(relay_kv_write, cache_slots);
+
+/// No struct will ever be as large: such a size is a mistake, and no memory to look at.
+constexpr size_t kAbsurdSize = 4096;
+
+/// A caller's struct as this version knows it. What the caller's version lacks is 0, the default of
+/// every appended field; what this version lacks must be 0, since it cannot be done.
+template <typename T>
+T known_part(const T* given, const char* name) {
+  require(given != nullptr, "null argument");
+  const auto* bytes = reinterpret_cast<const unsigned char*>(given);
+  size_t size;
+  std::memcpy(&size, bytes, sizeof(size));
+  if (size < kFirstSize<T> || size >= kAbsurdSize) {
+    throw relay::Error(std::string(name) + ".size is " + std::to_string(size) +
+                       ", which no version has: set it with sizeof");
+  }
+  if (size > sizeof(T) &&
+      std::any_of(bytes + sizeof(T), bytes + size, [](unsigned char byte) { return byte != 0; })) {
+    throw relay::Error(std::string(name) + " sets a field that this version of librelay does not " +
+                       "know: leave it 0, or use a newer librelay");
+  }
+  T known{};
+  std::memcpy(&known, bytes, std::min(size, sizeof(T)));
+  return known;
+}
+
 relay::DType dtype(relay_dtype type) {
   switch (type) {
     case RELAY_F32:
@@ -74,27 +110,25 @@ relay::KvPlane plane(const relay_kv& kv, relay::DType type) {
   return {type, kv.data, kv.block_stride, kv.slot_stride, kv.head_stride};
 }
 
-relay::AttentionInputs convert(const relay_plan& plan, const relay_inputs& in,
-                               const relay::PlanOptions& options) {
+relay::AttentionInputs convert(const relay_plan* plan, const relay_inputs* inputs) {
+  require(plan != nullptr && plan->plan != nullptr, "null argument");
+  const relay_inputs in = known_part(inputs, "relay_inputs");
+  const relay::PlanOptions& options = relay::options_of(*plan->plan);
   relay::AttentionInputs out;
   out.q = {dtype(in.q_type), in.q, in.q_row_stride, in.q_head_stride};
   out.out = {dtype(in.out_type), in.out, in.out_row_stride, in.out_head_stride};
   out.kv.k = plane(in.k, options.k_type);
   out.kv.v = plane(in.v, options.v_type);
-  out.kv.block_size = plan.block_size;
-  out.kv.layout = plan.layout;
+  out.kv.block_size = plan->block_size;
+  out.kv.layout = plan->layout;
+  out.kv.slots = in.cache_slots;
   out.scale = in.scale;
   out.softcap = in.softcap;
-  out.window = plan.window;
+  out.window = plan->window;
   out.slopes = in.slopes;
   out.sinks = in.sinks;
   out.lse = in.lse;
   return out;
-}
-
-void require_inputs(const relay_plan* plan, const relay_inputs* inputs) {
-  require(plan != nullptr && plan->plan != nullptr && inputs != nullptr, "null argument");
-  require(inputs->size == sizeof(relay_inputs), "relay_inputs.size is not its sizeof");
 }
 
 }  // namespace
@@ -108,36 +142,35 @@ const char* relay_isa(void) {
   return guarded([] { name = relay::current_isa(); }) == RELAY_OK ? name.c_str() : "";
 }
 
-relay_status relay_plan_batch(relay_plan** plan, const relay_batch* batch,
-                              const relay_plan_options* options) {
+relay_status relay_plan_batch(relay_plan** plan, const relay_batch* given_batch,
+                              const relay_plan_options* given_options) {
   return guarded([&] {
-    require(plan != nullptr && batch != nullptr && options != nullptr, "null argument");
-    require(batch->size == sizeof(relay_batch), "relay_batch.size is not its sizeof");
-    require(options->size == sizeof(relay_plan_options),
-            "relay_plan_options.size is not its sizeof");
-    require(batch->requests >= 0 && batch->row_offsets != nullptr, "row_offsets is null");
-    require(batch->requests == 0 || batch->kv_lengths != nullptr, "kv_lengths is null");
+    require(plan != nullptr, "null argument");
+    const relay_batch batch = known_part(given_batch, "relay_batch");
+    const relay_plan_options options = known_part(given_options, "relay_plan_options");
+    require(batch.requests >= 0 && batch.row_offsets != nullptr, "row_offsets is null");
+    require(batch.requests == 0 || batch.kv_lengths != nullptr, "kv_lengths is null");
     relay::BlockTables tables;
-    const auto requests = static_cast<size_t>(batch->requests);
-    tables.requests = batch->requests;
-    tables.row_offsets = {batch->row_offsets, requests + 1};
-    tables.kv_lengths = {batch->kv_lengths, requests};
-    tables.table = batch->table;
-    tables.table_stride = batch->table_stride;
-    tables.block_size = batch->block_size;
-    require(batch->causal == 0 || batch->causal == 1, "relay_batch.causal must be 0 or 1");
-    require(batch->causal == 1 || batch->window == 0,
+    const auto requests = static_cast<size_t>(batch.requests);
+    tables.requests = batch.requests;
+    tables.row_offsets = {batch.row_offsets, requests + 1};
+    tables.kv_lengths = {batch.kv_lengths, requests};
+    tables.table = batch.table;
+    tables.table_stride = batch.table_stride;
+    tables.block_size = batch.block_size;
+    require(batch.causal == 0 || batch.causal == 1, "relay_batch.causal must be 0 or 1");
+    require(batch.causal == 1 || batch.window == 0,
             "a sliding window needs relay_batch.causal = 1");
-    tables.window = batch->window;
-    tables.causal = batch->causal == 1;
-    const relay::KvLayout kv_layout = layout(options->layout);
+    tables.window = batch.window;
+    tables.causal = batch.causal == 1;
+    const relay::KvLayout kv_layout = layout(options.layout);
     if (kv_layout == relay::KvLayout::kTiles) tables.align = relay::kTileSlots;
     relay::PlanOptions plan_options;
-    plan_options.shape = {options->q_heads, options->kv_heads, options->qk_dim, options->v_dim};
-    plan_options.k_type = dtype(options->k_type);
-    plan_options.v_type = dtype(options->v_type);
+    plan_options.shape = {options.q_heads, options.kv_heads, options.qk_dim, options.v_dim};
+    plan_options.k_type = dtype(options.k_type);
+    plan_options.v_type = dtype(options.v_type);
     plan_options.layout = kv_layout;
-    plan_options.threads = options->threads;
+    plan_options.threads = options.threads;
 
     std::unique_ptr<relay_plan> made;
     relay_plan* target = *plan;
@@ -145,14 +178,14 @@ relay_status relay_plan_batch(relay_plan** plan, const relay_batch* batch,
       made = std::make_unique<relay_plan>();
       target = made.get();
     }
-    relay::build_from_block_tables(tables, sharing(options->sharing), target->forest);
+    relay::build_from_block_tables(tables, sharing(options.sharing), target->forest);
     if (target->plan == nullptr) {
       target->plan = relay::make_plan(target->forest, plan_options);
     } else {
       relay::remake_plan(*target->plan, target->forest, plan_options);
     }
-    target->block_size = batch->block_size;
-    target->window = batch->window;
+    target->block_size = batch.block_size;
+    target->window = batch.window;
     target->layout = kv_layout;
     if (made != nullptr) *plan = made.release();
   });
@@ -188,38 +221,36 @@ void relay_workspace_free(relay_workspace* workspace) { delete workspace; }
 
 relay_status relay_check(const relay_plan* plan, const relay_inputs* inputs) {
   return guarded([&] {
-    require_inputs(plan, inputs);
-    relay::validate(*plan->plan, convert(*plan, *inputs, relay::options_of(*plan->plan)));
+    const relay::AttentionInputs in = convert(plan, inputs);
+    relay::validate(*plan->plan, in);
   });
 }
 
 relay_status relay_attend(const relay_plan* plan, const relay_inputs* inputs,
                           relay_workspace* workspace, int32_t thread) {
   return guarded([&] {
-    require_inputs(plan, inputs);
+    const relay::AttentionInputs in = convert(plan, inputs);
     require(workspace != nullptr, "null argument");
-    relay::attend(*plan->plan, convert(*plan, *inputs, relay::options_of(*plan->plan)),
-                  workspace->workspace, thread);
+    relay::attend(*plan->plan, in, workspace->workspace, thread);
   });
 }
 
-relay_status relay_write_kv(const relay_kv_write* write, int32_t head_begin, int32_t head_end) {
+relay_status relay_write_kv(const relay_kv_write* given, int32_t head_begin, int32_t head_end) {
   return guarded([&] {
-    require(write != nullptr, "null argument");
-    require(write->size == sizeof(relay_kv_write), "relay_kv_write.size is not its sizeof");
-    require(write->tokens >= 0 && (write->tokens == 0 || write->slots != nullptr), "slots is null");
-    require(0 <= head_begin && head_begin <= head_end && head_end <= write->kv_heads,
+    const relay_kv_write write = known_part(given, "relay_kv_write");
+    require(write.tokens >= 0 && (write.tokens == 0 || write.slots != nullptr), "slots is null");
+    require(0 <= head_begin && head_begin <= head_end && head_end <= write.kv_heads,
             "no such heads");
     relay::KvCache cache;
-    cache.k = plane(write->k_cache, dtype(write->k_type));
-    cache.v = plane(write->v_cache, dtype(write->v_type));
-    cache.block_size = write->block_size;
-    cache.layout = layout(write->layout);
-    const relay::HeadShape shape = {write->kv_heads, write->kv_heads, write->k_dim, write->v_dim};
-    relay::write_kv(cache, shape,
-                    {cache.k.type, write->k, write->k_row_stride, write->k_head_stride},
-                    {cache.v.type, write->v, write->v_row_stride, write->v_head_stride},
-                    {write->slots, static_cast<size_t>(write->tokens)}, head_begin, head_end);
+    cache.k = plane(write.k_cache, dtype(write.k_type));
+    cache.v = plane(write.v_cache, dtype(write.v_type));
+    cache.block_size = write.block_size;
+    cache.layout = layout(write.layout);
+    cache.slots = write.cache_slots;
+    const relay::HeadShape shape = {write.kv_heads, write.kv_heads, write.k_dim, write.v_dim};
+    relay::write_kv(cache, shape, {cache.k.type, write.k, write.k_row_stride, write.k_head_stride},
+                    {cache.v.type, write.v, write.v_row_stride, write.v_head_stride},
+                    {write.slots, static_cast<size_t>(write.tokens)}, head_begin, head_end);
   });
 }
 

@@ -49,4 +49,14 @@ const char* obstacle_to_tiles(const HeadShape& shape, DType k_type, DType v_type
   return nullptr;
 }
 
+const char* fault_of(const KvCache& cache) {
+  if (cache.block_size < 1) return "the KV cache's block_size must be positive";
+  if (cache.slots < 0) return "the KV cache's slots must not be negative";
+  if (cache.layout == KvLayout::kTiles &&
+      (cache.block_size % kTileSlots != 0 || cache.slots % kTileSlots != 0)) {
+    return "tiled KV needs blocks of whole tiles, and a cache of them";
+  }
+  return nullptr;
+}
+
 }  // namespace relay

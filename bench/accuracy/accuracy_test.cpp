@@ -55,8 +55,7 @@ void copy_values(const AccuracyGraph& graph, const std::vector<int64_t>& rows,
   const auto copy = [&](const KvPlane& from, test::KvTensor& to) {
     for (int64_t slot = 0; slot < graph.slots(); ++slot) {
       for (int64_t head = 0; head < shape.kv_heads; ++head) {
-        decode(from.type, static_cast<const char*>(from.data) + slot * from.slot_stride +
-                              head * from.head_stride);
+        decode(from.type, from.at(INT64_MAX, slot, head));
         to.set(slot, head, values);
       }
     }
@@ -65,8 +64,7 @@ void copy_values(const AccuracyGraph& graph, const std::vector<int64_t>& rows,
   copy(inputs.kv.v, op.kv.v);
   for (int64_t row : rows) {
     for (int64_t head = 0; head < shape.q_heads; ++head) {
-      decode(inputs.q.type, static_cast<const char*>(inputs.q.data) + row * inputs.q.row_stride +
-                                head * inputs.q.head_stride);
+      decode(inputs.q.type, inputs.q.at(row, head));
       op.q.set(row, head, values);
     }
   }

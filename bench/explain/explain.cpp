@@ -1,7 +1,7 @@
 #include "bench/explain/explain.h"
 
-#include "plan/cost_model.h"
-#include "plan/schedule.h"
+#include "cpu/plan/cost_model.h"
+#include "cpu/plan/schedule.h"
 
 namespace relay::bench {
 namespace {

@@ -13,8 +13,8 @@
 
 #include "bench/op/kv_buffer.h"
 #include "bench/op/roofline.h"
-#include "execution/workspace.h"
-#include "kernels/kernels.h"
+#include "cpu/execution/workspace.h"
+#include "cpu/kernels/kernels.h"
 #include "relay/attention.h"
 #include "relay/types.h"
 

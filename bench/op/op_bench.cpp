@@ -7,9 +7,9 @@
 #include <span>
 
 #include "bench/op/kv_buffer.h"
-#include "plan/cache_size.h"
-#include "plan/plan.h"
-#include "plan/schedule.h"
+#include "cpu/plan/cache_size.h"
+#include "cpu/plan/plan.h"
+#include "cpu/plan/schedule.h"
 #include "relay/forest.h"
 
 namespace relay::bench {

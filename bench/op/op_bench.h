@@ -11,7 +11,7 @@
 
 #include "bench/op/roofline.h"
 #include "bench/op/thread_pool.h"
-#include "kernels/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "relay/attention.h"
 
 namespace relay::bench {

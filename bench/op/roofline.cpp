@@ -17,7 +17,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "plan/cache_size.h"
+#include "cpu/plan/cache_size.h"
 #include "relay/attention.h"
 
 namespace relay::bench {

@@ -1,16 +1,11 @@
-// Attention over a forest of KV segments: plan once per batch, run once per layer.
+// Attention over a forest of KV segments on the threads of a CPU: plan once per batch, run once per
+// layer. relay/inputs.h says what is computed.
 //
 //   Forest forest;  build_from_block_tables(batch, Sharing::kOn, forest);
 //   PlanPtr plan = make_plan(forest, {.shape = shape, .threads = 8});  // KV in f16
 //   Workspace workspace(*plan);
 //   // on each of 8 threads, for every layer:
 //   attend(*plan, inputs, workspace, thread);
-//
-// For row r and query head h, over the slots s that r attends (kv head h / group):
-//   logit_s = softcap(scale * q . k_s) + bias,   softcap(x) = cap * tanh(x / cap) if cap > 0
-//   bias    = slope_h * mask(r, s)              where a bias matrix is given (slope 1 if no slopes)
-//           = slope_h * (column_s - position_r) with slopes alone (ALiBi)
-//   out     = sum_s exp(logit_s) v_s / (sum_s exp(logit_s) + exp(sink_h))
 #pragma once
 
 #include <cstddef>
@@ -20,6 +15,7 @@
 #include <vector>
 
 #include "relay/forest.h"
+#include "relay/inputs.h"
 #include "relay/types.h"
 
 namespace relay {
@@ -31,21 +27,6 @@ struct PlanOptions {
   DType v_type = DType::kF16;
   KvLayout layout = KvLayout::kRows;
   int32_t threads = 1;  ///< number of threads that will call attend()
-};
-
-struct AttentionInputs {
-  ConstRows q;  ///< [rows][q_heads][qk_dim], f32, f16 or bf16
-  KvCache kv;
-  MutableRows out;  ///< [rows][q_heads][v_dim], f32, f16 or bf16; must not overlap the inputs
-  float scale = 1.0f;
-  float softcap = 0.0f;           ///< 0: none
-  int64_t window = 0;             ///< for Visibility::kPositions, 0: none
-  const float* slopes = nullptr;  ///< [q_heads] or null
-  const float* sinks = nullptr;   ///< [q_heads] logits without a value, or null
-  ConstRows
-      bias;  ///< for Visibility::kBias: f16 or f32, element c is column c; head_stride may be 0
-  float* lse =
-      nullptr;  ///< optional [rows][q_heads], natural log-sum-exp of the logits (with sink)
 };
 
 /// How a forest's work is cut into items and where their partial results go. Immutable once made;
@@ -76,7 +57,7 @@ PlanSummary summarize(const Plan& plan);
 const PlanOptions& options_of(const Plan& plan);
 
 /// Scratch memory of one running operator: partial states, packed tiles, counters. It fits the plan
-/// that it was last fitted to; reuse it for every layer.
+/// that it was last fitted to, until that is planned again; reuse it for every layer.
 class Workspace {
  public:
   Workspace();
@@ -97,13 +78,15 @@ class Workspace {
 
 /// Does one thread's share of the operator; every thread 0..threads-1 of the plan must call it once
 /// (in any order, at any time, or all from one thread in turn). The output is complete when all
-/// have returned; then the workspace may be used for the next layer.
+/// have returned; then the workspace may be used for the next layer. Throws Error, before anything
+/// is done, if the workspace was not fitted to this planning or there is no such thread.
 void attend(const Plan& plan, const AttentionInputs& inputs, Workspace& workspace, int32_t thread);
 
 /// Validates, plans and runs on `threads` threads of its own: for tests and one-off use.
 void attend_forest(const Forest& forest, const PlanOptions& options, const AttentionInputs& inputs);
 
-/// Throws Error if `inputs` cannot be served with this plan (types, null pointers, strides).
+/// Throws Error if `inputs` cannot be served with this plan (types, null pointers, strides, slots
+/// that the cache does not have).
 void validate(const Plan& plan, const AttentionInputs& inputs);
 
 // --- Instruction sets

@@ -5,7 +5,7 @@
 #include <span>
 #include <vector>
 
-#include "relay/attention.h"
+#include "relay/inputs.h"
 
 namespace relay {
 

@@ -1,6 +1,12 @@
 /* The stable C interface of librelay: for engines in other languages. Everything that follows is
- * described in relay/types.h, relay/forest.h and relay/attention.h; here it has C's shape. Structs
- * begin with their size, so that later versions can append fields: set it with sizeof. */
+ * described in relay/types.h, relay/forest.h, relay/inputs.h and relay/attention.h; here it has C's
+ * shape.
+ *
+ * Structs begin with their size, since later versions append fields: set it with sizeof, and the
+ * rest to 0 before anything else. An appended field is 0 by default. So an older program's shorter
+ * structs are served as ever, and a newer program's longer ones unless they set a field that this
+ * library does not know; that is RELAY_INVALID. (Appended fields begin at or behind the sizeof of
+ * the version before, never in its padding.) */
 #ifndef RELAY_RELAY_H_
 #define RELAY_RELAY_H_
 
@@ -78,6 +84,8 @@ typedef struct {
   const float* slopes; /* [q_heads] ALiBi slopes, or null */
   const float* sinks;  /* [q_heads] or null */
   float* lse;          /* [rows][q_heads] natural log-sum-exp, or null */
+  /* Appended since the first version: */
+  int64_t cache_slots; /* that k and v have, for relay_check to compare; 0: unknown */
 } relay_inputs;
 
 const char* relay_version(void);
@@ -94,7 +102,8 @@ void relay_plan_free(relay_plan* plan);
 relay_status relay_plan_slots(const relay_plan* plan, int64_t* read, int64_t* attended);
 
 relay_status relay_workspace_create(relay_workspace** workspace);
-/* After each relay_plan_batch, before the first relay_attend; not while one is running. */
+/* After each relay_plan_batch, before the first relay_attend (which is RELAY_INVALID otherwise);
+ * not while one is running. */
 relay_status relay_workspace_fit(relay_workspace* workspace, const relay_plan* plan);
 void relay_workspace_free(relay_workspace* workspace);
 
@@ -118,6 +127,8 @@ typedef struct {
   int64_t k_row_stride, k_head_stride, v_row_stride, v_head_stride; /* bytes */
   int64_t tokens;
   const int64_t* slots; /* [tokens]; a negative slot is skipped */
+  /* Appended since the first version: */
+  int64_t cache_slots; /* that the cache has: no token goes beyond; 0: unknown */
 } relay_kv_write;
 
 /* Writes the KV heads [head_begin, head_end) of all tokens; threads may share the heads. */

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace relay {
 
@@ -75,6 +76,12 @@ struct KvPlane {
   int64_t slot_stride = 0;
   int64_t head_stride = 0;
   UnpackRow unpack = nullptr;  ///< only for kCustom
+
+  /// The vector of a slot and a KV head; in kTiles, of a tile's first slot, the tile.
+  const uint8_t* at(int64_t block_size, int64_t slot, int64_t head) const {
+    return static_cast<const uint8_t*>(data) + slot / block_size * block_stride +
+           slot % block_size * slot_stride + head * head_stride;
+  }
 };
 
 struct KvCache {
@@ -82,7 +89,11 @@ struct KvCache {
   KvPlane v;
   int64_t block_size = INT64_MAX;  ///< slots per block; the default is one block for all
   KvLayout layout = KvLayout::kRows;
+  int64_t slots = 0;  ///< that it has, so that none outside is touched; 0: unknown
 };
+
+/// What is wrong with a cache's sizes, whatever lies in it; null if nothing is.
+const char* fault_of(const KvCache& cache);
 
 /// Q, the output, or a bias: one vector per (row, head). Strides in bytes, elements contiguous.
 /// Vector of row r, head h: data + (r / rows_per_block) * block_stride
@@ -95,6 +106,13 @@ struct RowsView {
   int64_t head_stride = 0;
   int64_t rows_per_block = INT64_MAX;
   int64_t block_stride = 0;
+
+  Pointer at(int64_t row, int64_t head) const {
+    using Byte =
+        std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+    return static_cast<Byte*>(data) + row / rows_per_block * block_stride +
+           row % rows_per_block * row_stride + head * head_stride;
+  }
 };
 using ConstRows = RowsView<const void*>;
 using MutableRows = RowsView<void*>;

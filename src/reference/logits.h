@@ -9,7 +9,7 @@
 
 namespace relay {
 
-/// The logits of query head `head` of row `row` over `slots` (see relay/attention.h), in double;
+/// The logits of query head `head` of row `row` over `slots` (see relay/inputs.h), in double;
 /// -inf where a bias hides the slot.
 std::vector<double> reference_logits(const HeadShape& shape, const AttentionInputs& inputs,
                                      int64_t row, int64_t head, int64_t position,

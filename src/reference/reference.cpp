@@ -1,5 +1,5 @@
 // Dense attention in double precision. Nothing here is fast and nothing is shared with the kernels:
-// every formula stands as it does in relay/attention.h.
+// every formula stands as it does in relay/inputs.h.
 #include "relay/reference.h"
 
 #include <algorithm>
@@ -45,16 +45,6 @@ double q8_0_to_double(const void* vector, int64_t i) {
   return f16_to_double(load<uint16_t>(block, 0)) * load<int8_t>(block + 2, i % kBlock);
 }
 
-const void* kv_vector(const KvPlane& plane, int64_t block_size, int64_t slot, int64_t head) {
-  return static_cast<const char*>(plane.data) + slot / block_size * plane.block_stride +
-         slot % block_size * plane.slot_stride + head * plane.head_stride;
-}
-
-const void* row_vector(const ConstRows& view, int64_t row, int64_t head) {
-  return static_cast<const char*>(view.data) + row / view.rows_per_block * view.block_stride +
-         row % view.rows_per_block * view.row_stride + head * view.head_stride;
-}
-
 std::vector<double> decode_vector(const KvPlane& plane, const void* vector, int64_t count) {
   std::vector<double> out(count);
   if (plane.type == DType::kCustom) {
@@ -93,7 +83,7 @@ std::vector<double> reference_logits(const HeadShape& shape, const AttentionInpu
   const double slope = inputs.slopes ? inputs.slopes[head] : 1.0;
 
   std::vector<double> q(shape.qk_dim);
-  const void* q_vector = row_vector(inputs.q, row, head);
+  const void* q_vector = inputs.q.at(row, head);
   for (int64_t i = 0; i < shape.qk_dim; ++i) q[i] = decode_element(inputs.q.type, q_vector, i);
 
   std::vector<double> logits;
@@ -102,7 +92,7 @@ std::vector<double> reference_logits(const HeadShape& shape, const AttentionInpu
     double bias = 0.0;
     if (inputs.bias.data) {
       const double mask =
-          decode_element(inputs.bias.type, row_vector(inputs.bias, row, head), attended.column);
+          decode_element(inputs.bias.type, inputs.bias.at(row, head), attended.column);
       if (mask == -kInfinity) {  // hidden whatever the slope, also if that is 0
         logits.push_back(-kInfinity);
         continue;
@@ -113,7 +103,7 @@ std::vector<double> reference_logits(const HeadShape& shape, const AttentionInpu
     }
 
     const std::vector<double> k =
-        decode_vector(kv.k, kv_vector(kv.k, kv.block_size, attended.slot, kv_head), shape.qk_dim);
+        decode_vector(kv.k, kv.k.at(kv.block_size, attended.slot, kv_head), shape.qk_dim);
     double dot = 0.0;
     for (int64_t i = 0; i < shape.qk_dim; ++i) dot += q[i] * k[i];
 
@@ -148,7 +138,7 @@ void reference_row(const HeadShape& shape, const AttentionInputs& inputs, int64_
       const double weight = std::exp(logits[s] - max);
       sum += weight;
       const std::vector<double> v = decode_vector(
-          kv.v, kv_vector(kv.v, kv.block_size, slots[s].slot, head / shape.group()), shape.v_dim);
+          kv.v, kv.v.at(kv.block_size, slots[s].slot, head / shape.group()), shape.v_dim);
       for (int64_t j = 0; j < shape.v_dim; ++j) head_out[j] += weight * v[j];
     }
     for (int64_t j = 0; j < shape.v_dim; ++j) head_out[j] /= sum;

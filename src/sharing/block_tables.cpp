@@ -76,8 +76,9 @@ class BlockTableBuilder {
     spans_.clear();
     for (int64_t column = begin; column < end;) {
       const int64_t d = column / batch_.block_size;
-      const int64_t next = std::min(end, (d + 1) * batch_.block_size);
-      const int64_t slot = block(group[0], d) * batch_.block_size + column % batch_.block_size;
+      const int64_t in_block = column % batch_.block_size;
+      const int64_t next = column + std::min(end - column, batch_.block_size - in_block);
+      const int64_t slot = block(group[0], d) * batch_.block_size + in_block;
       if (!spans_.empty() && spans_.back().slot + spans_.back().count == slot) {
         spans_.back().count += next - column;
       } else {
@@ -117,16 +118,19 @@ void check(const BlockTables& batch) {
   }
   if (batch.requests > 0 && batch.table == nullptr) fail("table is null");
   if (batch.row_offsets[0] != 0) fail("row_offsets must begin with 0");
+  const int64_t last_block = INT64_MAX / batch.block_size - 1;
   for (int32_t r = 0; r < batch.requests; ++r) {
     const int64_t rows = int64_t{batch.row_offsets[r + 1]} - batch.row_offsets[r];
     const int64_t length = batch.kv_lengths[r];
     const std::string name = "request " + std::to_string(r) + ": ";
     if (rows < 0) fail(name + "row_offsets must not descend");
     if (length < rows) fail(name + "fewer KV tokens than rows");
-    const int64_t blocks = (length + batch.block_size - 1) / batch.block_size;
+    const int64_t blocks = length / batch.block_size + (length % batch.block_size != 0);
     if (blocks > batch.table_stride && batch.requests > 1) fail(name + "table row too short");
     for (int64_t d = 0; d < blocks; ++d) {
-      if (batch.table[r * batch.table_stride + d] < 0) fail(name + "negative block number");
+      const int32_t block = batch.table[r * batch.table_stride + d];
+      if (block < 0) fail(name + "negative block number");
+      if (block > last_block) fail(name + "the block's slots have no 64-bit number");
     }
   }
 }

@@ -50,9 +50,7 @@ class Checker : public ::testing::TestWithParam<DType> {
         int64_t kv_head = head / shape.group();
         if (faulty && fault.wrong_kv_head && head == 0) kv_head = 1 - kv_head;
         const AttentionInputs inputs = op_.oracle_inputs();
-        const auto* q =
-            reinterpret_cast<const float*>(static_cast<const char*>(inputs.q.data) +
-                                           row * inputs.q.row_stride + head * inputs.q.head_stride);
+        const auto* q = static_cast<const float*>(inputs.q.at(row, head));
         std::vector<float> out(shape.v_dim);
         float max = -std::numeric_limits<float>::infinity();
         float sum = 0;
@@ -93,8 +91,7 @@ class Checker : public ::testing::TestWithParam<DType> {
 
   void put(int64_t row, int64_t head, const std::vector<float>& out, float lse) {
     const MutableRows view = op_.out.view();
-    std::memcpy(static_cast<char*>(view.data) + row * view.row_stride + head * view.head_stride,
-                out.data(), out.size() * sizeof(float));
+    std::memcpy(view.at(row, head), out.data(), out.size() * sizeof(float));
     op_.out.lse()[row * config_.shape.q_heads + head] = lse;
   }
 

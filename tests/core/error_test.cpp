@@ -236,6 +236,38 @@ TEST_F(InputErrors, WorkspaceOfAnotherPlan) {
   EXPECT_NO_THROW(attend(*other, inputs_, workspace, 0));
 }
 
+TEST_F(InputErrors, WorkspaceOfAnOlderPlanning) {
+  Workspace workspace(*plan_);
+  // The same place and the same forest, but a new plan: counters and partials are set up anew.
+  remake_plan(*plan_, forest_, op_.options(1));
+  EXPECT_THROW(attend(*plan_, inputs_, workspace, 0), Error);
+  EXPECT_EQ(op_.out.bits(), OutputTensor(config(), case_.rows()).bits()) << "and wrote";
+  workspace.fit(*plan_);
+  EXPECT_NO_THROW(attend(*plan_, inputs_, workspace, 0));
+}
+
+TEST_F(InputErrors, WorkspaceOfNoPlan) {
+  Workspace workspace;
+  EXPECT_THROW(attend(*plan_, inputs_, workspace, 0), Error);
+}
+
+TEST_F(InputErrors, WorkspaceOutlivesARefusedPlanning) {
+  Workspace workspace(*plan_);
+  PlanOptions bad = op_.options(1);
+  bad.threads = 0;
+  EXPECT_THROW(remake_plan(*plan_, forest_, bad), Error);
+  EXPECT_NO_THROW(attend(*plan_, inputs_, workspace, 0)) << "nothing was planned again";
+}
+
+TEST_F(InputErrors, WorkspaceOfAPlanThatLayInTheSamePlace) {
+  Workspace workspace(*plan_);
+  for (int i = 0; i < 8; ++i) {  // an allocator likes to give the same memory again
+    plan_.reset();
+    plan_ = make_plan(forest_, op_.options(1));
+    EXPECT_THROW(attend(*plan_, inputs_, workspace, 0), Error);
+  }
+}
+
 TEST_F(InputErrors, ThreadOutOfRange) {
   Workspace workspace(*plan_);
   EXPECT_THROW(attend(*plan_, inputs_, workspace, 1), Error);

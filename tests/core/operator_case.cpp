@@ -138,8 +138,7 @@ KvTensor::KvTensor(DType type, int32_t heads, int64_t dim, int64_t slots)
 }
 
 unsigned char* KvTensor::vector(int64_t slot, int64_t head) {
-  return base_ + slot / block_size_ * plane_.block_stride +
-         slot % block_size_ * plane_.slot_stride + head * plane_.head_stride;
+  return const_cast<unsigned char*>(plane_.at(block_size_, slot, head));
 }
 
 void KvTensor::set(int64_t slot, int64_t head, std::span<const float> values) {
@@ -225,11 +224,11 @@ KvStorage::KvStorage(const OperatorConfig& config, int64_t block_size, int64_t b
   const int64_t v_begin = (kMargin + extent[0] + 63) / 64 * 64 + kMargin;
   bytes_.assign(v_begin + extent[1] + 3 * kMargin, kNanByte);
   unsigned char* base = bytes_.data() + aligned_base(bytes_, 0);
-  k.base_ = base + shift[0];
-  v.base_ = config.placement == Placement::kInterleaved ? k.base_ + vector_bytes(k.type_, k.dim_)
-                                                        : base + v_begin - kMargin + shift[1];
-  k.plane_.data = k.base_;
-  v.plane_.data = v.base_;
+  unsigned char* k_base = base + shift[0];
+  k.plane_.data = k_base;
+  v.plane_.data = config.placement == Placement::kInterleaved
+                      ? k_base + vector_bytes(k.type_, k.dim_)
+                      : base + v_begin - kMargin + shift[1];
 }
 
 KvCache KvStorage::cache() const {
@@ -263,9 +262,8 @@ QueryTensor::QueryTensor(const OperatorConfig& config, int64_t rows, Random& ran
   const RowsGeometry g =
       rows_geometry(config.q_layout, type_, rows, heads_, dim_, config.rows_per_block);
   bytes_.assign(g.extent + 3 * kMargin, kNanByte);
-  base_ = bytes_.data() + aligned_base(bytes_, g.shift);
   view_ = {.type = type_,
-           .data = base_,
+           .data = bytes_.data() + aligned_base(bytes_, g.shift),
            .row_stride = g.row_stride,
            .head_stride = g.head_stride,
            .rows_per_block = g.rows_per_block,
@@ -280,8 +278,7 @@ QueryTensor::QueryTensor(const OperatorConfig& config, int64_t rows, Random& ran
 }
 
 void QueryTensor::set(int64_t row, int64_t head, std::span<const float> values) {
-  unsigned char* to = base_ + row / view_.rows_per_block * view_.block_stride +
-                      row % view_.rows_per_block * view_.row_stride + head * view_.head_stride;
+  void* to = const_cast<void*>(view_.at(row, head));
   encode(type_, values, to);
   float* copy = values_.data() + (row * heads_ + head) * dim_;
   for (int64_t i = 0; i < dim_; ++i) copy[i] = static_cast<float>(decode_element(type_, to, i));
@@ -321,12 +318,11 @@ void OutputTensor::reset() {
 }
 
 int64_t OutputTensor::offset(int64_t row, int64_t head) const {
-  return base_ + row / view_.rows_per_block * view_.block_stride +
-         row % view_.rows_per_block * view_.row_stride + head * view_.head_stride;
+  return static_cast<const unsigned char*>(view_.at(row, head)) - bytes_.data();
 }
 
 double OutputTensor::out(int64_t row, int64_t head, int64_t j) const {
-  return decode_element(type_, bytes_.data() + offset(row, head), j);
+  return decode_element(type_, view_.at(row, head), j);
 }
 
 double OutputTensor::lse(int64_t row, int64_t head) const {

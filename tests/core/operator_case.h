@@ -76,7 +76,6 @@ class KvTensor {
   int64_t dim_;
   KvPlane plane_;
   int64_t block_size_ = INT64_MAX;
-  unsigned char* base_ = nullptr;
   std::vector<float> values_;  ///< [slot][head][dim], NaN until set
 };
 
@@ -116,7 +115,6 @@ class QueryTensor {
   int64_t dim_;
   ConstRows view_;
   std::vector<unsigned char> bytes_;
-  unsigned char* base_ = nullptr;
   std::vector<float> values_;
 };
 

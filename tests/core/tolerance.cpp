@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace relay::test {
 namespace {
@@ -99,9 +99,7 @@ Bounds derive_bounds(const Arithmetic& arithmetic, const OperatorCase& op, int64
   if (max == -kInfinity) return bounds;  // nothing attended: 0 and -inf, exactly
 
   const AttentionInputs oracle = op.oracle_inputs();
-  const auto* q =
-      reinterpret_cast<const float*>(static_cast<const char*>(oracle.q.data) +
-                                     row * oracle.q.row_stride + head * oracle.q.head_stride);
+  const auto* q = static_cast<const float*>(oracle.q.at(row, head));
   const std::span<const float> query(q, static_cast<size_t>(shape.qk_dim));
   const double q_norm = norm(query);
   const double q_bytes =
@@ -121,11 +119,7 @@ Bounds derive_bounds(const Arithmetic& arithmetic, const OperatorCase& op, int64
     const double product = q_norm * key;
     double bias = 0;
     if (oracle.bias.data) {
-      const char* vector = static_cast<const char*>(oracle.bias.data) +
-                           row / oracle.bias.rows_per_block * oracle.bias.block_stride +
-                           row % oracle.bias.rows_per_block * oracle.bias.row_stride +
-                           head * oracle.bias.head_stride;
-      bias = slope * decode_element(oracle.bias.type, vector, slots[s].column);
+      bias = slope * decode_element(oracle.bias.type, oracle.bias.at(row, head), slots[s].column);
     } else if (op.config.slopes) {
       bias = slope * static_cast<double>(slots[s].column - position);
     }

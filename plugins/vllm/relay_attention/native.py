@@ -77,6 +77,7 @@ class Inputs(_Sized):
         ("slopes", c_void_p),
         ("sinks", c_void_p),
         ("lse", c_void_p),
+        ("cache_slots", c_int64),
     ]
 
 
@@ -110,6 +111,7 @@ class KvWrite(_Sized):
         ("v_head_stride", c_int64),
         ("tokens", c_int64),
         ("slots", c_void_p),
+        ("cache_slots", c_int64),
     ]
 
 

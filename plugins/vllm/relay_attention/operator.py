@@ -38,7 +38,8 @@ class Operator:
             scale=scale, softcap=softcap, slopes=slopes.data_ptr() if slopes is not None else None
         )
         self._write = native.KvWrite(kv_heads=kv_heads, k_dim=head_size, v_dim=head_size)
-        self._cache: int | None = None  # address of the KV cache that the structs describe
+        # Address and blocks of the KV cache that the structs describe.
+        self._cache: tuple[int, int] | None = None
         self.shape: Shape | None = None
 
     def set_sinks(self, sinks: "torch.Tensor") -> None:
@@ -95,9 +96,10 @@ class Operator:
 
     def _look_at(self, kv_cache: "torch.Tensor") -> None:
         """Describes `kv_cache` to the native structs, unless they know it already."""
-        if kv_cache.data_ptr() == self._cache:
+        cache = (kv_cache.data_ptr(), kv_cache.shape[0])
+        if cache == self._cache:
             return
-        _, kv_heads, block_size, pair = kv_cache.shape
+        blocks, kv_heads, block_size, pair = kv_cache.shape
         if (kv_heads, pair) != (self.kv_heads, 2 * self.head_size):
             raise RelayError(
                 f"KV cache of shape {tuple(kv_cache.shape)}: expected "
@@ -107,6 +109,7 @@ class Operator:
         i.k, i.v = layout.planes(kv_cache)
         w.k_cache, w.v_cache = i.k, i.v
         w.block_size = block_size
+        i.cache_slots = w.cache_slots = blocks * block_size
         w.layout = layout.layout_of(block_size, self.head_size)
         i.q_type = i.out_type = w.k_type = w.v_type = dtype_of(kv_cache.dtype)
         self.shape = Shape(
@@ -117,7 +120,7 @@ class Operator:
             block_size=block_size,
             window=self.window,
         )
-        self._cache = kv_cache.data_ptr()
+        self._cache = cache
 
 
 def _strides(vectors: "torch.Tensor", size: int) -> tuple[int, int]:

@@ -1,0 +1,21 @@
+// Kernel set: AVX-512 (F, BW, VL, DQ). Compiled with the flags of that instruction set, so nothing
+// of the standard library that the linker could share with other files may be instantiated here.
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/kernels/kernels.h"
+
+namespace relay::kernels {
+namespace {
+
+#include "cpu/kernels/simd_avx512.h"
+#include "cpu/kernels/tile-inl.h"
+
+}  // namespace
+
+extern const KernelSet kKernels_avx512;
+const KernelSet kKernels_avx512 = make_kernel_set("avx512");
+
+}  // namespace relay::kernels

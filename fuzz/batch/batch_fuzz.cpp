@@ -38,7 +38,7 @@ class Reader {
   T take() {
     T value{};
     const size_t bytes = std::min(sizeof(T), size_);
-    std::memcpy(&value, data_, bytes);
+    if (bytes > 0) std::memcpy(&value, data_, bytes);  // data may be null
     data_ += bytes;
     size_ -= bytes;
     return value;

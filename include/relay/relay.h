@@ -2,11 +2,11 @@
  * described in relay/types.h, relay/forest.h, relay/inputs.h and relay/attention.h; here it has C's
  * shape.
  *
- * Structs begin with their size, since later versions append fields: set it with sizeof, and the
- * rest to 0 before anything else. An appended field is 0 by default. So an older program's shorter
- * structs are served as ever, and a newer program's longer ones unless they set a field that this
- * library does not know; that is RELAY_INVALID. (Appended fields begin at or behind the sizeof of
- * the version before, never in its padding.) */
+ * Structs begin with their size, since later versions append fields: clear a struct, then set its
+ * size with sizeof. 0 is the default of every appended field. So an older program's shorter structs
+ * are served as ever, and a newer program's longer ones too unless they set a field that this
+ * library does not know, which is RELAY_INVALID. (An appended field begins at or behind the sizeof
+ * of the version before, never in its padding.) */
 #ifndef RELAY_RELAY_H_
 #define RELAY_RELAY_H_
 

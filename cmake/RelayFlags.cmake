@@ -1,9 +1,11 @@
 # Flags for Relay's own code. Included after llama.cpp, which thus never sees them.
 # No -march here: kernels are compiled per ISA and chosen at run time.
 
-add_compile_options(-Wall -Wextra)
+add_compile_options("$<$<COMPILE_LANGUAGE:C,CXX>:-Wall;-Wextra>"
+                    "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>")
 if(RELAY_WERROR)
-  add_compile_options(-Werror)
+  add_compile_options("$<$<COMPILE_LANGUAGE:C,CXX>:-Werror>"
+                      "$<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings>")
 endif()
 
 if(RELAY_SANITIZE)

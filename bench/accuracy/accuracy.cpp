@@ -36,6 +36,7 @@ ggml_type ggml_type_of(DType type) {
       return GGML_TYPE_BF16;
     case DType::kQ8_0:
       return GGML_TYPE_Q8_0;
+    case DType::kF8E4M3:
     case DType::kCustom:
       break;
   }

@@ -21,7 +21,7 @@ struct AttendedSlot {
 void reference_row(const HeadShape& shape, const AttentionInputs& inputs, int64_t row,
                    int64_t position, std::span<const AttendedSlot> slots, double* out, double* lse);
 
-/// Decodes element i of a vector of `type` to double (f32, f16, bf16, q8_0).
+/// Decodes element i of a vector of `type` to double (f32, f16, bf16, q8_0, f8_e4m3).
 double decode_element(DType type, const void* vector, int64_t i);
 
 }  // namespace relay

@@ -38,6 +38,14 @@ double bf16_to_double(uint16_t bits) {
   return value;
 }
 
+double f8_e4m3_to_double(uint8_t bits) {
+  const double sign = (bits & 0x80) ? -1.0 : 1.0;
+  const int exponent = (bits >> 3) & 0xf;
+  const int mantissa = bits & 0x7;
+  if (exponent == 15 && mantissa == 7) return std::numeric_limits<double>::quiet_NaN();
+  return sign * (exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10));
+}
+
 double q8_0_to_double(const void* vector, int64_t i) {
   constexpr int64_t kBlock = 32;
   constexpr int64_t kBlockBytes = 2 + kBlock;
@@ -69,6 +77,8 @@ double decode_element(DType type, const void* vector, int64_t i) {
       return bf16_to_double(load<uint16_t>(vector, i));
     case DType::kQ8_0:
       return q8_0_to_double(vector, i);
+    case DType::kF8E4M3:
+      return f8_e4m3_to_double(load<uint8_t>(vector, i));
     case DType::kCustom:
       break;
   }

@@ -71,6 +71,8 @@ int64_t vector_bytes(DType type, int64_t count) {
       return 2 * count;
     case DType::kQ8_0:
       return count / 32 * 34;
+    case DType::kF8E4M3:
+      return count;
     case DType::kCustom:
       return custom_bytes(count);
   }
@@ -85,6 +87,7 @@ int64_t element_alignment(DType type) {
     case DType::kBF16:
       return 2;
     case DType::kQ8_0:
+    case DType::kF8E4M3:
     case DType::kCustom:
       return 1;
   }
@@ -114,6 +117,8 @@ void encode(DType type, std::span<const float> values, void* to) {
         }
       }
       return;
+    case DType::kF8E4M3:
+      break;  // GPUs only: tests/cuda has its own
     case DType::kCustom: {
       const float scale = absolute_max(values) / 127.0f;
       store(to, 0, scale);

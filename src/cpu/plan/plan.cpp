@@ -68,6 +68,9 @@ void check_options(const PlanOptions& options) {
   if (s.qk_dim < 1 || s.qk_dim > 1024 || s.v_dim < 1 || s.v_dim > 1024) {
     fail("head sizes must be 1 to 1024");
   }
+  if (options.k_type == DType::kF8E4M3 || options.v_type == DType::kF8E4M3) {
+    fail("f8_e4m3 KV is served on GPUs only");
+  }
   if ((options.k_type == DType::kQ8_0 && s.qk_dim % 32 != 0) ||
       (options.v_type == DType::kQ8_0 && s.v_dim % 32 != 0)) {
     fail("q8_0 needs head sizes that are multiples of 32");

@@ -18,8 +18,10 @@ namespace {
 constexpr int64_t kAlignment = 256;
 /// Slots that sharing must spare for a merge to pay: a partial is written and read in f32.
 constexpr int32_t kMinSharedSlots = 64;
-/// Partial rows of a decode step that are provided for, per query row.
-constexpr int32_t kPartialsPerRow = 4;
+/// Partial results that are provided for: so many of each query row that may share, and of no more
+/// rows than these in all. A batch that needs more shares in coarser pieces.
+constexpr int64_t kPartialsPerRow = 12;
+constexpr int64_t kMaxPartials = 4096;
 
 [[noreturn]] void fail(const std::string& what) { throw Error("cuda: " + what); }
 
@@ -115,8 +117,8 @@ PlanShape shape_of(const PlanOptions& o, const PathShape& path, int32_t workers)
   const int64_t sharing_rows =
       std::min<int64_t>(o.max_rows, int64_t{o.max_requests} * rows_per_tile(s));
   s.max_row_index = static_cast<int32_t>(sharing_rows * kMaxParts + o.max_rows);
-  s.partial_capacity = static_cast<int32_t>(std::min<int64_t>(sharing_rows, 1024) *
-                                            kPartialsPerRow * o.shape.q_heads);
+  s.partial_capacity = static_cast<int32_t>(std::min(sharing_rows * kPartialsPerRow, kMaxPartials) *
+                                            o.shape.q_heads);
   s.min_shared_blocks = ceil_div(kMinSharedSlots, o.block_size);
   s.costs = path.costs;
   return s;
@@ -296,7 +298,7 @@ void attend(const Plan& plan, const Inputs& in, Stream stream) {
   check_operand(in.k, {in.k_block_stride, in.k_slot_stride, in.k_head_stride}, "k");
   check_operand(in.v, {in.v_block_stride, in.v_slot_stride, in.v_head_stride}, "v");
   if (!(in.softcap >= 0.0f)) fail("softcap must not be negative");
-  if (!(in.scale > 0.0f)) fail("scale must be positive");
+  if (!(in.scale >= 0.0f)) fail("scale must not be negative");
   if (in.q == in.out) fail("out must not overlap q");
   const AttendParams p = params_of(plan, in);
   const auto s = static_cast<cudaStream_t>(stream);

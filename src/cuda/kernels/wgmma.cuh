@@ -11,6 +11,8 @@
 // computes the next weights. S, P and O never leave registers.
 #pragma once
 
+#include <cfloat>
+
 #include "cuda/kernels/common.cuh"
 #include "cuda/kernels/wgmma_instructions.cuh"
 #include "cuda/kernels/wgmma_shape.h"
@@ -50,6 +52,14 @@ __device__ inline void wait(uint32_t barrier, uint32_t phase) {
       "ready:\n}" ::"r"(barrier),
       "r"(phase)
       : "memory");
+}
+__device__ inline void publish(uint32_t counter, int value) {
+  asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(counter), "r"(value) : "memory");
+}
+__device__ inline int published(uint32_t counter) {
+  int value;
+  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"(counter) : "memory");
+  return value;
 }
 __device__ inline void copy_page(uint32_t to, const CUtensorMap& map, uint32_t barrier, int c0,
                                  int c1, int c2, int c3) {
@@ -105,13 +115,17 @@ struct Kernel {
       return address + 2 * kQueryBytes + kStages * kTileBytes + stage * 8;
     }
     __device__ uint32_t empty(int stage) const { return full(stage) + kStages * 8; }
+    /// Tiles whose loading has begun.
+    __device__ uint32_t begun() const { return empty(kStages); }
   };
 
   /// A place in the ring.
   struct Ring {
     int stage = 0;
     uint32_t phase = 0;
+    int tile = 0;  // since the kernel began
     __device__ void advance(int n) {
+      tile += n;
       stage += n;
       const int laps = stage / kStages;
       stage -= laps * kStages;
@@ -137,7 +151,10 @@ struct Kernel {
     const int lane = threadIdx.x % 32;
     wait(shared.empty(ring.stage), ring.phase ^ 1);
     const uint32_t full = shared.full(ring.stage);
-    if (lane == 0) arrive_expecting(full, pages * kSpans * kPageSlots * 128);
+    if (lane == 0) {
+      arrive_expecting(full, pages * kSpans * kPageSlots * 128);
+      publish(shared.begun(), ring.tile + 1);
+    }
     __syncwarp();
     const int page = lane % kPages;
     const int span = lane / kPages;
@@ -197,6 +214,14 @@ struct Kernel {
     float sum[2];
     float out[kOutBlocks][4];
   };
+
+  /// Waits until a tile has been loaded. A warpgroup that skips the other's items may be laps ahead
+  /// of the loader, where a phase's parity says nothing: so first the loading must have begun.
+  __device__ static void await_tile(const Shared& shared, const Ring& at) {
+    while (published(shared.begun()) <= at.tile) {
+    }
+    wait(shared.full(at.stage), at.phase);
+  }
 
   __device__ static void load_queries(const AttendParams& p, const Item& item, char* to,
                                       int first, int rows) {
@@ -258,7 +283,8 @@ struct Kernel {
                         min(column + kSlots, end) > segment.visible_to || column + kSlots > end;
     const bool plain = logits.softcap == 0.0f && p.slopes == nullptr;
     // Without soft cap and slopes the scale is applied with the subtraction of the maximum.
-    float scale = logits.scale;
+    // Never 0, which times -inf is no number.
+    float scale = fmaxf(logits.scale, FLT_MIN);
     if (!plain) {
       scale = 1.0f;
 #pragma unroll
@@ -405,7 +431,7 @@ struct Kernel {
       if (lane == 0) arrive(shared.empty(at.stage), arrivals);
     };
     const auto await_values = [&](const Ring& at, int step) {
-      wait(shared.full(at.stage), at.phase);
+      await_tile(shared, at);
       const int column = segment.first + step * kSlots;
       const int begin = max(0, min(kSlots, segment.seen_from - column));
       const int end = min(kSlots, segment_end - column);
@@ -418,7 +444,7 @@ struct Kernel {
     };
 
     int step = item.step_begin;
-    wait(shared.full(ring.stage), ring.phase);
+    await_tile(shared, ring);
     wgmma_fence();
     multiply_keys(scores, q, shared_address(shared.tile(ring.stage)));
     wgmma_wait<0>();
@@ -429,7 +455,7 @@ struct Kernel {
 
     for (++step; step < item.step_end; ++step) {
       const Ring keys = values.ahead(1);
-      wait(shared.full(keys.stage), keys.phase);
+      await_tile(shared, keys);
       wgmma_fence();
       multiply_keys(scores, q, shared_address(shared.tile(keys.stage)));
       await_values(values, step - 1);
@@ -488,6 +514,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       init_barrier(shared.full(i), 1);
       init_barrier(shared.empty(i), 2 * kGroupThreads / 32);
     }
+    publish(shared.begun(), 0);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();

@@ -480,8 +480,11 @@ class Planner {
     const auto within = static_cast<int32_t>(cost - s_.costs[low]);
     int32_t job = within / job_cost;
     int32_t step = (within % job_cost - shape_.costs.job + one / 2) / one;
-    if (step < shape_.costs.snap) step = 0;
-    if (step > segment.steps - shape_.costs.snap) step = segment.steps;
+    if (step < shape_.costs.snap) {
+      step = 0;
+    } else if (step > segment.steps - shape_.costs.snap) {
+      step = segment.steps;
+    }
     if (job >= jobs(segment)) {
       job = jobs(segment);
       step = 0;

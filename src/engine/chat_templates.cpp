@@ -51,14 +51,20 @@ void add_kwargs(const std::string& json, std::map<std::string, std::string>& kwa
   }
 }
 
-/// Templates make grammars of schemas too, but do not say that it was a schema they failed on.
-void check_schemas(const common_chat_templates_inputs& inputs) {
-  if (!inputs.json_schema.empty()) schema_to_grammar(inputs.json_schema, "json_schema");
+/// Templates make grammars of schemas too, but do not say that it was a schema they failed on, and
+/// have the same needs of it.
+void use_plain_schemas(common_chat_templates_inputs& inputs) {
+  if (!inputs.json_schema.empty()) {
+    inputs.json_schema = plain_schema(inputs.json_schema, "json_schema");
+    schema_to_grammar(inputs.json_schema, "json_schema");
+  }
   if (inputs.tool_choice == COMMON_CHAT_TOOL_CHOICE_NONE) return;
+  SchemaBudget budget;
   for (size_t i = 0; i < inputs.tools.size(); ++i) {
-    const std::string& parameters = inputs.tools[i].parameters;
+    std::string& parameters = inputs.tools[i].parameters;
     if (parameters.empty()) continue;
-    check_tool_schema(parameters, "tools[" + std::to_string(i) + "].function.parameters");
+    const std::string param = "tools[" + std::to_string(i) + "].function.parameters";
+    parameters = plain_tool_schema(parameters, param, budget);
   }
 }
 
@@ -164,7 +170,7 @@ common_chat_params ChatTemplates::apply(const common_chat_templates_inputs& inpu
 }
 
 ChatPrompt ChatTemplates::render(const ChatRequest& chat) const {
-  const common_chat_templates_inputs inputs = make_inputs(chat);
+  common_chat_templates_inputs inputs = make_inputs(chat);
   auto format = std::make_shared<OutputFormat>();
   // What a template cannot express it drops in silence; here a request is kept or refused.
   if (!inputs.tools.empty() && inputs.tool_choice != COMMON_CHAT_TOOL_CHOICE_NONE &&
@@ -172,7 +178,7 @@ ChatPrompt ChatTemplates::render(const ChatRequest& chat) const {
     throw EngineError(ErrorKind::kInvalidTemplate,
                       "The chat template of this model has no place for tools.", "tools");
   }
-  check_schemas(inputs);
+  use_plain_schemas(inputs);
   format->chat = apply(inputs);
   format->constrained_by = !inputs.json_schema.empty() ? "json_schema"
                            : !inputs.grammar.empty()   ? "grammar"

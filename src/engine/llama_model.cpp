@@ -8,7 +8,6 @@
 
 #include "common.h"
 #include "engine/backend.h"
-#include "engine/large_stack.h"
 #include "llama.h"
 
 namespace relay::engine {
@@ -66,7 +65,9 @@ std::unique_ptr<LlamaModel> LlamaModel::load(const EngineOptions& options, bool 
   m->create_context(options, relay_active);
   if (progress) progress(1.0, "warming up");
   m->self_check();
-  m->measure_tokenizer();
+  std::array<char, 64> pre{};
+  llama_model_meta_val_str(m->model_, "tokenizer.ggml.pre", pre.data(), pre.size());
+  m->tokenizer_ = std::make_unique<Tokenizer>(m->vocab_, pre.data());
   return m;
 }
 
@@ -271,47 +272,9 @@ std::string LlamaModel::piece(Token token, bool special) const {
 
 bool LlamaModel::is_end(Token token) const { return llama_vocab_is_eog(vocab_, token); }
 
-void LlamaModel::measure_tokenizer() {
-  std::vector<std::string> texts;
-  std::vector<bool> ends;
-  for (Token t = 0; t < info_.vocab_size; ++t) {
-    texts.push_back(piece(t, true));
-    ends.push_back(is_end(t));
-  }
-  texts_ = std::make_unique<TokenTexts>(std::move(texts), std::move(ends));
-  const auto type = llama_vocab_type(vocab_);
-  if (type == LLAMA_VOCAB_TYPE_SPM || type == LLAMA_VOCAB_TYPE_BPE ||
-      type == LLAMA_VOCAB_TYPE_RWKV) {  // those that leave nothing out
-    bound_ = std::make_unique<TokenBound>(*texts_);
-  }
-  // Some pre-tokenisers are regular expressions that recurse for every character of a run. How
-  // deep is seen from runs of each kind.
-  constexpr size_t kRun = 8192;
-  constexpr size_t kOther = 256 * 1024;  // of stack, whatever the text
-  for (const char* letter : {"a", "A", "1", ".", " ", "\n", "é", "É", "字", "か", "😀", "́", " a"}) {
-    std::string text;
-    while (text.size() < kRun) text += letter;
-    const size_t used =
-        run_on_large_stack([&] { common_tokenize(vocab_, text + "x", false, false); });
-    if (used > kOther) stack_per_byte_ = std::max(stack_per_byte_, used / text.size() + 1);
-  }
-}
-
 std::vector<Token> LlamaModel::tokenize(const std::string& text, bool add_special,
                                         bool parse_special) const {
-  const auto refuse = [&](const std::string& why) {
-    throw EngineError(ErrorKind::kContextLengthExceeded, "The text is too long: " + why);
-  };
-  const int64_t most = info_.context_length;
-  if (bound_ && static_cast<int64_t>(text.size()) > most && bound_->at_least(text, most) > most) {
-    refuse("it has more tokens than this model's context of " + std::to_string(most) + ".");
-  }
-  // Half of it, as what was measured need not be the worst.
-  const size_t longest = stack_per_byte_ > 0 ? kLargeStackBytes / 2 / stack_per_byte_ : SIZE_MAX;
-  if (text.size() > longest) {
-    refuse("this model's pre-tokeniser takes " + std::to_string(longest) + " bytes at most.");
-  }
-  return on_large_stack([&] { return common_tokenize(vocab_, text, add_special, parse_special); });
+  return tokenizer_->tokenize(text, add_special, parse_special, info_.context_length);
 }
 
 std::string LlamaModel::detokenize(const std::vector<Token>& tokens, bool special) const {

@@ -7,9 +7,8 @@
 #include <vector>
 
 #include "engine/engine.h"
-#include "engine/grammar.h"
 #include "engine/model.h"
-#include "engine/token_bound.h"
+#include "engine/tokenizer.h"
 
 struct llama_context;
 struct llama_model;
@@ -41,7 +40,7 @@ class LlamaModel : public Model, public Vocabulary {
   /// Throws EngineError (kContextLengthExceeded) for a text that can have no fewer tokens than the
   /// context has room for, or is too long for this vocabulary's pre-tokeniser.
   std::vector<Token> tokenize(const std::string& text, bool add_special, bool parse_special) const;
-  const TokenTexts& token_texts() const { return *texts_; }
+  const TokenTexts& token_texts() const { return tokenizer_->texts(); }
   std::string detokenize(const std::vector<Token>& tokens, bool special) const;
   /// Tokens that a generation must not choose: those the model suppresses, and with `ends` those
   /// that end one.
@@ -62,7 +61,6 @@ class LlamaModel : public Model, public Vocabulary {
   void open(const EngineOptions& options, const ProgressFn& progress);
   void create_context(const EngineOptions& options, bool relay_active);
   void self_check();
-  void measure_tokenizer();
 
   ModelInfo info_;
   llama_model* model_ = nullptr;
@@ -79,9 +77,7 @@ class LlamaModel : public Model, public Vocabulary {
   size_t state_per_owner_ = 0;  // for each owner of a cell
   struct BatchBuffers;
   std::unique_ptr<BatchBuffers> buffers_;
-  std::unique_ptr<TokenTexts> texts_;
-  std::unique_ptr<TokenBound> bound_;
-  size_t stack_per_byte_ = 0;  // that the tokenizer may take; 0: no matter how long the text is
+  std::unique_ptr<Tokenizer> tokenizer_;
 };
 
 }  // namespace relay::engine

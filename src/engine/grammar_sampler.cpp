@@ -7,10 +7,11 @@ namespace relay::engine {
 
 namespace {
 
-// Steps of a matcher, each some nanoseconds. What was not used for one token may be for later ones,
-// up to a bound: a grammar's first tokens take most, and the engine thread waits for nobody longer.
-constexpr int64_t kMostSteps = 24'000'000;
-constexpr int64_t kStepsPerToken = 4'000'000;
+// Steps of a matcher, of which a million takes some 20 ms. What was not used for one token may be
+// for later ones, up to a bound: the engine thread waits for no grammar longer than a tenth of a
+// second or so.
+constexpr int64_t kMostSteps = 6'000'000;
+constexpr int64_t kStepsPerToken = 1'000'000;
 
 }  // namespace
 

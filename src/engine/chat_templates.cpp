@@ -76,6 +76,16 @@ std::string new_call_id() {
   return id;
 }
 
+/// What the parser reads of a continued message begins with what was given of it, or with as much
+/// of that as it is sure of.
+void remove_beginning(const std::string& given, std::string& text) {
+  if (text.starts_with(given)) {
+    text.erase(0, given.size());
+  } else if (given.starts_with(text)) {
+    text.clear();
+  }
+}
+
 common_chat_msg to_common(const ChatMessage& message) {
   common_chat_msg m;
   m.role = "assistant";
@@ -195,6 +205,11 @@ ChatPrompt ChatTemplates::render(const ChatRequest& chat) const {
   format->parser = common_chat_parser_params(format->chat);
   format->parser.reasoning_format = inputs.reasoning_format;
   format->parser.is_continuation = inputs.continue_final_message != COMMON_CHAT_CONTINUATION_NONE;
+  if (inputs.continue_final_message != COMMON_CHAT_CONTINUATION_NONE) {
+    const common_chat_msg& last = inputs.messages.back();
+    format->continued.content = last.content.empty() ? last.render_content() : last.content;
+    format->continued.reasoning = last.reasoning_content;
+  }
   if (!format->chat.parser.empty()) format->parser.parser.load(format->chat.parser);
   for (const std::string& text : format->chat.preserved_tokens) {
     const auto ids = common_tokenize(model_.vocab(), text, false, true);
@@ -241,6 +256,8 @@ ChatMessage ChatTemplates::parse(const OutputFormatPtr& format, const std::strin
   ChatMessage message;
   message.content = m.content.empty() ? m.render_content() : m.content;
   message.reasoning = m.reasoning_content;
+  remove_beginning(format->continued.content, message.content);
+  remove_beginning(format->continued.reasoning, message.reasoning);
   for (const common_chat_tool_call& call : m.tool_calls) {
     const std::string id = call.id.empty() ? format->call_id(message.tool_calls.size()) : call.id;
     message.tool_calls.push_back({id, call.name, call.arguments});

@@ -870,7 +870,10 @@ std::string plain_schema(const std::string& schema, const std::string& param) {
   return with_errors(param, [&] {
     const Json json = Json::parse(schema);
     SchemaBudget budget;
-    return Normaliser(json, /*strict=*/true, budget).run().dump();
+    Json plain = Normaliser(json, /*strict=*/true, budget).run();
+    // Templates take an empty schema for none.
+    if (plain.empty()) plain["description"] = "any value";
+    return plain.dump();
   });
 }
 

@@ -1,6 +1,7 @@
 """No request ends the process, holds up the others, or is misread in silence."""
 
 import contextlib
+import gzip
 import json
 import subprocess
 import threading
@@ -223,3 +224,95 @@ def test_long_runs(tekken, server, letter, count):
             assert http.get("/health").status_code == 200
         if answer.status_code == 400:
             assert time.monotonic() - begin < 5
+
+
+TOOL_PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+HISTORY = [
+    {"role": "user", "content": "Weather?", "name": None},
+    {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": None,
+        "tool_calls": [{"id": None, "function": {"name": "f", "arguments": ""}}],
+    },
+    {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    {"role": "user", "content": "Thanks"},
+]
+ALLOWED = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "f"}}]}
+CLIENTS = [
+    {"tools": [tool(description=None, parameters=None)]},
+    {"tools": [tool(description="d", parameters=TOOL_PARAMETERS)], "messages": HISTORY},
+    {"tools": [tool()], "tool_choice": {"type": "allowed_tools", "allowed_tools": ALLOWED}},
+    {"top_p": 0, "temperature": 1},
+    {"seed": -1},
+    {"max_tokens": -1, "stop": ["a", "e", "i", "o", "u", "n", " "]},
+    {"response_format": schema({"type": "integer", "multipleOf": 1})},
+    {"response_format": schema(True)},
+]
+
+
+@pytest.mark.parametrize("fields", CLIENTS, ids=lambda fields: next(iter(fields)))
+def test_what_real_clients_send(tool_http, fields):
+    answer = tool_http.post(CHAT, json=chat(**fields))
+    assert answer.status_code == 200, answer.text
+
+
+def test_a_top_p_of_zero_is_greedy(http):
+    texts = {
+        http.post(CHAT, json=chat(**fields, max_tokens=12)).json()["choices"][0]["message"][
+            "content"
+        ]
+        for fields in ({"temperature": 0}, {"top_p": 0}, {"top_p": 0, "seed": 5})
+    }
+    assert len(texts) == 1
+
+
+def test_completions_have_sixteen_tokens_by_default(http):
+    answer = http.post("/v1/completions", json={"prompt": "x", "ignore_eos": True})
+    assert answer.json()["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_continued_message_is_answered_with_what_is_new(http, tool_http, stream):
+    begun = "The answer to your question is clearly"
+    messages = [*HELLO, {"role": "assistant", "content": begun}]
+    body = {"messages": messages, "continue_final_message": True, "max_tokens": 8, "stream": stream}
+    for each in (http, tool_http):
+        answer = each.post(CHAT, json=body)
+        assert answer.status_code == 200, answer.text
+        if stream:
+            frames = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+            deltas = [json.loads(frame)["choices"][0]["delta"] for frame in frames]
+            text = "".join(delta.get("content") or "" for delta in deltas)
+        else:
+            text = answer.json()["choices"][0]["message"]["content"]
+        assert text and begun not in text and not begun.startswith(text)
+
+
+def test_gzip_bodies(http):
+    body = gzip.compress(json.dumps(chat()).encode())
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    assert http.post(CHAT, content=body, headers=headers).status_code == 200
+    assert http.post(CHAT, content=body[:-3], headers=headers).status_code == 400
+    bomb = gzip.compress(b" " * (17 << 20))
+    assert http.post(CHAT, content=bomb, headers=headers).status_code == 413
+    headers["Content-Encoding"] = "br"
+    assert http.post(CHAT, content=body, headers=headers).status_code == 415
+
+
+@pytest.mark.parametrize(
+    "value, keyword",
+    [
+        ({"type": "number", "minimum": 0}, "minimum"),
+        ({"type": "integer", "multipleOf": 3}, "multipleOf"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "integer", "minimum": 5, "maximum": 1}, "minimum"),
+        ({"properties": {"a": {}}, "required": ["b"], "additionalProperties": False}, "required"),
+        ({"properties": {"a": {}}, "oneOf": [{"required": ["a"]}]}, "oneOf"),
+    ],
+)
+def test_what_cannot_be_kept_is_named(http, value, keyword):
+    answer = http.post(CHAT, json=chat(response_format=schema(value)))
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["code"] == "invalid_grammar" and f"'{keyword}'" in error["message"]

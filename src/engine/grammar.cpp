@@ -387,7 +387,8 @@ class GrammarParser {
         ++at_;
         high = character();
       }
-      if (low <= high) result.ranges.emplace_back(low, high);
+      if (low > high) fail("a range that ends below its beginning");
+      result.ranges.emplace_back(low, high);
     }
     if (result.ranges.empty()) fail("an empty set of characters");
     ++at_;

@@ -108,6 +108,7 @@ TEST(Grammar, ErrorsSayWhatAndWhere) {
       {"root ::= e root \"x\" | \"b\"\ne ::= \"a\"?", "begins with itself"},
       {"root ::= \"a\" )", "an unexpected character"},
       {"root ::= []", "an empty set"},
+      {"root ::= [az-b]", "a range that ends below its beginning"},
   };
   for (const auto& [grammar, words] : cases) {
     EXPECT_NE(error_of(grammar).find(words), std::string::npos)

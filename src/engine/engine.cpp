@@ -120,7 +120,10 @@ class ThreadedEngine : public Engine {
   }
   ChatMessage parse_message(const OutputFormatPtr& format, const std::string& text,
                             bool is_partial) const override {
-    return templates_.parse(format, text, is_partial);
+    // The parser recurses as deep as what was generated is nested.
+    constexpr size_t kShallow = 2048;
+    if (text.size() <= kShallow) return templates_.parse(format, text, is_partial);
+    return on_large_stack([&] { return templates_.parse(format, text, is_partial); });
   }
   std::vector<ChatDelta> diff_messages(const ChatMessage& before,
                                        const ChatMessage& after) const override {

@@ -652,6 +652,7 @@ class Normaliser {
     }
 
     const bool open = says_additional && additional != false;
+    const std::string inside = path + "/properties/";
     size_t optional = 0;
     Json kept = Json::object();
     for (const auto& item : properties.items()) {
@@ -673,7 +674,7 @@ class Normaliser {
                          " optional properties are not supported ('required' names those that "
                          "are not)");
       }
-      kept[name] = node(item.value(), path + "/properties/" + name, depth + 1, false);
+      kept[name] = node(item.value(), inside + name, depth + 1, false);
     }
     budget_.optional_squares -= static_cast<int64_t>(optional * optional);
     if (budget_.optional_squares < 0) {

@@ -53,18 +53,22 @@ void add_kwargs(const std::string& json, std::map<std::string, std::string>& kwa
 
 /// Templates make grammars of schemas too, but do not say that it was a schema they failed on, and
 /// have the same needs of it.
-void use_plain_schemas(common_chat_templates_inputs& inputs) {
+void use_plain_schemas(common_chat_templates_inputs& inputs, const std::string& tools_json) {
   if (!inputs.json_schema.empty()) {
     inputs.json_schema = plain_schema(inputs.json_schema, "json_schema");
     schema_to_grammar(inputs.json_schema, "json_schema");
   }
   if (inputs.tool_choice == COMMON_CHAT_TOOL_CHOICE_NONE) return;
+  if (inputs.tools.empty()) return;
+  const common_json tools = parse_json(tools_json, "tools");
   SchemaBudget budget;
   for (size_t i = 0; i < inputs.tools.size(); ++i) {
     std::string& parameters = inputs.tools[i].parameters;
     if (parameters.empty()) continue;
     const std::string param = "tools[" + std::to_string(i) + "].function.parameters";
-    parameters = plain_tool_schema(parameters, param, budget);
+    const common_json& function = tools.at(i).at("function");
+    const bool strict = function.contains("strict") && function.at("strict") == true;
+    parameters = plain_tool_schema(parameters, param, strict, budget);
   }
 }
 
@@ -188,7 +192,7 @@ ChatPrompt ChatTemplates::render(const ChatRequest& chat) const {
     throw EngineError(ErrorKind::kInvalidTemplate,
                       "The chat template of this model has no place for tools.", "tools");
   }
-  use_plain_schemas(inputs);
+  use_plain_schemas(inputs, chat.tools_json);
   format->chat = apply(inputs);
   format->constrained_by = !inputs.json_schema.empty() ? "json_schema"
                            : !inputs.grammar.empty()   ? "grammar"

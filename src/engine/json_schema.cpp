@@ -886,11 +886,11 @@ std::string schema_to_grammar(const std::string& schema, const std::string& para
   });
 }
 
-std::string plain_tool_schema(const std::string& schema, const std::string& param,
+std::string plain_tool_schema(const std::string& schema, const std::string& param, bool strict,
                               SchemaBudget& budget) {
   return with_errors(param, [&] {
     const Json json = Json::parse(schema);
-    Normaliser normaliser(json, /*strict=*/false, budget);
+    Normaliser normaliser(json, strict, budget);
     const Json plain = normaliser.run();
     json_schema_to_grammar(plain);  // throws where it does not convert
     return normaliser.rewritten() ? plain.dump() : schema;

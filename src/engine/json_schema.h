@@ -27,9 +27,9 @@ std::string plain_schema(const std::string& schema, const std::string& param);
 /// The same as GBNF.
 std::string schema_to_grammar(const std::string& schema, const std::string& param);
 
-/// Of a tool's parameters: it must convert, but may say more than a grammar can. (Clients send
-/// what their tools check for themselves.) As it was, unless other words are needed.
-std::string plain_tool_schema(const std::string& schema, const std::string& param,
+/// Of a tool's parameters: it must convert, but may say more than a grammar can, unless `strict`.
+/// (Clients send what their tools check for themselves.) As it was, unless other words are needed.
+std::string plain_tool_schema(const std::string& schema, const std::string& param, bool strict,
                               SchemaBudget& budget);
 
 }  // namespace relay::engine

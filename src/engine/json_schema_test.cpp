@@ -269,10 +269,10 @@ TEST(JsonSchema, SizeIsBounded) {
 }
 
 TEST(JsonSchema, AToolsSchemaMaySayMore) {
-  const auto tool = [](const std::string& schema) {
+  const auto tool = [](const std::string& schema, bool strict = false) {
     return on_large_stack([&] {
       SchemaBudget budget;
-      return plain_tool_schema(schema, "tools[0]", budget);
+      return plain_tool_schema(schema, "tools[0]", strict, budget);
     });
   };
   // Left as it is where the converter reads it as it is meant.
@@ -282,6 +282,7 @@ TEST(JsonSchema, AToolsSchemaMaySayMore) {
        R"({"type":"object","not":{},"properties":{"n":{"$ref":"#/$defs/My_Node"}},)"
        R"("$defs":{"My_Node":{"type":"object","properties":{"n":{"$ref":"#/$defs/My_Node"}}}}})"}) {
     EXPECT_EQ(tool(schema), schema);
+    EXPECT_THROW(tool(schema, /*strict=*/true), EngineError) << "not all of it can be kept";
   }
   const std::string rewritten = tool(
       R"({"type":"object","properties":{"next":{"description":"the next","allOf":[{"$ref":"#"}]}}})");

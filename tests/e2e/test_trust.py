@@ -194,6 +194,14 @@ def test_tools_with_recursive_parameters(tool_http):
             assert answer.json()["error"]["param"] == "tools[0].function.parameters"
 
 
+def test_a_strict_tool_is_kept_or_refused(tool_http):
+    parameters = {"type": "object", "properties": {"a": {"type": "number", "minimum": 0}}}
+    body = chat(tools=[tool(parameters=parameters)])
+    assert tool_http.post(CHAT, json=body).status_code == 200
+    answer = tool_http.post(CHAT, json=chat(tools=[tool(parameters=parameters, strict=True)]))
+    assert answer.status_code == 400 and "'minimum'" in answer.text
+
+
 @pytest.fixture(scope="module")
 def tekken(tmp_path_factory):
     """A model whose pre-tokeniser recurses for each character of a run."""

@@ -51,14 +51,24 @@ void add_kwargs(const std::string& json, std::map<std::string, std::string>& kwa
   }
 }
 
-/// Templates make grammars of schemas too, but do not say that it was a schema they failed on.
-void check_schemas(const common_chat_templates_inputs& inputs) {
-  if (!inputs.json_schema.empty()) schema_to_grammar(inputs.json_schema, "json_schema");
+/// Templates make grammars of schemas too, but do not say that it was a schema they failed on, and
+/// have the same needs of it.
+void use_plain_schemas(common_chat_templates_inputs& inputs, const std::string& tools_json) {
+  if (!inputs.json_schema.empty()) {
+    inputs.json_schema = plain_schema(inputs.json_schema, "json_schema");
+    schema_to_grammar(inputs.json_schema, "json_schema");
+  }
   if (inputs.tool_choice == COMMON_CHAT_TOOL_CHOICE_NONE) return;
+  if (inputs.tools.empty()) return;
+  const common_json tools = parse_json(tools_json, "tools");
+  SchemaBudget budget;
   for (size_t i = 0; i < inputs.tools.size(); ++i) {
-    const std::string& parameters = inputs.tools[i].parameters;
+    std::string& parameters = inputs.tools[i].parameters;
     if (parameters.empty()) continue;
-    check_tool_schema(parameters, "tools[" + std::to_string(i) + "].function.parameters");
+    const std::string param = "tools[" + std::to_string(i) + "].function.parameters";
+    const common_json& function = tools.at(i).at("function");
+    const bool strict = function.contains("strict") && function.at("strict") == true;
+    parameters = plain_tool_schema(parameters, param, strict, budget);
   }
 }
 
@@ -68,6 +78,16 @@ std::string new_call_id() {
   std::string id = "call_";
   for (int i = 0; i < 24; ++i) id += kLetters[random() % 36];
   return id;
+}
+
+/// What the parser reads of a continued message begins with what was given of it, or with as much
+/// of that as it is sure of.
+void remove_beginning(const std::string& given, std::string& text) {
+  if (text.starts_with(given)) {
+    text.erase(0, given.size());
+  } else if (given.starts_with(text)) {
+    text.clear();
+  }
 }
 
 common_chat_msg to_common(const ChatMessage& message) {
@@ -164,7 +184,7 @@ common_chat_params ChatTemplates::apply(const common_chat_templates_inputs& inpu
 }
 
 ChatPrompt ChatTemplates::render(const ChatRequest& chat) const {
-  const common_chat_templates_inputs inputs = make_inputs(chat);
+  common_chat_templates_inputs inputs = make_inputs(chat);
   auto format = std::make_shared<OutputFormat>();
   // What a template cannot express it drops in silence; here a request is kept or refused.
   if (!inputs.tools.empty() && inputs.tool_choice != COMMON_CHAT_TOOL_CHOICE_NONE &&
@@ -172,7 +192,7 @@ ChatPrompt ChatTemplates::render(const ChatRequest& chat) const {
     throw EngineError(ErrorKind::kInvalidTemplate,
                       "The chat template of this model has no place for tools.", "tools");
   }
-  check_schemas(inputs);
+  use_plain_schemas(inputs, chat.tools_json);
   format->chat = apply(inputs);
   format->constrained_by = !inputs.json_schema.empty() ? "json_schema"
                            : !inputs.grammar.empty()   ? "grammar"
@@ -189,6 +209,11 @@ ChatPrompt ChatTemplates::render(const ChatRequest& chat) const {
   format->parser = common_chat_parser_params(format->chat);
   format->parser.reasoning_format = inputs.reasoning_format;
   format->parser.is_continuation = inputs.continue_final_message != COMMON_CHAT_CONTINUATION_NONE;
+  if (inputs.continue_final_message != COMMON_CHAT_CONTINUATION_NONE) {
+    const common_chat_msg& last = inputs.messages.back();
+    format->continued.content = last.content.empty() ? last.render_content() : last.content;
+    format->continued.reasoning = last.reasoning_content;
+  }
   if (!format->chat.parser.empty()) format->parser.parser.load(format->chat.parser);
   for (const std::string& text : format->chat.preserved_tokens) {
     const auto ids = common_tokenize(model_.vocab(), text, false, true);
@@ -235,6 +260,8 @@ ChatMessage ChatTemplates::parse(const OutputFormatPtr& format, const std::strin
   ChatMessage message;
   message.content = m.content.empty() ? m.render_content() : m.content;
   message.reasoning = m.reasoning_content;
+  remove_beginning(format->continued.content, message.content);
+  remove_beginning(format->continued.reasoning, message.reasoning);
   for (const common_chat_tool_call& call : m.tool_calls) {
     const std::string id = call.id.empty() ? format->call_id(message.tool_calls.size()) : call.id;
     message.tool_calls.push_back({id, call.name, call.arguments});

@@ -21,6 +21,8 @@ struct OutputFormat {
   common_chat_parser_params parser;
   std::unordered_set<Token> visible;  ///< control tokens the parser wants to see as text
   std::string constrained_by;         ///< the field that asked for the grammar, if one did
+  ChatMessage continued;  ///< the beginning of the message that was given, and is no part of the
+                          ///< answer
 
   /// The id of the index-th tool call: the same in every reading of a growing text, though the
   /// model writes none.

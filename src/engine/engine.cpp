@@ -14,6 +14,7 @@
 #include "engine/backend.h"
 #include "engine/chat_templates.h"
 #include "engine/engine_core.h"
+#include "engine/large_stack.h"
 #include "engine/llama_model.h"
 #include "engine/llama_sampler.h"
 
@@ -111,13 +112,18 @@ class ThreadedEngine : public Engine {
     return model_->detokenize(tokens, special);
   }
 
-  ChatPrompt render_chat(const ChatRequest& chat) const override { return templates_.render(chat); }
+  ChatPrompt render_chat(const ChatRequest& chat) const override {
+    return on_large_stack([&] { return templates_.render(chat); });
+  }
   std::vector<Token> render_chat_prefix(const ChatRequest& chat) const override {
-    return templates_.render_prefix(chat);
+    return on_large_stack([&] { return templates_.render_prefix(chat); });
   }
   ChatMessage parse_message(const OutputFormatPtr& format, const std::string& text,
                             bool is_partial) const override {
-    return templates_.parse(format, text, is_partial);
+    // The parser recurses as deep as what was generated is nested.
+    constexpr size_t kShallow = 2048;
+    if (text.size() <= kShallow) return templates_.parse(format, text, is_partial);
+    return on_large_stack([&] { return templates_.parse(format, text, is_partial); });
   }
   std::vector<ChatDelta> diff_messages(const ChatMessage& before,
                                        const ChatMessage& after) const override {
@@ -279,7 +285,7 @@ SubmitResult ThreadedEngine::submit(GenerateRequest request, std::shared_ptr<Sin
   auto r = std::make_unique<Request>();
   if (!refused) {
     try {
-      r->samplers = make_samplers(*model_, request);
+      r->samplers = on_large_stack([&] { return make_samplers(*model_, request); });
     } catch (const EngineError& e) {
       refused = refusal(e.kind(), e.what(), e.param());
     }

@@ -387,6 +387,9 @@ void EngineCore::take_token(Request& r, Sequence& s, int32_t row) {
   Token token = -1;
   try {
     token = s.sampler->sample(model_, row);
+  } catch (const EngineError& e) {
+    fail_request(r, e.kind(), e.what(), Scheduler::Keep::kPrompt);
+    return;
   } catch (const std::exception& e) {
     fail_request(r, ErrorKind::kInternal, std::string("Sampling failed: ") + e.what(),
                  Scheduler::Keep::kPrompt);

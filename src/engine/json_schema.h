@@ -1,19 +1,35 @@
 // JSON schemas as grammars, by llama.cpp's converter.
+//
+// The converter passes over what it cannot express, takes some forms for others, and recurses for
+// ever on some. So a schema is first written in plain words: references that lead to content, no
+// allOf, each keyword where the converter reads it. What that cannot say is an error.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 namespace relay::engine {
 
-// Both throw EngineError (kInvalidGrammar) that says why, with `param`, the field the schema came
-// from.
+/// What the schemas of one request may have in all: llama.cpp's converter takes time for each part,
+/// and the cube of the number of an object's optional properties.
+struct SchemaBudget {
+  int64_t parts = 20'000;
+  int64_t optional_squares = 150'000;
+};
 
-/// The schema as GBNF. What the converter would pass over in silence (a lower bound of a number,
-/// say) is an error: an answer is bound to the whole schema or to none.
+// All throw EngineError (kInvalidGrammar) that says why, with `param`, the field the schema came
+// from. They recurse: call them on a thread with a large stack (large_stack.h).
+
+/// The schema in words that the converter keeps to the letter. An answer is bound to the whole
+/// schema or to none: what no grammar can keep (a lower bound of a number, say) is an error.
+std::string plain_schema(const std::string& schema, const std::string& param);
+
+/// The same as GBNF.
 std::string schema_to_grammar(const std::string& schema, const std::string& param);
 
-/// Of a tool's parameters: it must convert, but may say more than a grammar can. (Clients send
-/// what their tools check for themselves.)
-void check_tool_schema(const std::string& schema, const std::string& param);
+/// Of a tool's parameters: it must convert, but may say more than a grammar can, unless `strict`.
+/// (Clients send what their tools check for themselves.) As it was, unless other words are needed.
+std::string plain_tool_schema(const std::string& schema, const std::string& param, bool strict,
+                              SchemaBudget& budget);
 
 }  // namespace relay::engine

@@ -65,6 +65,9 @@ std::unique_ptr<LlamaModel> LlamaModel::load(const EngineOptions& options, bool 
   m->create_context(options, relay_active);
   if (progress) progress(1.0, "warming up");
   m->self_check();
+  std::array<char, 64> pre{};
+  llama_model_meta_val_str(m->model_, "tokenizer.ggml.pre", pre.data(), pre.size());
+  m->tokenizer_ = std::make_unique<Tokenizer>(m->vocab_, pre.data());
   return m;
 }
 
@@ -271,7 +274,7 @@ bool LlamaModel::is_end(Token token) const { return llama_vocab_is_eog(vocab_, t
 
 std::vector<Token> LlamaModel::tokenize(const std::string& text, bool add_special,
                                         bool parse_special) const {
-  return common_tokenize(vocab_, text, add_special, parse_special);
+  return tokenizer_->tokenize(text, add_special, parse_special, info_.context_length);
 }
 
 std::string LlamaModel::detokenize(const std::vector<Token>& tokens, bool special) const {

@@ -8,6 +8,7 @@
 
 #include "engine/engine.h"
 #include "engine/model.h"
+#include "engine/tokenizer.h"
 
 struct llama_context;
 struct llama_model;
@@ -36,7 +37,10 @@ class LlamaModel : public Model, public Vocabulary {
   std::string piece(Token token, bool special) const override;
   bool is_end(Token token) const override;
 
+  /// Throws EngineError (kContextLengthExceeded) for a text that can have no fewer tokens than the
+  /// context has room for, or is too long for this vocabulary's pre-tokeniser.
   std::vector<Token> tokenize(const std::string& text, bool add_special, bool parse_special) const;
+  const TokenTexts& token_texts() const { return tokenizer_->texts(); }
   std::string detokenize(const std::vector<Token>& tokens, bool special) const;
   /// Tokens that a generation must not choose: those the model suppresses, and with `ends` those
   /// that end one.
@@ -73,6 +77,7 @@ class LlamaModel : public Model, public Vocabulary {
   size_t state_per_owner_ = 0;  // for each owner of a cell
   struct BatchBuffers;
   std::unique_ptr<BatchBuffers> buffers_;
+  std::unique_ptr<Tokenizer> tokenizer_;
 };
 
 }  // namespace relay::engine

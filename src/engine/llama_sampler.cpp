@@ -2,86 +2,43 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <random>
-#include <set>
-#include <stdexcept>
+#include <regex>
 
 #include "common.h"
 #include "engine/chat_templates.h"
+#include "engine/grammar_sampler.h"
 #include "engine/json_schema.h"
 #include "engine/random_sampler.h"
-#include "sampling.h"
+#include "llama-cpp.h"
+#include "reasoning-budget.h"
 
 namespace relay::engine {
 
 namespace {
 
-/// A grammar of llama.cpp's, and our sampler as the end of its chain: it chooses freely, and again
-/// among what the grammar allows if the grammar does not allow the first choice.
-class GrammarSampler : public Sampler {
+/// Thinking as llama.cpp's reasoning budget sees it, without a budget.
+class ReasoningWatch : public ThinkingWatch {
  public:
-  GrammarSampler(const LlamaModel& model, common_params_sampling& params,
-                 std::unique_ptr<RandomSampler> choice)
-      : context_(model.context()), vocabulary_(static_cast<size_t>(model.vocab_size())) {
-    choice_ = std::move(choice);
-    params.no_perf = true;
-    params.samplers.clear();
-    sampler_.reset(common_sampler_init(model.model(), params));
-    // llama.cpp ends each chain with a choice of its own.
-    llama_sampler* chain = common_sampler_get(sampler_.get());
-    llama_sampler_free(llama_sampler_chain_remove(chain, llama_sampler_chain_n(chain) - 1));
-    llama_sampler_chain_add(chain, llama_sampler_init(&interface(), this));
-  }
-  GrammarSampler(const GrammarSampler&) = delete;
-  GrammarSampler& operator=(const GrammarSampler&) = delete;
+  ReasoningWatch(const LlamaModel& model, const llama_tokens& start,
+                 const std::vector<llama_tokens>& ends)
+      : sampler_(common_reasoning_budget_init(model.vocab(), {start}, ends, ends.front(),
+                                              std::numeric_limits<int32_t>::max())) {}
 
-  /// The grammar of a chat begins with what the template has already written of the answer.
-  void skip(const std::vector<Token>& written) {
-    for (const Token t : written) common_sampler_accept(sampler_.get(), t, true);
-    choice_->forget();  // penalties have not seen it
+  bool thinking() const override {
+    const auto state = common_reasoning_budget_get_state(sampler_.get());
+    return state != REASONING_BUDGET_IDLE && state != REASONING_BUDGET_DONE;
   }
-
-  Token sample(Model& /*model*/, int32_t row) override {
-    const Token token = common_sampler_sample(sampler_.get(), context_, row);
-    common_sampler_accept(sampler_.get(), token, true);
-    return token;
+  void accept(Token token) override { llama_sampler_accept(sampler_.get(), token); }
+  std::vector<Token> end() const override {
+    if (common_reasoning_budget_get_state(sampler_.get()) != REASONING_BUDGET_DONE) return {};
+    const llama_tokens* end = common_reasoning_budget_get_end_match(sampler_.get());
+    return end == nullptr ? std::vector<Token>{} : *end;
   }
 
  private:
-  static GrammarSampler& self(const llama_sampler* s) {
-    return *static_cast<GrammarSampler*>(s->ctx);
-  }
-  static llama_sampler_i& interface() {
-    static llama_sampler_i calls = [] {
-      llama_sampler_i i{};
-      i.name = [](const llama_sampler*) { return "relay"; };
-      i.accept = [](llama_sampler* s, llama_token token) { self(s).choice_->accept(token); };
-      i.apply = [](llama_sampler* s, llama_token_data_array* candidates) {
-        self(s).choose(*candidates);
-      };
-      return i;
-    }();
-    return calls;
-  }
-
-  void choose(llama_token_data_array& candidates) {
-    logits_.assign(vocabulary_, -INFINITY);
-    for (size_t i = 0; i < candidates.size; ++i) {
-      logits_[static_cast<size_t>(candidates.data[i].id)] = candidates.data[i].logit;
-    }
-    const Token chosen = choice_->choose(logits_);
-    // If nothing can be chosen, the first: llama.cpp wants one, and its grammar refuses it.
-    candidates.selected = 0;
-    for (size_t i = 0; i < candidates.size; ++i) {
-      if (candidates.data[i].id == chosen) candidates.selected = static_cast<int64_t>(i);
-    }
-  }
-
-  llama_context* context_;
-  size_t vocabulary_;
-  std::unique_ptr<RandomSampler> choice_;
-  std::vector<float> logits_;
-  common_sampler_ptr sampler_;
+  llama_sampler_ptr sampler_;
 };
 
 void require(bool ok, const std::string& message) {
@@ -111,52 +68,6 @@ bool is_greedy(const SamplingParams& s) {
          s.repetition_penalty == 1.0f && s.logit_bias.empty();
 }
 
-void add_grammar(const LlamaModel& model, const GenerateRequest& request,
-                 common_params_sampling& params) {
-  require(request.grammar.empty() || request.json_schema.empty(),
-          "Only one of grammar and json_schema can be given.");
-  if (!request.grammar.empty()) {
-    params.grammar = {COMMON_GRAMMAR_TYPE_USER, request.grammar};
-    return;
-  }
-  if (!request.json_schema.empty()) {
-    params.grammar = {COMMON_GRAMMAR_TYPE_OUTPUT_FORMAT,
-                      schema_to_grammar(request.json_schema, "json_schema")};
-    return;
-  }
-  if (!request.format) return;
-  const common_chat_params& chat = request.format->chat;
-  if (chat.grammar.empty()) return;
-  params.grammar = {COMMON_GRAMMAR_TYPE_TOOL_CALLS, chat.grammar};
-  params.grammar_lazy = chat.grammar_lazy;
-  params.preserved_tokens.insert(request.format->visible.begin(), request.format->visible.end());
-  for (const common_grammar_trigger& trigger : chat.grammar_triggers) {
-    common_grammar_trigger t = trigger;
-    if (t.type == COMMON_GRAMMAR_TRIGGER_TYPE_WORD) {
-      const auto ids = common_tokenize(model.vocab(), t.value, false, true);
-      if (ids.size() == 1 && params.preserved_tokens.contains(ids.front())) {
-        t.type = COMMON_GRAMMAR_TRIGGER_TYPE_TOKEN;
-        t.token = ids.front();
-      }
-    }
-    params.grammar_triggers.push_back(t);
-  }
-  // While the model thinks, a lazy grammar must not wake up.
-  if (chat.grammar_lazy && !chat.thinking_end_tags.empty()) {
-    params.generation_prompt = chat.generation_prompt;
-    params.reasoning_budget_start =
-        common_tokenize(model.vocab(), chat.thinking_start_tag, false, true);
-    for (const std::string& tag : chat.thinking_end_tags) {
-      if (!tag.empty()) {
-        params.reasoning_budget_end.push_back(common_tokenize(model.vocab(), tag, false, true));
-      }
-    }
-    if (!params.reasoning_budget_end.empty()) {
-      params.reasoning_budget_forced = params.reasoning_budget_end.front();
-    }
-  }
-}
-
 /// Tokens that spell exactly this text. The tokenizer alone may not: some put a space in front.
 std::vector<Token> spell(const LlamaModel& model, const std::string& text) {
   if (text.empty()) return {};
@@ -173,6 +84,67 @@ std::vector<Token> spell(const LlamaModel& model, const std::string& text) {
                     "grammar cannot be used.");
 }
 
+/// The grammar that binds the request; empty: none.
+std::string grammar_of(const GenerateRequest& request) {
+  require(request.grammar.empty() || request.json_schema.empty(),
+          "Only one of grammar and json_schema can be given.");
+  if (!request.grammar.empty()) return request.grammar;
+  if (!request.json_schema.empty()) return schema_to_grammar(request.json_schema, "json_schema");
+  return request.format ? request.format->chat.grammar : "";
+}
+
+/// Whether it is that of the chat's template.
+bool is_of_template(const GenerateRequest& request) {
+  return request.grammar.empty() && request.json_schema.empty() && request.format;
+}
+
+std::optional<GrammarTrigger> trigger_of(const LlamaModel& model, const OutputFormat& format) {
+  if (!format.chat.grammar_lazy) return std::nullopt;
+  GrammarTrigger result;
+  for (const common_grammar_trigger& trigger : format.chat.grammar_triggers) {
+    switch (trigger.type) {
+      case COMMON_GRAMMAR_TRIGGER_TYPE_TOKEN:
+        result.tokens.insert(trigger.token);
+        break;
+      case COMMON_GRAMMAR_TRIGGER_TYPE_WORD: {
+        const auto ids = common_tokenize(model.vocab(), trigger.value, false, true);
+        if (ids.size() == 1 && format.visible.contains(ids.front())) {
+          result.tokens.insert(ids.front());
+        } else if (!trigger.value.empty()) {
+          result.words.push_back(trigger.value);
+        }
+        break;
+      }
+      case COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN:
+      case COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN_FULL: {
+        const std::string& pattern = trigger.value;
+        const bool anchored = pattern.starts_with("^") && pattern.ends_with("$");
+        const bool full = trigger.type == COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN_FULL;
+        result.patterns.push_back({std::regex(pattern), anchored || full});
+        break;
+      }
+    }
+  }
+  return result;
+}
+
+/// While the model thinks, a lazy grammar must not wake up.
+std::unique_ptr<ThinkingWatch> thinking_of(const LlamaModel& model, const OutputFormat& format) {
+  const common_chat_params& chat = format.chat;
+  if (!chat.grammar_lazy || chat.thinking_end_tags.empty()) return nullptr;
+  const auto start = common_tokenize(model.vocab(), chat.thinking_start_tag, false, true);
+  std::vector<llama_tokens> ends;
+  for (const std::string& tag : chat.thinking_end_tags) {
+    if (!tag.empty()) ends.push_back(common_tokenize(model.vocab(), tag, false, true));
+  }
+  if (start.empty() || ends.empty()) return nullptr;
+  auto watch = std::make_unique<ReasoningWatch>(model, start, ends);
+  for (const Token token : common_tokenize(model.vocab(), chat.generation_prompt, false, true)) {
+    watch->accept(token);
+  }
+  return watch;
+}
+
 /// The field to blame.
 std::string field_of_grammar(const GenerateRequest& request) {
   if (!request.grammar.empty()) return "grammar";
@@ -185,44 +157,52 @@ std::vector<std::unique_ptr<Sampler>> make_samplers(const LlamaModel& model,
                                                     const GenerateRequest& request) {
   const SamplingParams& s = request.sampling;
   check(s, model.vocab_size());
-  common_params_sampling params;
-  add_grammar(model, request, params);
+  const std::string text = grammar_of(request);
 
   std::vector<std::unique_ptr<Sampler>> samplers;
-  if (params.grammar.empty() && is_greedy(s)) {
+  if (text.empty() && is_greedy(s)) {
     for (int32_t i = 0; i < request.n; ++i) {
       samplers.push_back(std::make_unique<GreedySampler>(model.excluded_tokens(s.ignore_eos)));
     }
     return samplers;
   }
 
-  if (s.ignore_eos && !params.grammar.empty()) {
+  if (s.ignore_eos && !text.empty()) {
     throw EngineError(ErrorKind::kInvalidRequest,
                       "ignore_eos leaves nothing to choose once a grammar, a JSON schema or a tool "
                       "call is complete: use one without the other.",
                       "ignore_eos");
   }
-  std::vector<Token> written;
-  if (params.grammar.type == COMMON_GRAMMAR_TYPE_TOOL_CALLS && !params.grammar_lazy) {
-    written = spell(model, request.format->chat.generation_prompt);
-  }
   const uint32_t seed = s.seed ? *s.seed : std::random_device{}();
-  for (int32_t i = 0; i < request.n; ++i) {
-    auto choice = std::make_unique<RandomSampler>(
-        s, seed + static_cast<uint32_t>(i), model.excluded_tokens(s.ignore_eos), request.prompt);
-    if (params.grammar.empty()) {
-      samplers.push_back(std::move(choice));
-      continue;
-    }
-    try {
-      auto sampler = std::make_unique<GrammarSampler>(model, params, std::move(choice));
-      if (!written.empty()) sampler->skip(written);
+  const auto make_choice = [&](int32_t i) {
+    return std::make_unique<RandomSampler>(s, seed + static_cast<uint32_t>(i),
+                                           model.excluded_tokens(s.ignore_eos), request.prompt);
+  };
+  if (text.empty()) {
+    for (int32_t i = 0; i < request.n; ++i) samplers.push_back(make_choice(i));
+    return samplers;
+  }
+  try {
+    const TokenTexts& texts = model.token_texts();
+    const auto matcher = std::make_shared<GrammarMatcher>(Grammar::compile(text, texts), texts);
+    const bool of_template = is_of_template(request);
+    for (int32_t i = 0; i < request.n; ++i) {
+      auto sampler = std::make_unique<GrammarSampler>(
+          matcher, texts, make_choice(i),
+          of_template ? trigger_of(model, *request.format) : std::nullopt,
+          of_template ? thinking_of(model, *request.format) : nullptr);
+      // The grammar of a chat begins with what the template has already written of the answer.
+      if (of_template && !request.format->chat.grammar_lazy) {
+        sampler->skip(spell(model, request.format->chat.generation_prompt));
+      }
       samplers.push_back(std::move(sampler));
-    } catch (const std::exception& e) {
-      throw EngineError(ErrorKind::kInvalidGrammar,
-                        std::string("The grammar does not compile: ") + e.what() + ".",
-                        field_of_grammar(request));
     }
+  } catch (const EngineError&) {
+    throw;
+  } catch (const std::exception& e) {
+    throw EngineError(ErrorKind::kInvalidGrammar,
+                      std::string("The grammar does not compile: ") + e.what() + ".",
+                      field_of_grammar(request));
   }
   return samplers;
 }

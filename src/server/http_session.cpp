@@ -16,6 +16,8 @@
 #include <ctime>
 #include <optional>
 
+#include "server/gzip.h"
+
 namespace relay::server {
 
 // GCC 12 may destroy a temporary of a `co_await f(Temporary{...})` twice: what a coroutine is given
@@ -67,6 +69,19 @@ std::string chunk(const std::string& data) {
 constexpr const char* kLastChunk = "0\r\n\r\n";
 
 std::string_view view(boost::beast::string_view text) { return {text.data(), text.size()}; }
+
+/// Whether the body is gzip data; throws for other encodings.
+template <typename Request>
+bool is_compressed(const Request& request) {
+  const auto encoding = request[http::field::content_encoding];
+  if (encoding.empty() || boost::beast::iequals(encoding, "identity")) return false;
+  if (boost::beast::iequals(encoding, "gzip") || boost::beast::iequals(encoding, "x-gzip")) {
+    return true;
+  }
+  throw ApiError(415, "invalid_request_error", "unsupported_content_encoding",
+                 "Only the Content-Encoding gzip is understood.")
+      .header("Accept-Encoding", "gzip");
+}
 
 bool is_http_error(const error_code& error) {
   static const auto& category = http::make_error_code(http::error::bad_method).category();
@@ -228,12 +243,14 @@ HttpSession::Awaitable<void> HttpSession::handle(Parser& parser, Exchange& excha
   if (route.takes_body) runtime_.service.require_ready();
 
   size_t reserved = 0;
+  const bool compressed = is_compressed(request);
   if (!parser.is_done()) {
     const auto length = parser.content_length();
     if (length && *length > options_.max_body_bytes) {
       throw payload_too_large(options_.max_body_bytes);
     }
     reserved = length ? static_cast<size_t>(*length) : options_.max_body_bytes;
+    if (compressed) reserved += options_.max_body_bytes;
     if (!runtime_.reserve_body(reserved)) {
       throw ApiError(429, "rate_limit_error", "rate_limit_exceeded",
                      "Too many large requests are being read.")
@@ -252,6 +269,18 @@ HttpSession::Awaitable<void> HttpSession::handle(Parser& parser, Exchange& excha
   body_unread_ = false;
 
   std::string body = std::move(parser.get().body());
+  if (compressed) {
+    std::optional<ApiError> failure;
+    const std::function<void()> work = [&] {
+      try {
+        body = gunzip(body, options_.max_body_bytes);
+      } catch (const ApiError& error) {
+        failure = error;
+      }
+    };
+    co_await run_on(runtime_.workers, work);
+    if (failure) throw *failure;
+  }
   if (route.endpoint == Endpoint::kChatCompletions || route.endpoint == Endpoint::kCompletions) {
     co_await answer_generation(route.endpoint, body, caller, exchange);
   } else {

@@ -174,14 +174,20 @@ engine::SamplingParams parse_sampling(const JsonFields& body, const RequestLimit
     if (value) target = static_cast<float>(*value);
   };
   set(sampling.temperature, body.number("temperature", 0, 2));
-  set(sampling.top_p, body.number("top_p", 0, 1, /*least_excluded=*/true));
+  set(sampling.top_p, body.number("top_p", 0, 1));
   set(sampling.min_p, body.number("min_p", 0, 1));
   set(sampling.presence_penalty, body.number("presence_penalty", -2, 2));
   set(sampling.frequency_penalty, body.number("frequency_penalty", -2, 2));
   set(sampling.repetition_penalty, body.number("repeat_penalty", 0, 10, true));
   set(sampling.repetition_penalty, body.number("repetition_penalty", 0, 10, true));
   sampling.top_k = static_cast<int32_t>(body.integer("top_k", -1, INT32_MAX).value_or(0));
-  if (const auto seed = body.integer("seed", INT64_MIN, INT64_MAX)) {
+  if (sampling.top_p <= 0) {  // of the nucleus only the most probable token is left
+    sampling.top_p = 1;
+    sampling.temperature = 0;
+  }
+  // -1 asks for a random one, as with vLLM and llama.cpp.
+  const auto seed = body.integer("seed", INT64_MIN, INT64_MAX);
+  if (seed && *seed != -1) {
     const auto bits = static_cast<uint64_t>(*seed);
     sampling.seed = static_cast<uint32_t>(bits ^ (bits >> 32));  // small seeds stay themselves
   }
@@ -190,14 +196,22 @@ engine::SamplingParams parse_sampling(const JsonFields& body, const RequestLimit
   return sampling;
 }
 
-int32_t parse_max_tokens(const JsonFields& body) {
+/// -1: as many as there is room for.
+int32_t parse_max_tokens(const JsonFields& body, int32_t fallback) {
   for (const char* name : {"max_completion_tokens", "max_tokens", "n_predict"}) {
-    if (const auto value = body.integer(name, 1, INT32_MAX)) return static_cast<int32_t>(*value);
+    const auto value = body.integer(name, -1, INT32_MAX);
+    if (!value) continue;
+    if (*value == 0) {
+      throw invalid_request(name, std::string("'") + name +
+                                      "' must be at least 1, or -1 for as many as there is room.");
+    }
+    return static_cast<int32_t>(*value);
   }
-  return -1;
+  return fallback;
 }
 
-CommonRequest parse_common(const JsonFields& body, const RequestLimits& limits) {
+CommonRequest parse_common(const JsonFields& body, const RequestLimits& limits,
+                           int32_t max_tokens) {
   refuse_unsupported(body);
   CommonRequest request;
   request.model = body.string("model", kMaxNameBytes).value_or("");
@@ -215,7 +229,7 @@ CommonRequest parse_common(const JsonFields& body, const RequestLimits& limits) 
   body.string("user", kUnbounded);  // only its type is checked: nothing here depends on the user
 
   engine::GenerateRequest& generate = request.generate;
-  generate.max_tokens = parse_max_tokens(body);
+  generate.max_tokens = parse_max_tokens(body, max_tokens);
   generate.n = static_cast<int32_t>(body.integer("n", 1, limits.max_choices).value_or(1));
   if (const auto best_of = body.integer("best_of", 1, limits.max_choices)) {
     if (*best_of != generate.n) throw unsupported("best_of", "'best_of' must be equal to 'n'.");
@@ -251,7 +265,19 @@ void check_content(const Json& content, const std::string& param) {
   }
 }
 
-void check_tool_calls(const Json& calls, const std::string& path) {
+/// null is the same as nothing, but templates see a difference.
+void drop_nulls(Json& object) {
+  for (auto it = object.begin(); it != object.end();) {
+    if (it->is_null()) {
+      it = object.erase(it);
+    } else {
+      ++it;
+    }
+  }
+}
+
+/// Checks the calls and fills in what clients leave out.
+void check_tool_calls(Json& calls, const std::string& path) {
   for (size_t i = 0; i < calls.size(); ++i) {
     const std::string call_path = path + "[" + std::to_string(i) + "]";
     const JsonFields call(calls[i], call_path);
@@ -262,11 +288,15 @@ void check_tool_calls(const Json& calls, const std::string& path) {
     call.require("function");
     const JsonFields function(*call.object("function"), call_path + ".function");
     function.require_string("name", kMaxNameBytes);
-    function.require_string("arguments", kUnbounded);
+    const bool no_arguments = function.require_string("arguments", kUnbounded).empty();
+    drop_nulls(calls[i]);
+    calls[i]["type"] = "function";
+    if (no_arguments) calls[i]["function"]["arguments"] = "{}";
   }
 }
 
-void check_message(const Json& value, const std::string& path) {
+/// Checks the message and leaves out what says nothing.
+void check_message(Json& value, const std::string& path) {
   const JsonFields message(value, path);
   const std::string role = message.require_string("role", 64);
   const bool known = role == "system" || role == "developer" || role == "user" ||
@@ -277,25 +307,27 @@ void check_message(const Json& value, const std::string& path) {
                                               "or tool.");
   }
   const Json* calls = message.array("tool_calls", 1024);
-  if (calls != nullptr) {
-    if (role != "assistant") {
-      throw invalid_request(path + ".tool_calls", "Only assistant messages have 'tool_calls'.");
-    }
-    check_tool_calls(*calls, path + ".tool_calls");
+  const bool has_calls = calls != nullptr && !calls->empty();
+  if (has_calls && role != "assistant") {
+    throw invalid_request(path + ".tool_calls", "Only assistant messages have 'tool_calls'.");
   }
   message.string("name", kMaxNameBytes);
+  message.string("reasoning_content", kUnbounded);
   if (role == "tool") message.require_string("tool_call_id", kMaxNameBytes);
   const Json* content = message.find("content");
   if (content != nullptr) {
     check_content(*content, path + ".content");
-  } else if (role != "assistant" || calls == nullptr || calls->empty()) {
+  } else if (role != "assistant" || !has_calls) {
     message.require("content");
   }
+  drop_nulls(value);
+  if (has_calls) check_tool_calls(value["tool_calls"], path + ".tool_calls");
+  if (!has_calls) value.erase("tool_calls");
 }
 
 std::string checked_messages(const JsonFields& body, const RequestLimits& limits) {
   body.require("messages");
-  const Json& messages = *body.array("messages", limits.max_messages);
+  Json messages = *body.array("messages", limits.max_messages);
   if (messages.empty()) throw invalid_request("messages", "'messages' must not be empty.");
   for (size_t i = 0; i < messages.size(); ++i) {
     check_message(messages[i], "messages[" + std::to_string(i) + "]");
@@ -303,7 +335,7 @@ std::string checked_messages(const JsonFields& body, const RequestLimits& limits
   return dump(messages);
 }
 
-void check_tool(const Json& value, const std::string& path) {
+void check_tool(Json& value, const std::string& path) {
   const JsonFields tool(value, path);
   if (tool.require_string("type", 64) != "function") {
     throw unsupported(path + ".type", "Only tools of type function are supported.");
@@ -314,41 +346,75 @@ void check_tool(const Json& value, const std::string& path) {
   if (name.empty()) throw invalid_request(path + ".function.name", "A tool needs a name.");
   function.string("description", kUnbounded);
   function.object("parameters");
+  drop_nulls(value["function"]);
+}
+
+/// The tools of this name; there must be one.
+void add_tools_named(const Json& tools, const std::string& name, Json& chosen) {
+  const size_t before = chosen.size();
+  for (const Json& tool : tools) {
+    if (tool["function"]["name"] == name) chosen.push_back(tool);
+  }
+  if (chosen.size() > before) return;
+  throw invalid_request("tool_choice",
+                        "'tool_choice' names '" + name + "', which is not among 'tools'.");
+}
+
+/// {"type":"function","function":{"name"}}, or with the name beside the type as in /v1/responses.
+std::string name_of_choice(const JsonFields& choice, const char* path) {
+  if (const Json* function = choice.object("function")) {
+    return JsonFields(*function, std::string(path) + ".function")
+        .require_string("name", kMaxNameBytes);
+  }
+  if (choice.find("name") == nullptr) choice.require("function");
+  return choice.require_string("name", kMaxNameBytes);
+}
+
+/// tool_choice as an object: what may be called is what is offered.
+void choose_tools(const Json& choice, Json& tools, engine::ChatRequest& chat) {
+  const JsonFields fields(choice, "tool_choice");
+  const std::string type = fields.require_string("type", 64);
+  Json chosen = Json::array();
+  if (type == "function") {
+    add_tools_named(tools, name_of_choice(fields, "tool_choice"), chosen);
+    chat.tool_choice = "required";
+    chat.parallel_tool_calls = false;
+  } else if (type == "allowed_tools") {
+    const Json* nested = fields.object("allowed_tools");
+    const JsonFields allowed(nested != nullptr ? *nested : choice,
+                             nested != nullptr ? "tool_choice.allowed_tools" : "tool_choice");
+    chat.tool_choice = allowed.string("mode", 64).value_or("auto");
+    if (chat.tool_choice != "auto" && chat.tool_choice != "required") {
+      throw invalid_request("tool_choice", "The mode of allowed tools must be auto or required.");
+    }
+    allowed.require("tools");
+    const Json& list = *allowed.array("tools", 1024);
+    if (list.empty()) throw invalid_request("tool_choice", "'allowed_tools' names no tool.");
+    for (const Json& one : list) {
+      add_tools_named(tools,
+                      name_of_choice(JsonFields(one, "tool_choice.allowed_tools.tools"),
+                                     "tool_choice.allowed_tools.tools"),
+                      chosen);
+    }
+  } else {
+    throw unsupported("tool_choice.type",
+                      "'tool_choice.type' can only be function or allowed_tools.");
+  }
+  tools = std::move(chosen);
 }
 
 void parse_tools(const JsonFields& body, const RequestLimits& limits, engine::ChatRequest& chat) {
-  const Json* tools = body.array("tools", limits.max_tools);
-  const bool have_tools = tools != nullptr && !tools->empty();
-  Json chosen = Json::array();
-  if (have_tools) {
-    for (size_t i = 0; i < tools->size(); ++i) {
-      check_tool((*tools)[i], "tools[" + std::to_string(i) + "]");
-    }
-    chosen = *tools;
+  const Json* given = body.array("tools", limits.max_tools);
+  Json tools = given != nullptr ? *given : Json::array();
+  const bool have_tools = !tools.empty();
+  for (size_t i = 0; i < tools.size(); ++i) {
+    check_tool(tools[i], "tools[" + std::to_string(i) + "]");
   }
   chat.parallel_tool_calls = body.boolean("parallel_tool_calls", true);
 
   const Json* choice = body.find("tool_choice");
   if (choice != nullptr && choice->is_object()) {
-    const JsonFields fields(*choice, "tool_choice");
-    if (fields.require_string("type", 64) != "function") {
-      throw unsupported("tool_choice.type", "'tool_choice.type' can only be function.");
-    }
-    fields.require("function");
-    const std::string name = JsonFields(*fields.object("function"), "tool_choice.function")
-                                 .require_string("name", kMaxNameBytes);
-    // A named function is the same as requiring a call while that function is the only one.
-    Json only = Json::array();
-    for (const Json& tool : chosen) {
-      if (tool["function"]["name"] == name) only.push_back(tool);
-    }
-    if (only.empty()) {
-      throw invalid_request("tool_choice",
-                            "'tool_choice' names '" + name + "', which is not among 'tools'.");
-    }
-    chosen = std::move(only);
-    chat.tool_choice = "required";
-    chat.parallel_tool_calls = false;
+    choose_tools(*choice, tools, chat);
   } else if (choice != nullptr) {
     chat.tool_choice = *body.string("tool_choice", 64);
     if (chat.tool_choice != "auto" && chat.tool_choice != "none" &&
@@ -360,7 +426,7 @@ void parse_tools(const JsonFields& body, const RequestLimits& limits, engine::Ch
       throw invalid_request("tool_choice", "'tool_choice' required needs 'tools'.");
     }
   }
-  if (have_tools) chat.tools_json = dump(chosen);
+  if (have_tools) chat.tools_json = dump(tools);
 }
 
 engine::ChatRequest parse_chat_prompt(const JsonFields& body, const RequestLimits& limits) {
@@ -445,7 +511,7 @@ ChatCompletionRequest parse_chat_completion(std::string_view text, const Request
   const Json json = parse_json(text);
   const JsonFields body(json, "");
   ChatCompletionRequest request;
-  request.common = parse_common(body, limits);
+  request.common = parse_common(body, limits, /*max_tokens=*/-1);
   request.common.logprobs = body.boolean("logprobs", false);
   const auto top = body.integer("top_logprobs", 0, 20);
   if (top && *top > 0 && !request.common.logprobs) {
@@ -470,7 +536,8 @@ CompletionRequest parse_completion(std::string_view text, const RequestLimits& l
   const Json json = parse_json(text);
   const JsonFields body(json, "");
   CompletionRequest request;
-  request.common = parse_common(body, limits);
+  constexpr int32_t kDefaultMaxTokens = 16;  // OpenAI's
+  request.common = parse_common(body, limits, kDefaultMaxTokens);
   for (const char* name : {"messages", "tools"}) {
     if (const Json* value = body.find(name); value != nullptr && !value->empty()) {
       throw unsupported(name, std::string("'") + name + "' belongs to /v1/chat/completions.");

@@ -94,7 +94,7 @@ TEST(ChatRequest, WrongTypesAndRangesNameTheParam) {
   const std::vector<std::pair<const char*, const char*>> cases = {
       {R"("temperature":"hot")", "temperature/invalid_type"},
       {R"("temperature":2.5)", "temperature/invalid_value"},
-      {R"("top_p":0)", "top_p/invalid_value"},
+      {R"("top_p":-0.1)", "top_p/invalid_value"},
       {R"("n":0)", "n/invalid_value"},
       {R"("n":1.5)", "n/invalid_type"},
       {R"("n":1e30)", "n/invalid_value"},
@@ -179,6 +179,69 @@ TEST(ChatRequest, ANamedToolIsTheOnlyOne) {
   EXPECT_EQ(tools[0]["function"]["name"], "g");
 }
 
+TEST(ChatRequest, WhatRealClientsSend) {
+  const engine::SamplingParams sampling =
+      parsed(R"("top_p":0,"temperature":1,"seed":-1)").common.generate.sampling;
+  EXPECT_EQ(sampling.temperature, 0) << "as greedy";
+  EXPECT_EQ(sampling.top_p, 1);
+  EXPECT_FALSE(sampling.seed) << "a random one";
+  EXPECT_TRUE(parsed(R"("seed":-2)").common.generate.sampling.seed);
+  for (const char* name : {"max_tokens", "n_predict", "max_completion_tokens"}) {
+    const std::string field = std::string("\"").append(name).append("\":-1");
+    EXPECT_EQ(parsed(field).common.generate.max_tokens, -1) << name;
+  }
+
+  const Json tools =
+      Json::parse(parsed(R"("tools":[{"type":"function","function":{"name":"f","description":null,
+                          "parameters":null}}])")
+                      .chat.tools_json);
+  EXPECT_EQ(tools, Json::parse(R"([{"type":"function","function":{"name":"f"}}])"));
+
+  const ChatCompletionRequest history = parse_chat_completion(
+      R"({"messages":[
+        {"role":"user","content":"x","name":null,"tool_calls":null},
+        {"role":"assistant","content":null,"reasoning_content":null,"refusal":null,
+         "tool_calls":[{"id":null,"function":{"name":"f","arguments":""}}]},
+        {"role":"assistant","content":"y","tool_calls":[]},
+        {"role":"user","content":"z"}]})",
+      kLimits);
+  const auto any_order = [](const std::string& text) { return nlohmann::json::parse(text); };
+  EXPECT_EQ(any_order(history.chat.messages_json), any_order(R"([
+        {"role":"user","content":"x"},
+        {"role":"assistant",
+         "tool_calls":[{"function":{"name":"f","arguments":"{}"},"type":"function"}]},
+        {"role":"assistant","content":"y"},
+        {"role":"user","content":"z"}])"));
+}
+
+TEST(ChatRequest, AllowedToolsAreThoseOffered) {
+  const std::string tools = R"("tools":[{"type":"function","function":{"name":"f"}},
+                                        {"type":"function","function":{"name":"g"}},
+                                        {"type":"function","function":{"name":"h"}}],)";
+  for (const char* choice :
+       {R"({"type":"allowed_tools","allowed_tools":{"mode":"required","tools":[
+            {"type":"function","function":{"name":"h"}},
+            {"type":"function","function":{"name":"f"}}]}})",
+        R"({"type":"allowed_tools","mode":"required","tools":[{"type":"function","name":"h"},
+                                                              {"type":"function","name":"f"}]})"}) {
+    const ChatCompletionRequest request = parsed(tools + R"("tool_choice":)" + choice);
+    EXPECT_EQ(request.chat.tool_choice, "required");
+    EXPECT_TRUE(request.chat.parallel_tool_calls);
+    const Json offered = Json::parse(request.chat.tools_json);
+    ASSERT_EQ(offered.size(), 2u);
+    EXPECT_EQ(offered[0]["function"]["name"], "h");
+  }
+  const auto refused = [&](const std::string& allowed) {
+    return chat_refusal(tools + R"("tool_choice":{"type":"allowed_tools","allowed_tools":)" +
+                        allowed + "}");
+  };
+  EXPECT_EQ(refused(R"({"mode":"none","tools":[{"type":"function","function":{"name":"f"}}]})"),
+            "tool_choice/invalid_value");
+  EXPECT_EQ(refused(R"({"tools":[]})"), "tool_choice/invalid_value");
+  EXPECT_EQ(refused(R"({"tools":[{"type":"function","function":{"name":"x"}}]})"),
+            "tool_choice/invalid_value");
+}
+
 TEST(ChatRequest, Constraints) {
   EXPECT_EQ(parsed(R"("response_format":{"type":"json_object"})").chat.json_schema,
             R"({"type":"object"})");
@@ -211,6 +274,16 @@ TEST(TextRequest, AllFormsOfPrompt) {
   EXPECT_EQ(prompts("[1,2,99]")[0].tokens, (std::vector<engine::Token>{1, 2, 99}));
   EXPECT_EQ(prompts("[[1],[2,3]]")[1].tokens, (std::vector<engine::Token>{2, 3}));
   EXPECT_FALSE(prompts("[1]")[0].is_text);
+}
+
+TEST(TextRequest, SixteenTokensAreTheDefault) {
+  const auto max_tokens = [](const std::string& fields) {
+    return parse_completion(R"({"prompt":"a")" + fields + "}", kLimits).common.generate.max_tokens;
+  };
+  EXPECT_EQ(max_tokens(""), 16);
+  EXPECT_EQ(max_tokens(R"(,"max_tokens":null)"), 16);
+  EXPECT_EQ(max_tokens(R"(,"max_tokens":5)"), 5);
+  EXPECT_EQ(max_tokens(R"(,"n_predict":-1)"), -1);
 }
 
 TEST(TextRequest, Refusals) {

@@ -34,7 +34,7 @@ BAD_FIELDS = [
     ({"temperature": 3}, "invalid_value", "temperature"),
     ({"n": 0}, "invalid_value", "n"),
     ({"max_tokens": -5}, "invalid_value", "max_tokens"),
-    ({"top_p": 0}, "invalid_value", "top_p"),
+    ({"top_p": -1}, "invalid_value", "top_p"),
     ({"stop": [1]}, "invalid_type", "stop[0]"),
     ({"logit_bias": {"999999999": 1}}, "invalid_value", "logit_bias"),
     ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),

@@ -52,8 +52,8 @@ class Walk {
       const int32_t local = at_ - s.step_base;
       const int32_t job = s.steps > 0 ? local / s.steps : 0;
       if (s.steps == 0 || job >= s.row_tiles * p.kv_heads) continue;
-      item.kv_head = job / s.row_tiles;
-      item.first_row = (job % s.row_tiles) * p.tile_rows;
+      item.kv_head = job % p.kv_heads;
+      item.first_row = job / p.kv_heads * p.tile_rows;
       item.rows = min(p.tile_rows, s.rows * p.group - item.first_row);
       item.step_begin = local % s.steps;
       item.step_end = min(s.steps, item.step_begin + end_ - at_);

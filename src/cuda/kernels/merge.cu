@@ -2,7 +2,7 @@
 //
 // Traffic of a (row, head) with n pieces: reads n x 4 (head size + 2) bytes, mostly from the L2
 // cache, where the attention kernel has just put them, and writes head size x 2. A row is finished
-// by the same thread in the same order whoever computed its pieces: the bits do not depend on timing.
+// by the same threads in the same order whoever computed its pieces: the bits do not depend on timing.
 #include "cuda/kernels/common.cuh"
 #include "cuda/kernels/kernels.h"
 #include "cuda/launch.h"
@@ -23,26 +23,22 @@ __device__ int32_t worker_of(const int32_t* cuts, int32_t workers, int32_t step)
   return low;
 }
 
-/// One warp a (row, head); lane l holds the elements 2 (l + 32 i) and the one after.
-template <typename T, int kPairs>
-__device__ void merge_head(const AttendParams& p, const int32_t* cuts, const RequestInfo& info,
-                           int32_t row, int32_t head) {
+/// Lists the partial rows of a (row, head) in `pieces`, in the order of columns; returns how many.
+/// None, and `direct`: its results have gone straight out.
+__device__ int32_t list_pieces(const AttendParams& p, const int32_t* cuts, const RequestInfo& info,
+                               int32_t request, int32_t row, int32_t head, int32_t* pieces,
+                               bool& direct) {
   const int32_t lane = threadIdx.x % 32;
   const int32_t kv_head = head / p.group;
-  const int32_t pairs = p.head_size / 2;
-  float max = -INFINITY;
-  float sum = 0.0f;
-  float2 out[kPairs];
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) out[i] = {0.0f, 0.0f};
-
   const int32_t local = row - info.row_begin;
+  int32_t count = 0;
+  direct = false;
   for (int32_t part = 0; part < info.parts; ++part) {
     RequestPart at;
     if (info.rows_per_segment > 0) {
       at = {info.segment + local / info.rows_per_segment, local % info.rows_per_segment};
     } else {
-      at = p.plan.parts[(p.plan.rows[row].request) * kMaxParts + part];
+      at = p.plan.parts[request * kMaxParts + part];
       at.row += local;
     }
     const Segment segment = p.plan.segments[at.segment];
@@ -50,7 +46,7 @@ __device__ void merge_head(const AttendParams& p, const int32_t* cuts, const Req
     const int32_t of_segment = at.row * p.group + head % p.group;
     const int32_t tile = of_segment / p.tile_rows;
     const int32_t begin =
-        segment.step_base + (kv_head * segment.row_tiles + tile) * segment.steps;
+        segment.step_base + (tile * p.kv_heads + kv_head) * segment.steps;
     const int32_t end = begin + segment.steps;
     int32_t worker = worker_of(cuts, p.workers, begin);
     for (int32_t step = begin; step < end; ++worker) {
@@ -58,30 +54,60 @@ __device__ void merge_head(const AttendParams& p, const int32_t* cuts, const Req
       if (to <= step) continue;
       const int32_t base = partial_row(p, segment, kv_head, tile * p.tile_rows, worker,
                                        step == begin, to == end);
-      if (base < 0) return;  // the whole job: its results have gone straight out
-      const int64_t at_row = base + of_segment % p.tile_rows;
-      const float2 state = p.partial_state[at_row];
-      const auto* from = reinterpret_cast<const float2*>(p.partial_out + at_row * p.head_size);
-      float2 piece[kPairs];
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        if (lane + 32 * i < pairs) piece[i] = from[lane + 32 * i];
+      if (base < 0) {
+        direct = true;
+        return 0;
       }
-      if (state.y > 0.0f) {
-        const float top = fmaxf(max, state.x);
-        const float keep = sum > 0.0f ? exp2f(max - top) : 0.0f;
-        const float take = exp2f(state.x - top);
-        sum = sum * keep + state.y * take;
-        max = top;
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-          if (lane + 32 * i < pairs) {
-            out[i].x = out[i].x * keep + piece[i].x * take;
-            out[i].y = out[i].y * keep + piece[i].y * take;
-          }
-        }
-      }
+      if (lane == 0) pieces[count] = base + of_segment % p.tile_rows;
+      ++count;
       step = to;
+    }
+  }
+  __syncwarp();
+  return count;
+}
+
+/// One warp a (row, head); lane l holds the elements 2 (l + 32 i) and the one after. `pieces` become
+/// weights as they are used up.
+template <typename T, int kPairs>
+__device__ void merge_pieces(const AttendParams& p, int32_t row, int32_t head, int32_t count,
+                             const int32_t* pieces, float* weights) {
+  const int32_t lane = threadIdx.x % 32;
+  const int32_t pairs = p.head_size / 2;
+  float max = -INFINITY;
+  for (int32_t i = lane; i < count; i += 32) {
+    const float2 state = p.partial_state[pieces[i]];
+    weights[i] = state.y > 0.0f ? state.x : -INFINITY;
+    max = fmaxf(max, weights[i]);
+  }
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, d));
+  float sum = 0.0f;
+  for (int32_t i = lane; i < count; i += 32) {
+    const float weight = weights[i] == -INFINITY ? 0.0f : exp2f(weights[i] - max);
+    sum += weight > 0.0f ? p.partial_state[pieces[i]].y * weight : 0.0f;
+    weights[i] = weight;
+  }
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+  __syncwarp();
+
+  float2 out[kPairs];
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) out[i] = {0.0f, 0.0f};
+#pragma unroll 4
+  for (int32_t k = 0; k < count; ++k) {
+    const float weight = weights[k];
+    const auto* from = reinterpret_cast<const float2*>(p.partial_out +
+                                                       int64_t{pieces[k]} * p.head_size);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      if (lane + 32 * i < pairs) {
+        const float2 piece = from[lane + 32 * i];
+        // Of no weight, and perhaps no number.
+        out[i].x += weight > 0.0f ? piece.x * weight : 0.0f;
+        out[i].y += weight > 0.0f ? piece.y * weight : 0.0f;
+      }
     }
   }
   const float factor = finish_row(p, row, head, max, sum, lane == 0);
@@ -92,30 +118,48 @@ __device__ void merge_head(const AttendParams& p, const int32_t* cuts, const Req
       to[lane + 32 * i] = Pair<T>::pack(out[i].x * factor, out[i].y * factor);
     }
   }
+  __syncwarp();
 }
+
+/// Pieces of a row at most: its parts, and one more for each worker that a job was cut for.
+__host__ __device__ constexpr int32_t max_pieces(int32_t workers) { return kMaxParts + workers; }
 
 template <typename T, int kPairs>
 __global__ void __launch_bounds__(kThreads) merge_rows(AttendParams p) {
-  extern __shared__ int32_t cuts[];
+  extern __shared__ int32_t memory[];
+  int32_t* cuts = memory;
+  const int32_t warp = threadIdx.x / 32;
+  int32_t* pieces = memory + p.workers + 1 + warp * 2 * max_pieces(p.workers);
+  auto* weights = reinterpret_cast<float*>(pieces + max_pieces(p.workers));
   let_next_start();
-  wait_for_previous();
+  // The plan is there: the attention kernel lets this one start only when it has seen the plan.
   const int32_t rows = p.plan.header->rows;
   const int32_t row = blockIdx.x;
-  if (row >= rows) return;
-  for (int32_t w = threadIdx.x; w <= p.workers; w += kThreads) cuts[w] = p.plan.cuts[w].step;
-  const RowInfo at = p.plan.rows[row];
-  const RequestInfo info = p.plan.requests[at.request];
-  __syncthreads();
-  for (int32_t head = blockIdx.y * kWarps + threadIdx.x / 32; head < p.q_heads;
-       head += gridDim.y * kWarps) {
-    merge_head<T, kPairs>(p, cuts, info, row, head);
+  if (row >= rows) {
+    wait_for_previous();  // or the kernel after this one might begin too early
+    return;
   }
+  for (int32_t w = threadIdx.x; w <= p.workers; w += kThreads) cuts[w] = p.plan.cuts[w].step;
+  const int32_t request = p.plan.rows[row].request;
+  const RequestInfo info = p.plan.requests[request];
+  __syncthreads();
+  bool waited = false;
+  for (int32_t head = blockIdx.y * kWarps + warp; head < p.q_heads; head += gridDim.y * kWarps) {
+    bool direct = false;
+    const int32_t count = list_pieces(p, cuts, info, request, row, head, pieces, direct);
+    if (direct) continue;
+    if (!waited) wait_for_previous();
+    waited = true;
+    merge_pieces<T, kPairs>(p, row, head, count, pieces, weights);
+  }
+  if (!waited) wait_for_previous();
 }
 
 template <typename T>
 cudaError_t launch_type(const AttendParams& p, int32_t max_rows, cudaStream_t stream) {
   const dim3 grid(max_rows, max_rows <= 1024 ? ceil_div(p.q_heads, kWarps) : 1);
-  const size_t bytes = sizeof(int32_t) * (p.workers + 1);
+  const size_t bytes =
+      sizeof(int32_t) * (p.workers + 1 + size_t{2} * kWarps * max_pieces(p.workers));
   if (p.head_size <= 64) return launch(merge_rows<T, 1>, grid, kThreads, bytes, stream, p);
   if (p.head_size <= 128) return launch(merge_rows<T, 2>, grid, kThreads, bytes, stream, p);
   return launch(merge_rows<T, 4>, grid, kThreads, bytes, stream, p);

@@ -424,8 +424,8 @@ __global__ void __launch_bounds__(kThreads) attend(AttendParams p) {
   for (int i = 0; i < 2; ++i, at += K::kTileElements) shared.k[i] = at;
   for (int i = 0; i < 2; ++i, at += K::kTileElements) shared.v[i] = at;
 
-  let_next_start();
   wait_for_previous();
+  let_next_start();  // only now: merging begins with reading the plan
   const Logits logits(p);
   Walk walk(p, blockIdx.x);
   Item item;

@@ -140,10 +140,6 @@ struct Kernel {
 
   // --- Loading ---
 
-  __device__ static int step_pages(const Segment& s, int step) {
-    return min(kPages, (s.slots - step * kSlots + kPageSlots - 1) / kPageSlots);
-  }
-
   /// Loads one tile; lane l the span l / kPages of the page l % kPages.
   __device__ static void load_tile(const Shared& shared, Ring& ring, const CUtensorMap& map,
                                    bool slots_first, int kv_head, int pages, int block,
@@ -161,49 +157,81 @@ struct Kernel {
     if (page < pages && span < kSpans) {
       const uint32_t to = shared_address(shared.tile(ring.stage)) + span * kSpanBytes +
                           page * kPageSlots * 128;
-      // A block outside of the tensor is filled with zeros.
+      // A block outside of the cache is filled with zeros.
       copy_page(to, map, full, span * kSpan, slots_first ? slot : kv_head,
                 slots_first ? kv_head : slot, block);
     }
     ring.advance(1);
   }
 
+  /// Up to 32 pages of one item: lane l knows the block of page l.
+  struct Batch {
+    int kv_head;
+    int column;  // of the first page
+    int pages;
+    int block;
+  };
+
+  /// The numbers of the blocks are asked for a batch ahead of their use, across items.
   __device__ static void load_items(const AttendParams& p, const Maps& maps,
                                     const Shared& shared) {
-    const int page = threadIdx.x % 32 % kPages;
+    const int lane = threadIdx.x % 32;
     Walk walk(p, blockIdx.x);
-    Ring ring;
-    struct Place {
-      int kv_head, pages, block, slot;
-    };
     Item item;
-    int step = 0;
-    bool more = walk.next(p, item);
-    if (more) step = item.step_begin;
-    // The block's number is asked for one step ahead of its use.
-    const auto look_up = [&] {
-      Place place{item.kv_head, step_pages(item.segment, step), -1, 0};
-      if (page < place.pages) {
-        const BlockSlot at = block_slot(
-            p, item.segment, item.segment.first + step * kSlots + page * kPageSlots);
-        place.block = at.block;
-        place.slot = at.slot;
+    int at = 0;  // page of the item's segment
+    int end = 0;
+    const auto fetch = [&](Batch& batch) {
+      if (at == end) {
+        if (!walk.next(p, item)) return false;
+        at = item.step_begin * kPages;
+        end = min(item.step_end * kPages, ceil_div(item.segment.slots, kPageSlots));
       }
-      return place;
+      batch.kv_head = item.kv_head;
+      batch.column = item.segment.first + at * kPageSlots;
+      batch.pages = min(32, end - at);
+      batch.block = -1;
+      if (lane < batch.pages) {
+        batch.block = __ldg(p.table + item.segment.request * p.table_stride +
+                            (batch.column + lane * kPageSlots) / p.block_size);
+      }
+      at += batch.pages;
+      return true;
     };
-    Place next{};
-    if (more) next = look_up();
+    Ring ring;
+    Batch batch{};
+    bool more = fetch(batch);
     while (more) {
-      const Place now = next;
-      if (++step == item.step_end) {
-        more = walk.next(p, item);
-        if (more) step = item.step_begin;
+      Batch next{};
+      more = fetch(next);
+      for (int first = 0; first < batch.pages; first += kPages) {
+        const int page = first + lane % kPages;
+        const int block = __shfl_sync(~0u, batch.block, page);
+        const int slot = (batch.column + page * kPageSlots) % p.block_size;
+        const int pages = min(kPages, batch.pages - first);
+        load_tile(shared, ring, maps.k, maps.slots_first, batch.kv_head, pages, block, slot);
+        load_tile(shared, ring, maps.v, maps.slots_first, batch.kv_head, pages, block, slot);
       }
-      if (more) next = look_up();
-      load_tile(shared, ring, maps.k, maps.slots_first, now.kv_head, now.pages, now.block,
-                now.slot);
-      load_tile(shared, ring, maps.v, maps.slots_first, now.kv_head, now.pages, now.block,
-                now.slot);
+      batch = next;
+    }
+  }
+
+  /// Brings what the loader will ask for next into the L2 cache, where the weights of the layer
+  /// before may have driven it out.
+  __device__ static void prefetch_plan(const AttendParams& p) {
+    const auto prefetch = [](const void* at) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+    };
+    const Cut begin = p.plan.cuts[blockIdx.x];
+    const Cut end = p.plan.cuts[blockIdx.x + 1];
+    if (begin.step == end.step) return;
+    const int last = min(end.segment, p.plan.header->segments - 1);
+    constexpr int kLine = 128 / sizeof(int32_t);
+    for (int s = begin.segment + threadIdx.x % 32; s <= last; s += 32) {
+      const Segment segment = p.plan.segments[s];
+      prefetch(p.plan.row_index + segment.row_begin);
+      const int32_t* table = p.table + segment.request * p.table_stride;
+      const int to = (segment.first + segment.slots - 1) / p.block_size;
+      for (int i = segment.first / p.block_size; i <= to; i += kLine) prefetch(table + i);
     }
   }
 
@@ -518,11 +546,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  let_next_start();
   wait_for_previous();
+  let_next_start();  // only now: merging begins with reading the plan
   if (threadIdx.x < kGroupThreads) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kLoaderRegisters));
-    if (threadIdx.x < 32) K::load_items(p, maps, shared);
+    if (threadIdx.x < 32) {
+      K::load_items(p, maps, shared);
+    } else if (threadIdx.x < 64) {
+      K::prefetch_plan(p);
+    }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
     K::compute_items(p, shared, threadIdx.x / kGroupThreads - 1);

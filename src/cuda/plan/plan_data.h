@@ -42,7 +42,7 @@ struct Segment {
   int32_t slots;
   int32_t rows;
   int32_t row_begin;  ///< into row_index
-  int32_t steps;      ///< of each job
+  int32_t steps;      ///< of each job; job j is KV head j % kv_heads of tile j / kv_heads
   int32_t row_tiles;
   int32_t step_base;     ///< number of its first step in the line
   int32_t partial_base;  ///< its first partial row; -1: results of whole jobs go straight out

@@ -36,11 +36,14 @@ struct PlannerScratch {
   int32_t* own_count;     // R, segments of its own
   int32_t* bounds;        // R x (kMaxGroupSegments + 1)
   Run* runs;              // N
+  Run* raster;            // N, the same in their groups' rasters
   int32_t* covered;       // G, rows of members
   int32_t* group_id;      // G, number of the segment
   int32_t* visible_from;  // G
   int32_t* visible_to;    // G
   int32_t* group_seen;    // G, first column that any member sees
+  Segment* segments;      // S
+  RequestInfo* requests;  // R
   int32_t* sums;          // S
   int32_t* costs;         // S
 
@@ -67,9 +70,12 @@ struct PlannerScratch {
     }
     take(to.bounds, r * (kMaxGroupSegments + 1));
     take(to.runs, r * kMaxRuns);
+    take(to.raster, r * kMaxRuns);
     for (int32_t** p : {&to.covered, &to.group_id, &to.visible_from, &to.visible_to, &to.group_seen}) {
       take(*p, r * kMaxGroupSegments);
     }
+    take(to.segments, max_segments(shape));
+    take(to.requests, r);
     take(to.sums, max_segments(shape));
     take(to.costs, max_segments(shape));
     return used;
@@ -93,11 +99,13 @@ class Planner {
       write_segments();
       if (lay_out_partials() <= shape_.partial_capacity || run_total_ == 0) break;
       // More partial results than there is room for: share in coarser pieces, at last not at all.
-      least_shift += 3;
+      least_shift += 1;
       if (least_shift > 24) run_total_ = 0;
     }
     cut();
     write_rows();
+    team_.each(segments_, [&](int k) { out_.segments[k] = s_.segments[k]; });
+    team_.each(batch_.requests, [&](int i) { out_.requests[i] = s_.requests[i]; });
   }
 
  private:
@@ -188,8 +196,15 @@ class Planner {
       });
       more = team_.any(here);
     }
+    team_.each(run_total_, [&](int k) {
+      const Interval in = rastered(s_.runs[k]);
+      s_.raster[k] = {in.begin, in.end, s_.runs[k].owner, s_.runs[k].request};
+    });
   }
 
+  RELAY_HD bool is_wide(int32_t g) const {
+    return (s_.rows[g / kMaxGroupSegments] + s_.covered[g]) * shape_.group > shape_.tile_rows;
+  }
   RELAY_HD const int32_t* bounds_of(int32_t leader) const {
     return s_.bounds + leader * (kMaxGroupSegments + 1);
   }
@@ -201,10 +216,10 @@ class Planner {
   /// Calls f(k) for the segments of its group that a run covers.
   template <typename F>
   RELAY_HD void covered_segments(const Run& run, F f) const {
-    const Interval in = rastered(run);
+    if (run.begin >= run.end) return;
     const int32_t* bounds = bounds_of(run.owner);
     for (int k = 0; k < group_segments(run.owner); ++k) {
-      if (in.begin <= bounds[k] && in.end >= bounds[k + 1]) f(k);
+      if (run.begin <= bounds[k] && run.end >= bounds[k + 1]) f(k);
     }
   }
 
@@ -229,7 +244,7 @@ class Planner {
     });
     if (groups > 0) {
       team_.each(run_total_, [&](int r) {
-        const Run run = s_.runs[r];
+        const Run run = s_.raster[r];
         const Interval in = visible(run.request);
         covered_segments(run, [&](int k) {
           const int32_t g = run.owner * kMaxGroupSegments + k;
@@ -240,8 +255,16 @@ class Planner {
         });
       });
     }
-    team_.each(groups, [&](int g) { s_.group_id[g] = s_.covered[g] > 0 ? 1 : 0; });
-    shared_ = groups > 0 ? team_.scan(s_.group_id, groups) : 0;
+    // Those of several row tiles come first: cut() gives them workers of their own.
+    team_.each(groups, [&](int g) {
+      s_.sums[g] = s_.covered[g] > 0 && is_wide(g) ? 1 : 0;
+      s_.group_id[g] = s_.covered[g] > 0 && !is_wide(g) ? 1 : 0;
+    });
+    wide_ = groups > 0 ? team_.scan(s_.sums, groups) : 0;
+    shared_ = wide_ + (groups > 0 ? team_.scan(s_.group_id, groups) : 0);
+    team_.each(groups, [&](int g) {
+      s_.group_id[g] = is_wide(g) ? s_.sums[g] : wide_ + s_.group_id[g];
+    });
     team_.each(n, [&](int i) {
       int32_t own = 0;
       if (s_.rows[i] > 0) {
@@ -268,7 +291,7 @@ class Planner {
     for (;;) {
       Interval in{0, 0};
       while (run < runs) {
-        in = rastered(s_.runs[s_.run_base[i] + run]);
+        in = {s_.raster[s_.run_base[i] + run].begin, s_.raster[s_.run_base[i] + run].end};
         if (in.begin < in.end) break;
         ++run;
       }
@@ -282,8 +305,8 @@ class Planner {
       at = in.end * shape_.block_size;
       if (take_run) {
         const int32_t number = s_.run_base[i] + run;
-        const int32_t owner = s_.runs[number].owner;
-        covered_segments(s_.runs[number],
+        const int32_t owner = s_.raster[number].owner;
+        covered_segments(s_.raster[number],
                          [&](int k) { shared(owner * kMaxGroupSegments + k, number); });
         ++run;
       } else {
@@ -302,16 +325,16 @@ class Planner {
     const int32_t* bounds = bounds_of(leader) + g % kMaxGroupSegments;
     int32_t rows = s_.rows[leader];
     for (int32_t r = 0; r < run; ++r) {
-      const Run other = s_.runs[r];
-      if (other.owner != leader) continue;
-      const Interval in = rastered(other);
-      if (in.begin <= bounds[0] && in.end >= bounds[1]) rows += s_.rows[other.request];
+      const Run other = s_.raster[r];
+      if (other.owner == leader && other.begin <= bounds[0] && other.end >= bounds[1]) {
+        rows += s_.rows[other.request];
+      }
     }
     return rows;
   }
 
   RELAY_HD void put_segment(int32_t id, const Segment& segment) {
-    out_.segments[id] = segment;
+    s_.segments[id] = segment;
     s_.sums[id] = segment.rows;
   }
 
@@ -337,14 +360,14 @@ class Planner {
       const int32_t rows = s_.rows[i];
       const int32_t base = shared_ + s_.own_count[i];
       if (rows == 0) {
-        out_.requests[i] = {0, 0, 0, s_.row_begin[i]};
+        s_.requests[i] = {0, 0, 0, s_.row_begin[i]};
         return;
       }
       Segment segment{};
       segment.request = i;
       if (!sharable(shape_, rows)) {
         const int32_t step = rows_per_tile(shape_);
-        out_.requests[i] = {1, base, step, s_.row_begin[i]};
+        s_.requests[i] = {1, base, step, s_.row_begin[i]};
         for (int32_t t = 0; t * step < rows; ++t) {
           const int32_t row = t * step;
           segment.rows = rows - row < step ? rows - row : step;
@@ -379,28 +402,28 @@ class Planner {
           [&](int32_t g, int32_t run) {
             out_.parts[i * kMaxParts + parts++] = {s_.group_id[g], rows_before(g, run)};
           });
-      out_.requests[i] = {parts, 0, 0, s_.row_begin[i]};
+      s_.requests[i] = {parts, 0, 0, s_.row_begin[i]};
     });
     team_.scan(s_.sums, segments_);
     team_.each(segments_, [&](int k) {
-      Segment& segment = out_.segments[k];
+      Segment& segment = s_.segments[k];
       segment.row_begin = s_.sums[k];
       segment.steps = ceil_div(segment.slots, shape_.tile_slots);
       segment.row_tiles = ceil_div(segment.rows * shape_.group, shape_.tile_rows);
     });
     team_.each(n, [&](int i) {
-      const RequestInfo info = out_.requests[i];
+      const RequestInfo info = s_.requests[i];
       if (info.rows_per_segment > 0) return;
       for (int p = 0; p < info.parts; ++p) {
         const RequestPart part = out_.parts[i * kMaxParts + p];
-        int32_t* to = out_.row_index + out_.segments[part.segment].row_begin + part.row;
+        int32_t* to = out_.row_index + s_.segments[part.segment].row_begin + part.row;
         for (int32_t r = 0; r < s_.rows[i]; ++r) to[r] = info.row_begin + r;
       }
     });
     // The many rows of one request: by all threads.
     team_.each(segments_, [&](int k) {
-      const Segment& segment = out_.segments[k];
-      const RequestInfo info = out_.requests[segment.request];
+      const Segment& segment = s_.segments[k];
+      const RequestInfo info = s_.requests[segment.request];
       if (info.rows_per_segment == 0) return;
       const int32_t row = info.row_begin + (k - info.segment) * info.rows_per_segment;
       for (int32_t r = 0; r < segment.rows; ++r) out_.row_index[segment.row_begin + r] = row + r;
@@ -410,17 +433,17 @@ class Planner {
   /// Places for the partial results of rows that have more than one part; returns how many.
   RELAY_HD int32_t lay_out_partials() {
     team_.each(segments_, [&](int k) {
-      const Segment& segment = out_.segments[k];
-      const RequestInfo info = out_.requests[segment.request];
+      const Segment& segment = s_.segments[k];
+      const RequestInfo info = s_.requests[segment.request];
       const bool alone = info.rows_per_segment > 0 || (segment.shared == 0 && info.parts == 1);
       // Counted in head groups, as rows x heads may be many.
       s_.sums[k] = alone ? 0 : segment.rows;
-      out_.segments[k].partial_base = alone ? -1 : 0;
+      s_.segments[k].partial_base = alone ? -1 : 0;
     });
     const int64_t rows = int64_t{team_.scan(s_.sums, segments_)} * shape_.q_heads;
     team_.each(segments_, [&](int k) {
-      if (out_.segments[k].partial_base == 0) {
-        out_.segments[k].partial_base = s_.sums[k] * shape_.q_heads;
+      if (s_.segments[k].partial_base == 0) {
+        s_.segments[k].partial_base = s_.sums[k] * shape_.q_heads;
       }
     });
     partial_rows_ = rows > INT_MAX ? INT_MAX : static_cast<int32_t>(rows);
@@ -438,10 +461,12 @@ class Planner {
     return segment.row_tiles * shape_.kv_heads;
   }
 
-  /// Cuts the line of steps into equal shares.
+  /// Cuts the line of steps into equal shares. The row tiles of a wide segment are to read the same
+  /// KV at the same time, so that it comes from memory once: each of its tiles gets the same number of
+  /// workers of its own, which cut it in the same places.
   RELAY_HD void cut() {
     team_.each(segments_, [&](int k) {
-      const Segment& segment = out_.segments[k];
+      const Segment& segment = s_.segments[k];
       s_.sums[k] = jobs(segment) * segment.steps;
       s_.costs[k] = segment.steps == 0 ? 0
                                        : jobs(segment) * (shape_.costs.job +
@@ -451,9 +476,31 @@ class Planner {
     const int32_t cost = team_.scan(s_.costs, segments_);
     int32_t workers = cost / shape_.costs.worker;
     workers = workers < 1 ? 1 : (workers > shape_.workers ? shape_.workers : workers);
-    team_.each(segments_, [&](int k) { out_.segments[k].step_base = s_.sums[k]; });
+    team_.each(segments_, [&](int k) { s_.segments[k].step_base = s_.sums[k]; });
+    // From here on sums[k] is the first worker of wide segment k.
+    const int32_t wide_cost = wide_ == segments_ ? cost : (wide_ > 0 ? s_.costs[wide_] : 0);
+    team_.each(wide_, [&](int k) {
+      const int32_t tiles = s_.segments[k].row_tiles;
+      const int32_t to = k + 1 == segments_ ? cost : s_.costs[k + 1];
+      const int64_t share = int64_t{to - s_.costs[k]} * workers;
+      const auto teams = static_cast<int32_t>((share + int64_t{cost} * tiles / 2) / (int64_t{cost} * tiles));
+      s_.sums[k] = (teams < 1 ? 1 : teams) * tiles;
+    });
+    int32_t wide_workers = wide_ > 0 ? team_.scan(s_.sums, wide_) : 0;
+    const bool rest = cost > wide_cost;
+    const bool teamed = wide_ > 0 && wide_workers + (rest ? 1 : 0) <= workers;
+    if (!teamed) wide_workers = 0;
+    const int32_t done = teamed ? wide_cost : 0;
+    const int32_t others = workers - wide_workers;
+    if (teamed && !rest) workers = wide_workers;
     team_.each(shape_.workers + 1, [&](int w) {
-      out_.cuts[w] = w >= workers ? Cut{steps, segments_} : step_at(int64_t{cost} * w / workers);
+      if (w >= workers) {
+        out_.cuts[w] = Cut{steps, segments_};
+      } else if (w >= wide_workers) {
+        out_.cuts[w] = step_at(done + int64_t{cost - done} * (w - wide_workers) / others);
+      } else {
+        out_.cuts[w] = team_step(w, wide_workers);
+      }
     });
     team_.each(1, [&](int) {
       PlanHeader& header = *out_.header;
@@ -465,6 +512,31 @@ class Planner {
     });
   }
 
+  /// Where worker w of the wide segments begins.
+  RELAY_HD Cut team_step(int32_t w, int32_t wide_workers) const {
+    int32_t low = 0;
+    for (int32_t high = wide_; high - low > 1;) {
+      const int32_t middle = (low + high) / 2;
+      (s_.sums[middle] <= w ? low : high) = middle;
+    }
+    const Segment& segment = s_.segments[low];
+    const int32_t to = low + 1 == wide_ ? wide_workers : s_.sums[low + 1];
+    const int32_t per_tile = (to - s_.sums[low]) / segment.row_tiles;
+    const int32_t tile = (w - s_.sums[low]) / per_tile;
+    const int32_t of_tile = (w - s_.sums[low]) % per_tile;
+    const int32_t line = shape_.kv_heads * segment.steps;
+    const auto at = static_cast<int32_t>(int64_t{line} * of_tile / per_tile);
+    return {segment.step_base + tile * line + at / segment.steps * segment.steps +
+                snapped(at % segment.steps, segment.steps),
+            low};
+  }
+
+  /// No piece of a job is tiny.
+  RELAY_HD int32_t snapped(int32_t step, int32_t steps) const {
+    if (step < shape_.costs.snap) return 0;
+    return step > steps - shape_.costs.snap ? steps : step;
+  }
+
   /// The step in front of which `cost` is reached; not near a job's end or begin.
   RELAY_HD Cut step_at(int64_t cost) const {
     if (segments_ == 0) return {0, 0};
@@ -473,18 +545,13 @@ class Planner {
       const int32_t middle = (low + high) / 2;
       (s_.costs[middle] <= cost ? low : high) = middle;
     }
-    const Segment& segment = out_.segments[low];
+    const Segment& segment = s_.segments[low];
     if (segment.steps == 0) return {segment.step_base, low};
     const int32_t one = step_cost(segment);
     const int32_t job_cost = shape_.costs.job + segment.steps * one;
     const auto within = static_cast<int32_t>(cost - s_.costs[low]);
     int32_t job = within / job_cost;
-    int32_t step = (within % job_cost - shape_.costs.job + one / 2) / one;
-    if (step < shape_.costs.snap) {
-      step = 0;
-    } else if (step > segment.steps - shape_.costs.snap) {
-      step = segment.steps;
-    }
+    int32_t step = snapped((within % job_cost - shape_.costs.job + one / 2) / one, segment.steps);
     if (job >= jobs(segment)) {
       job = jobs(segment);
       step = 0;
@@ -517,6 +584,7 @@ class Planner {
   const PlanView& out_;
   int32_t run_total_ = 0;
   int32_t shared_ = 0;
+  int32_t wide_ = 0;  ///< shared segments of several row tiles
   int32_t segments_ = 0;
   int32_t partial_rows_ = 0;
 };

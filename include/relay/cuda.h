@@ -137,8 +137,8 @@ struct PlanSummary {
 PlanSummary summarize(const Plan& plan, Stream stream);
 
 /// With PlanOptions::check: throws Error if the batch planned last held lengths or block ids out
-/// of range. Such requests attend only what is in range; nothing is read or written beyond the
-/// cache, whether checked or not. Synchronises.
+/// of range. Whether checked or not, nothing is read or written beyond the cache: lengths
+/// are cut to what the table has room for, and blocks outside of the cache count as zeros. Synchronises.
 void check_batch(const Plan& plan, Stream stream);
 
 const PlanOptions& options_of(const Plan& plan);

@@ -23,12 +23,11 @@ __device__ int32_t worker_of(const int32_t* cuts, int32_t workers, int32_t step)
   return low;
 }
 
-/// Lists the partial rows of a (row, head) in `pieces`, in the order of columns; returns how many.
-/// None, and `direct`: its results have gone straight out.
+/// Lists the partial rows of a (row, head) in `pieces`, in the order of columns, -1 for none; returns
+/// how many. `direct`: its results have gone straight out, and there are none.
 __device__ int32_t list_pieces(const AttendParams& p, const int32_t* cuts, const RequestInfo& info,
                                int32_t request, int32_t row, int32_t head, int32_t* pieces,
                                bool& direct) {
-  const int32_t lane = threadIdx.x % 32;
   const int32_t kv_head = head / p.group;
   const int32_t local = row - info.row_begin;
   int32_t count = 0;
@@ -48,20 +47,22 @@ __device__ int32_t list_pieces(const AttendParams& p, const int32_t* cuts, const
     const int32_t begin =
         segment.step_base + (tile * p.kv_heads + kv_head) * segment.steps;
     const int32_t end = begin + segment.steps;
-    int32_t worker = worker_of(cuts, p.workers, begin);
-    for (int32_t step = begin; step < end; ++worker) {
-      const int32_t to = min(end, cuts[worker + 1]);
-      if (to <= step) continue;
-      const int32_t base = partial_row(p, segment, kv_head, tile * p.tile_rows, worker,
-                                       step == begin, to == end);
-      if (base < 0) {
-        direct = true;
-        return 0;
-      }
-      if (lane == 0) pieces[count] = base + of_segment % p.tile_rows;
-      ++count;
-      step = to;
+    const int32_t first = worker_of(cuts, p.workers, begin);
+    const int32_t workers = worker_of(cuts, p.workers, end - 1) - first + 1;
+    if (workers == 1 && segment.partial_base < 0) {
+      direct = true;
+      return 0;
     }
+    for (int32_t i = threadIdx.x % 32; i < workers; i += 32) {
+      const int32_t from = max(begin, cuts[first + i]);
+      const int32_t to = min(end, cuts[first + i + 1]);
+      pieces[count + i] =
+          from < to ? partial_row(p, segment, kv_head, tile * p.tile_rows, first + i,
+                                  from == begin, to == end) +
+                          of_segment % p.tile_rows
+                    : -1;
+    }
+    count += workers;
   }
   __syncwarp();
   return count;
@@ -76,7 +77,8 @@ __device__ void merge_pieces(const AttendParams& p, int32_t row, int32_t head, i
   const int32_t pairs = p.head_size / 2;
   float max = -INFINITY;
   for (int32_t i = lane; i < count; i += 32) {
-    const float2 state = p.partial_state[pieces[i]];
+    const int32_t piece = pieces[i];
+    const float2 state = piece >= 0 ? p.partial_state[piece] : float2{-INFINITY, 0.0f};
     weights[i] = state.y > 0.0f ? state.x : -INFINITY;
     max = fmaxf(max, weights[i]);
   }
@@ -99,7 +101,7 @@ __device__ void merge_pieces(const AttendParams& p, int32_t row, int32_t head, i
   for (int32_t k = 0; k < count; ++k) {
     const float weight = weights[k];
     const auto* from = reinterpret_cast<const float2*>(p.partial_out +
-                                                       int64_t{pieces[k]} * p.head_size);
+                                                       int64_t{pieces[k] < 0 ? 0 : pieces[k]} * p.head_size);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       if (lane + 32 * i < pairs) {
@@ -121,7 +123,7 @@ __device__ void merge_pieces(const AttendParams& p, int32_t row, int32_t head, i
   __syncwarp();
 }
 
-/// Pieces of a row at most: its parts, and one more for each worker that a job was cut for.
+/// Pieces of a row at most: its parts, and one more for each worker, empty or not.
 __host__ __device__ constexpr int32_t max_pieces(int32_t workers) { return kMaxParts + workers; }
 
 template <typename T, int kPairs>

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cfloat>
+#include <climits>
 
 #include "cuda/kernels/common.cuh"
 #include "cuda/kernels/wgmma_instructions.cuh"
@@ -88,7 +89,9 @@ __device__ inline uint64_t descriptor(uint32_t address, uint32_t leading) {
 
 // --- The kernel ------------------------------------------------------------------------------------
 
-template <typename T, int kHead>
+/// kPlain: no soft cap and no slopes. Their code would be long, and a kernel begins by fetching its
+/// code from memory.
+template <typename T, int kHead, bool kPlain>
 struct Kernel {
   static constexpr int kSlots = tile_slots(kHead);
   static constexpr int kSpans = kHead / kSpan;
@@ -100,7 +103,7 @@ struct Kernel {
   static constexpr int kOutBlocks = kHead / 8;
   static constexpr int kPages = kSlots / kPageSlots;
   static_assert(kStages >= 4 && kStages <= 16);
-  static_assert(kPages * kSpans <= 32, "a lane of the loader a page and span");
+  static_assert(kPages * kSpans <= 32, "a lane of a loading warp a page, span and K or V");
 
   /// Addresses in shared memory.
   struct Shared {
@@ -140,28 +143,35 @@ struct Kernel {
 
   // --- Loading ---
 
-  /// Loads one tile; lane l the span l / kPages of the page l % kPages.
-  __device__ static void load_tile(const Shared& shared, Ring& ring, const CUtensorMap& map,
-                                   bool slots_first, int kv_head, int pages, int block,
-                                   int slot) {
+  /// Loads a step's K and V. Each of the two loading warps has half of the pages; its lanes go page
+  /// by page, as a token's K and V are neighbours in most caches.
+  __device__ static void load_step(const Shared& shared, Ring& ring, const Maps& maps, int warp,
+                                   int kv_head, int pages, int block, int slot) {
+    constexpr int kWarpPages = kPages / 2;
     const int lane = threadIdx.x % 32;
+    const Ring values = ring.ahead(1);
     wait(shared.empty(ring.stage), ring.phase ^ 1);
-    const uint32_t full = shared.full(ring.stage);
+    wait(shared.empty(values.stage), values.phase ^ 1);
     if (lane == 0) {
-      arrive_expecting(full, pages * kSpans * kPageSlots * 128);
-      publish(shared.begun(), ring.tile + 1);
+      const int mine = max(0, min(kWarpPages, pages - warp * kWarpPages));
+      const int bytes = mine * kSpans * kPageSlots * 128;
+      arrive_expecting(shared.full(ring.stage), bytes);
+      arrive_expecting(shared.full(values.stage), bytes);
+      if (warp == 0) publish(shared.begun(), values.tile + 1);
     }
     __syncwarp();
-    const int page = lane % kPages;
-    const int span = lane / kPages;
-    if (page < pages && span < kSpans) {
-      const uint32_t to = shared_address(shared.tile(ring.stage)) + span * kSpanBytes +
-                          page * kPageSlots * 128;
+    const int page = warp * kWarpPages + lane / (2 * kSpans);
+    const int span = lane % kSpans;
+    const bool is_value = lane / kSpans % 2 == 1;
+    if (lane < kWarpPages * 2 * kSpans && page < pages) {
+      const Ring& at = is_value ? values : ring;
+      const uint32_t to =
+          shared_address(shared.tile(at.stage)) + span * kSpanBytes + page * kPageSlots * 128;
       // A block outside of the cache is filled with zeros.
-      copy_page(to, map, full, span * kSpan, slots_first ? slot : kv_head,
-                slots_first ? kv_head : slot, block);
+      copy_page(to, is_value ? maps.v : maps.k, shared.full(at.stage), span * kSpan,
+                maps.slots_first ? slot : kv_head, maps.slots_first ? kv_head : slot, block);
     }
-    ring.advance(1);
+    ring.advance(2);
   }
 
   /// Up to 32 pages of one item: lane l knows the block of page l.
@@ -172,8 +182,9 @@ struct Kernel {
     int block;
   };
 
-  /// The numbers of the blocks are asked for a batch ahead of their use, across items.
-  __device__ static void load_items(const AttendParams& p, const Maps& maps,
+  /// Two warps do this, since handing out copies takes about as long as they do. The numbers of the
+  /// blocks are asked for a batch ahead of their use, across items.
+  __device__ static void load_items(const AttendParams& p, const Maps& maps, int warp,
                                     const Shared& shared) {
     const int lane = threadIdx.x % 32;
     Walk walk(p, blockIdx.x);
@@ -204,12 +215,11 @@ struct Kernel {
       Batch next{};
       more = fetch(next);
       for (int first = 0; first < batch.pages; first += kPages) {
-        const int page = first + lane % kPages;
-        const int block = __shfl_sync(~0u, batch.block, page);
+        const int page = first + warp * (kPages / 2) + lane / (2 * kSpans);
+        const int block = __shfl_sync(~0u, batch.block, page % 32);
         const int slot = (batch.column + page * kPageSlots) % p.block_size;
         const int pages = min(kPages, batch.pages - first);
-        load_tile(shared, ring, maps.k, maps.slots_first, batch.kv_head, pages, block, slot);
-        load_tile(shared, ring, maps.v, maps.slots_first, batch.kv_head, pages, block, slot);
+        load_step(shared, ring, maps, warp, batch.kv_head, pages, block, slot);
       }
       batch = next;
     }
@@ -232,6 +242,26 @@ struct Kernel {
       const int32_t* table = p.table + segment.request * p.table_stride;
       const int to = (segment.first + segment.slots - 1) / p.block_size;
       for (int i = segment.first / p.block_size; i <= to; i += kLine) prefetch(table + i);
+    }
+  }
+
+  /// The same for what merging will ask for first, each block a share.
+  __device__ static void prefetch_merging(const AttendParams& p) {
+    const auto prefetch = [](const void* at) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+    };
+    const int lane = threadIdx.x % 32;
+    const int rows = p.plan.header->rows;
+    for (int i = (blockIdx.x * 32 + lane) * 8; i < rows; i += gridDim.x * 32 * 8) {
+      prefetch(p.plan.rows + i);
+    }
+    for (int i = blockIdx.x * 32 + lane; i < p.requests; i += gridDim.x * 32) {
+      prefetch(p.plan.requests + i);
+      prefetch(p.plan.parts + i * kMaxParts);
+    }
+    const int segments = p.plan.header->segments;
+    for (int i = blockIdx.x * 32 + lane; i < segments; i += gridDim.x * 32) {
+      prefetch(p.plan.segments + i);
     }
   }
 
@@ -309,11 +339,10 @@ struct Kernel {
     const int end = segment.first + segment.slots;
     const bool hidden = column < segment.visible_from ||
                         min(column + kSlots, end) > segment.visible_to || column + kSlots > end;
-    const bool plain = logits.softcap == 0.0f && p.slopes == nullptr;
     // Without soft cap and slopes the scale is applied with the subtraction of the maximum.
     // Never 0, which times -inf is no number.
     float scale = fmaxf(logits.scale, FLT_MIN);
-    if (!plain) {
+    if constexpr (!kPlain) {
       scale = 1.0f;
 #pragma unroll
       for (int n = 0; n < kScoreBlocks; ++n) {
@@ -427,12 +456,15 @@ struct Kernel {
     sync_group(group);  // the queries of the item before are done with
     load_queries(p, item, shared.queries(group), first, live);
     const uint32_t q = shared_address(shared.queries(group));
-    RowInfo rows[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+    // Where every row sees everything, nothing of a row matters.
+    const bool alike = segment.visible_from <= segment.first &&
+                       segment.visible_to >= segment_end && p.slopes == nullptr;
+    RowInfo rows[2] = {{0, 0, 0, INT_MAX}, {0, 0, 0, INT_MAX}};
     float slopes[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int m = warp * 16 + lane / 4 + 8 * h;
-      if (m < live) {
+      if (!alike && m < live) {
         const RowHead at = row_head(p, item, first + m);
         rows[h] = p.plan.rows[at.row];
         if (p.slopes != nullptr) slopes[h] = p.slopes[at.head];
@@ -471,36 +503,38 @@ struct Kernel {
       }
     };
 
+    // One copy of the code for all steps: the first has no values before it to multiply.
     int step = item.step_begin;
-    await_tile(shared, ring);
-    wgmma_fence();
-    multiply_keys(scores, q, shared_address(shared.tile(ring.stage)));
-    wgmma_wait<0>();
-    release(ring);
-    if (busy) soften(p, item, logits, step, rows, slopes, scores, state, keep);
-    pack(scores, weights);
-    Ring values = ring.ahead(1);
-
-    for (++step; step < item.step_end; ++step) {
-      const Ring keys = values.ahead(1);
+    Ring keys = ring;
+    Ring values = ring;
+#pragma unroll 1
+    for (; step < item.step_end; ++step) {
+      const bool later = step > item.step_begin;
       await_tile(shared, keys);
       wgmma_fence();
       multiply_keys(scores, q, shared_address(shared.tile(keys.stage)));
-      await_values(values, step - 1);
-      wgmma_fence();
-      multiply_values(state, weights, shared_address(shared.tile(values.stage)));
-      wgmma_wait<1>();
+      if (later) {
+        await_values(values, step - 1);
+        wgmma_fence();
+        multiply_values(state, weights, shared_address(shared.tile(values.stage)));
+        wgmma_wait<1>();
+      } else {
+        wgmma_wait<0>();
+      }
       release(keys);
       if (busy) soften(p, item, logits, step, rows, slopes, scores, state, keep);
-      wgmma_wait<0>();
-      release(values);
+      if (later) {
+        wgmma_wait<0>();
+        release(values);
 #pragma unroll
-      for (int n = 0; n < kOutBlocks; ++n) {
+        for (int n = 0; n < kOutBlocks; ++n) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) state.out[n][j] *= keep[j / 2];
+          for (int j = 0; j < 4; ++j) state.out[n][j] *= keep[j / 2];
+        }
       }
       pack(scores, weights);
       values = keys.ahead(1);
+      keys.advance(2);
     }
     await_values(values, step - 1);
     wgmma_fence();
@@ -528,18 +562,20 @@ struct Kernel {
   }
 };
 
-template <typename T, int kHead>
+template <typename T, int kHead, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 1)
     attend(const __grid_constant__ AttendParams p, const __grid_constant__ Maps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using K = Kernel<T, kHead>;
+  using K = Kernel<T, kHead, kPlain>;
   extern __shared__ char memory[];
   typename K::Shared shared;
   shared.base = memory + (1024 - shared_address(memory) % 1024) % 1024;
   shared.address = shared_address(shared.base);
   if (threadIdx.x == 0) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&maps.k));
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&maps.v));
     for (int i = 0; i < K::kStages; ++i) {
-      init_barrier(shared.full(i), 1);
+      init_barrier(shared.full(i), 2);  // both loading warps
       init_barrier(shared.empty(i), 2 * kGroupThreads / 32);
     }
     publish(shared.begun(), 0);
@@ -550,10 +586,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   let_next_start();  // only now: merging begins with reading the plan
   if (threadIdx.x < kGroupThreads) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kLoaderRegisters));
-    if (threadIdx.x < 32) {
-      K::load_items(p, maps, shared);
-    } else if (threadIdx.x < 64) {
+    const int warp = threadIdx.x / 32;
+    if (warp < 2) {
+      K::load_items(p, maps, warp, shared);
+    } else if (warp == 2) {
       K::prefetch_plan(p);
+    } else {
+      K::prefetch_merging(p);
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
@@ -564,7 +603,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T, int kHead>
 cudaError_t launch_one(const AttendParams& p, const Maps& maps, cudaStream_t stream) {
-  const auto kernel = attend<T, kHead>;
+  const bool plain = p.softcap == 0.0f && p.slopes == nullptr;
+  const auto kernel = plain ? attend<T, kHead, true> : attend<T, kHead, false>;
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;

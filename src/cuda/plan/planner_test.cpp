@@ -1,0 +1,656 @@
+// The planner on the host: random batches of prefix trees, every plan checked row by row against
+// what batch and shape say.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "core/random.h"
+#include "cuda/plan/planner.h"
+
+namespace relay::cuda {
+namespace {
+
+using test::Random;
+
+/// One thread; kReverse: in the other order, which no plan may depend on.
+template <bool kReverse>
+struct HostTeam {
+  template <typename F>
+  void each(int n, F f) {
+    for (int i = 0; i < n; ++i) f(kReverse ? n - 1 - i : i);
+  }
+  int32_t scan(int32_t* p, int n) {
+    int32_t sum = 0;
+    for (int i = 0; i < n; ++i) sum += std::exchange(p[i], sum);
+    return sum;
+  }
+  bool any(bool b) { return b; }
+  void min(int32_t* p, int32_t v) { *p = std::min(*p, v); }
+  void max(int32_t* p, int32_t v) { *p = std::max(*p, v); }
+  int32_t add(int32_t* p, int32_t v) { return std::exchange(*p, *p + v); }
+  void set_bits(uint32_t* p, uint32_t v) { *p |= v; }
+};
+
+struct Batch {
+  PlanShape shape{};
+  std::vector<int32_t> starts{0};
+  std::vector<int32_t> lengths;
+  std::vector<std::vector<int32_t>> ids;  ///< blocks of each request
+  std::vector<int32_t> table;
+
+  int32_t requests() const { return static_cast<int32_t>(lengths.size()); }
+  int32_t rows(int32_t i) const { return starts[i + 1] - starts[i]; }
+  PlanBatch view() const {
+    return {requests(), starts.data(), lengths.data(), table.data(), shape.max_blocks};
+  }
+  void add(int32_t rows, int32_t length, std::vector<int32_t> blocks) {
+    starts.push_back(starts.back() + rows);
+    lengths.push_back(length);
+    ids.push_back(std::move(blocks));
+  }
+  /// Fresh ids up to the request's length.
+  void fill(std::vector<int32_t>& blocks, int32_t length) {
+    while (static_cast<int32_t>(blocks.size()) * shape.block_size < length) {
+      blocks.push_back(shape.cache_blocks++);
+    }
+  }
+  /// Limits as the operator sets them; the table is written.
+  void finish(int32_t spare = 0) {
+    PlanShape& s = shape;
+    s.q_heads = s.kv_heads * s.group;
+    s.max_requests = requests() + spare;
+    s.max_rows = starts.back() + spare;
+    for (const auto& blocks : ids) {
+      s.max_blocks = std::max(s.max_blocks, static_cast<int32_t>(blocks.size()) + spare);
+    }
+    s.min_shared_blocks = ceil_div(64, s.block_size);
+    s.max_segments = static_cast<int32_t>(PlannerScratch::max_segments(s));
+    const int32_t sharing = std::min(s.max_rows, s.max_requests * rows_per_tile(s));
+    s.max_row_index = sharing * kMaxParts + s.max_rows;
+    table.assign(int64_t{requests()} * s.max_blocks, -1);
+    for (int32_t i = 0; i < requests(); ++i) {
+      std::copy(ids[i].begin(), ids[i].end(), table.begin() + int64_t{i} * s.max_blocks);
+    }
+  }
+};
+
+/// What plan_kernels.cu finds in the block tables.
+void find_runs(const Batch& b, std::vector<int32_t>& counts, std::vector<Run>& runs) {
+  const PlanShape& s = b.shape;
+  const PlanBatch batch = b.view();
+  counts.assign(b.requests(), 0);
+  runs.assign(int64_t{b.requests()} * kMaxRuns, Run{});
+  const auto columns = [&](int32_t i) -> std::pair<int32_t, int32_t> {
+    const RequestShape r = request_shape(s, batch, i);
+    if (!sharable(s, r.rows) || r.faults != 0) return {0, 0};
+    return {r.first / s.block_size, r.length / s.block_size};
+  };
+  const auto id = [&](int32_t i, int32_t column) {
+    return b.table[int64_t{i} * s.max_blocks + column];
+  };
+  for (int32_t i = 0; i < b.requests(); ++i) {
+    const auto [begin, end] = columns(i);
+    const auto owner = [&](int32_t column) {
+      for (int32_t j = 0; j < i && id(i, column) >= 0; ++j) {
+        const auto [from, to] = columns(j);
+        if (column >= from && column < to && id(j, column) == id(i, column)) return j;
+      }
+      return i;
+    };
+    for (int32_t at = begin; at < end && counts[i] < kMaxRuns;) {
+      Run run{at, at, owner(at), i};
+      while (run.end < end && owner(run.end) == run.owner) ++run.end;
+      at = run.end;
+      const int32_t raster = s.window / (4 * s.block_size);
+      if (raster > 1) run.begin = ceil_div(run.begin, raster) * raster;
+      if (run.owner == i || run.end - run.begin < s.min_shared_blocks) continue;
+      runs[i * kMaxRuns + counts[i]++] = run;
+    }
+  }
+}
+
+/// A plan and its memory, of the sizes that the operator provides.
+struct HostPlan {
+  PlanHeader header{};
+  std::vector<Segment> segments;
+  std::vector<int32_t> row_index;
+  std::vector<RowInfo> rows;
+  std::vector<RequestInfo> requests;
+  std::vector<RequestPart> parts;
+  std::vector<Cut> cuts;
+
+  template <bool kReverse = false>
+  static HostPlan make(const Batch& b) {
+    HostPlan p;
+    PlanShape shape = b.shape;
+    const auto garbage = [](auto& v, int64_t count) {
+      v.resize(count);
+      if (count > 0) std::memset(v.data(), 0x7b, count * sizeof(v[0]));
+    };
+    garbage(p.segments, shape.max_segments);
+    garbage(p.row_index, shape.max_row_index);
+    garbage(p.rows, shape.max_rows);
+    garbage(p.requests, shape.max_requests);
+    garbage(p.parts, int64_t{shape.max_requests} * kMaxParts);
+    garbage(p.cuts, shape.workers + 1);
+    shape.max_requests = std::max(1, b.requests());  // scratch is laid out for the batch
+    std::vector<char> memory;
+    garbage(memory, PlannerScratch::lay_out(shape, nullptr, nullptr));
+    PlannerScratch scratch{};
+    PlannerScratch::lay_out(shape, memory.data(), &scratch);
+    const PlanView view{&p.header,         p.segments.data(), p.row_index.data(), p.rows.data(),
+                        p.requests.data(), p.parts.data(),    p.cuts.data()};
+    std::vector<int32_t> counts;
+    std::vector<Run> runs;
+    find_runs(b, counts, runs);
+    HostTeam<kReverse> team;
+    const PlanBatch batch = b.view();
+    Planner<HostTeam<kReverse>>(team, shape, batch, scratch, view).plan(counts.data(), runs.data());
+    return p;
+  }
+
+  /// Where the rows of request i are, for its row `local`.
+  std::vector<RequestPart> parts_of(int32_t i, int32_t local) const {
+    const RequestInfo& info = requests[i];
+    if (info.rows_per_segment > 0) {
+      return {{info.segment + local / info.rows_per_segment, local % info.rows_per_segment}};
+    }
+    std::vector<RequestPart> result(parts.begin() + i * kMaxParts,
+                                    parts.begin() + i * kMaxParts + info.parts);
+    for (RequestPart& part : result) part.row += local;
+    return result;
+  }
+};
+
+template <typename T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+// --- What is true of every plan -------------------------------------------------------------------
+
+/// Every index is in its range, whatever the batch was.
+void check_ranges(const Batch& b, const HostPlan& p) {
+  const PlanShape& s = b.shape;
+  ASSERT_GE(p.header.segments, 0);
+  ASSERT_LE(p.header.segments, s.max_segments);
+  ASSERT_GE(p.header.rows, 0);
+  ASSERT_LE(p.header.rows, s.max_rows);
+  for (int32_t k = 0; k < p.header.segments; ++k) {
+    const Segment& g = p.segments[k];
+    ASSERT_TRUE(g.request >= 0 && g.request < b.requests()) << k;
+    ASSERT_TRUE(g.first >= 0 && g.slots >= 0) << k;
+    ASSERT_LE(int64_t{g.first} + g.slots, int64_t{s.max_blocks} * s.block_size) << k;
+    ASSERT_TRUE(g.rows > 0 && g.row_begin >= 0 && g.row_begin + g.rows <= s.max_row_index) << k;
+    ASSERT_EQ(g.steps, ceil_div(g.slots, s.tile_slots)) << k;
+    ASSERT_EQ(g.row_tiles, ceil_div(g.rows * s.group, s.tile_rows)) << k;
+    for (int32_t r = 0; r < g.rows; ++r) {
+      const int32_t row = p.row_index[g.row_begin + r];
+      ASSERT_TRUE(row >= 0 && row < p.header.rows) << k << " row " << row;
+    }
+  }
+  for (int32_t row = 0; row < p.header.rows; ++row) {
+    // What merging looks up.
+    const int32_t i = p.rows[row].request;
+    ASSERT_TRUE(i >= 0 && i < b.requests()) << row;
+    ASSERT_TRUE(p.requests[i].parts >= 0 && p.requests[i].parts <= kMaxParts) << i;
+    for (const RequestPart& at : p.parts_of(i, row - p.requests[i].row_begin)) {
+      ASSERT_TRUE(at.segment >= 0 && at.segment < p.header.segments) << row;
+      ASSERT_TRUE(at.row >= 0 && at.row < p.segments[at.segment].rows) << row;
+    }
+  }
+}
+
+void check_rows(const Batch& b, const HostPlan& p) {
+  const PlanShape& s = b.shape;
+  std::vector<int32_t> max_lo(p.header.segments, 0);
+  std::vector<int32_t> min_lo(p.header.segments, INT_MAX);
+  std::vector<int32_t> min_hi(p.header.segments, INT_MAX);
+  std::vector<bool> only_part(p.header.segments, true);
+  std::vector<bool> listed(s.max_row_index, false);
+  for (int32_t i = 0; i < b.requests(); ++i) {
+    for (int32_t local = 0; local < b.rows(i); ++local) {
+      const int32_t row = b.starts[i] + local;
+      SCOPED_TRACE(testing::Message() << "request " << i << " row " << row);
+      const int32_t position = b.lengths[i] - b.rows(i) + local;
+      const int32_t lo = s.window > 0 ? std::max(0, position - s.window + 1) : 0;
+      const int32_t hi = s.causal ? position + 1 : b.lengths[i];
+      const RowInfo& info = p.rows[row];
+      ASSERT_EQ(info.request, i);
+      ASSERT_EQ(info.position, position);
+      ASSERT_EQ(info.lo, lo);
+      ASSERT_EQ(info.hi, hi);
+      const std::vector<RequestPart> parts = p.parts_of(i, local);
+      int32_t end = 0;    // of the part before
+      int32_t seen = lo;  // what the row sees is covered up to here
+      for (const RequestPart& at : parts) {
+        const Segment& g = p.segments[at.segment];
+        ASSERT_EQ(p.row_index[g.row_begin + at.row], row);
+        ASSERT_FALSE(listed[g.row_begin + at.row]);
+        listed[g.row_begin + at.row] = true;
+        ASSERT_GE(g.first, end);
+        end = g.first + g.slots;
+        if (g.first < hi && end > lo) {
+          ASSERT_EQ(std::max(g.first, lo), seen);
+          seen = std::min(end, hi);
+        }
+        for (int32_t c = g.first / s.block_size; c * s.block_size < end; ++c) {
+          ASSERT_EQ(b.table[int64_t{g.request} * s.max_blocks + c],
+                    b.table[int64_t{i} * s.max_blocks + c]);
+        }
+        ASSERT_TRUE(g.shared != 0 || g.request == i);
+        max_lo[at.segment] = std::max(max_lo[at.segment], lo);
+        min_lo[at.segment] = std::min(min_lo[at.segment], lo);
+        min_hi[at.segment] = std::min(min_hi[at.segment], hi);
+        if (parts.size() != 1) only_part[at.segment] = false;
+      }
+      ASSERT_EQ(seen, hi);
+      ASSERT_LE(end, b.lengths[i]);
+    }
+  }
+  std::map<int64_t, int64_t> partials;  // from, to
+  for (int32_t k = 0; k < p.header.segments; ++k) {
+    const Segment& g = p.segments[k];
+    SCOPED_TRACE(testing::Message() << "segment " << k);
+    ASSERT_EQ(g.shared != 0, k < p.header.shared_segments);
+    for (int32_t r = 0; r < g.rows; ++r) ASSERT_TRUE(listed[g.row_begin + r]);
+    ASSERT_EQ(g.seen_from, min_lo[k]);
+    ASSERT_EQ(std::max(0, g.visible_from), max_lo[k]);
+    ASSERT_EQ(g.visible_to, min_hi[k]);
+    if (g.partial_base < 0) {
+      ASSERT_EQ(g.partial_base, -1);
+      ASSERT_TRUE(only_part[k]);
+    } else {
+      partials[g.partial_base] = g.partial_base + int64_t{g.rows} * s.q_heads;
+    }
+  }
+  int64_t used = 0;
+  size_t with_partials = 0;
+  for (const auto& [from, to] : partials) {
+    ASSERT_GE(from, used);
+    used = to;
+  }
+  for (int32_t k = 0; k < p.header.segments; ++k) with_partials += p.segments[k].partial_base >= 0;
+  ASSERT_EQ(with_partials, partials.size());
+  ASSERT_LE(used, s.partial_capacity);
+  ASSERT_LE(p.header.partial_rows, s.partial_capacity);
+}
+
+int32_t step_cost(const PlanShape& s, const Segment& g) {
+  return std::max(s.costs.step_memory / g.row_tiles,
+                  g.rows * s.group > 64 ? s.costs.step_many : s.costs.step_few);
+}
+
+/// Cost of all steps before this one.
+int64_t cost_before(const PlanShape& s, const HostPlan& p, int32_t step) {
+  int64_t cost = 0;
+  for (int32_t k = 0; k < p.header.segments; ++k) {
+    const Segment& g = p.segments[k];
+    const int32_t steps = std::min(step - g.step_base, g.row_tiles * s.kv_heads * g.steps);
+    if (steps > 0) {
+      cost += int64_t{ceil_div(steps, g.steps)} * s.costs.job + int64_t{steps} * step_cost(s, g);
+    }
+  }
+  return cost;
+}
+
+struct Load {
+  int32_t wide = 0;     ///< segments whose tiles have workers of their own
+  double worst = 0.0;   ///< largest share, as a multiple of the mean
+  double excess = 0.0;  ///< the same less what snapping explains
+};
+
+void check_cuts(const Batch& b, const HostPlan& p, Load& load) {
+  const PlanShape& s = b.shape;
+  int32_t steps = 0;
+  for (int32_t k = 0; k < p.header.segments; ++k) {
+    ASSERT_EQ(p.segments[k].step_base, steps) << k;
+    steps += p.segments[k].row_tiles * s.kv_heads * p.segments[k].steps;
+  }
+  ASSERT_EQ(p.header.steps, steps);
+  ASSERT_EQ(p.cuts[0].step, 0);
+  ASSERT_EQ(p.cuts[s.workers].step, steps);
+  ASSERT_EQ(p.cuts[p.header.workers].step, steps);
+  ASSERT_LE(p.header.workers, s.workers);
+  for (int32_t w = 0; w < s.workers; ++w) {
+    const Cut cut = p.cuts[w];
+    ASSERT_LE(cut.step, p.cuts[w + 1].step) << w;
+    ASSERT_TRUE(cut.segment >= 0 && cut.segment <= p.header.segments) << w;
+    if (cut.segment == p.header.segments) {
+      ASSERT_EQ(cut.step, steps) << w;
+    } else {
+      // Walking forward from there finds the step, which is in it, or at its end.
+      const Segment& g = p.segments[cut.segment];
+      ASSERT_GE(cut.step, g.step_base) << w;
+      ASSERT_LE(cut.step, g.step_base + g.row_tiles * s.kv_heads * g.steps) << w;
+    }
+  }
+  if (steps == 0) return;
+
+  // Wide segments come first. With workers of their own, all tiles of one are cut in the same places.
+  const auto cut_at = [&](int32_t step) {
+    return std::any_of(p.cuts.begin(), p.cuts.end(), [&](Cut c) { return c.step == step; });
+  };
+  int32_t wide = 0;
+  bool teamed = true;
+  for (; wide < p.header.shared_segments && p.segments[wide].row_tiles > 1; ++wide) {
+    const Segment& g = p.segments[wide];
+    for (int32_t t = 0; t <= g.row_tiles; ++t) {
+      teamed &= cut_at(g.step_base + t * s.kv_heads * g.steps);
+    }
+  }
+  for (int32_t k = wide; k < p.header.shared_segments; ++k) ASSERT_EQ(p.segments[k].row_tiles, 1);
+  int32_t snap = 0;  // cost by which a cut may lie off
+  for (int32_t k = 0; k < p.header.segments; ++k) {
+    const int32_t off = std::min(s.costs.snap, p.segments[k].steps) + 1;
+    snap = std::max(snap, off * step_cost(s, p.segments[k]) + s.costs.job);
+  }
+  std::vector<int32_t> first(wide + 1, 0);  // worker of each wide segment
+  for (int32_t k = 0; k < wide && teamed; ++k) {
+    const Segment& g = p.segments[k];
+    const int32_t line = s.kv_heads * g.steps;
+    std::vector<std::vector<int32_t>> inside(g.row_tiles);
+    for (const Cut& cut : p.cuts) {
+      const int32_t at = cut.step - g.step_base;
+      if (at >= 0 && at < g.row_tiles * line) inside[at / line].push_back(at % line);
+    }
+    for (int32_t t = 1; t < g.row_tiles; ++t) ASSERT_EQ(inside[t], inside[0]) << "segment " << k;
+    first[k + 1] = first[k] + g.row_tiles * static_cast<int32_t>(inside[0].size());
+  }
+  load.wide = teamed ? wide : 0;
+
+  // Shares are equal but for snapping: among all, or among a wide segment's and among the others.
+  const int32_t workers = p.header.workers;
+  const auto share = [&](int32_t from, int32_t to) {
+    return static_cast<double>(cost_before(s, p, p.cuts[to].step) -
+                               cost_before(s, p, p.cuts[from].step));
+  };
+  const double mean = share(0, workers) / workers;
+  for (int32_t w = 0, k = 0; w < workers; ++w) {
+    while (k < load.wide && w >= first[k + 1]) ++k;
+    const int32_t from = load.wide > 0 ? first[k] : 0;
+    const int32_t to = k < load.wide ? first[k + 1] : workers;
+    ASSERT_LE(share(w, w + 1), share(from, to) / (to - from) + 2 * snap) << "worker " << w;
+    load.worst = std::max(load.worst, share(w, w + 1) / mean);
+    load.excess = std::max(load.excess, (share(w, w + 1) - 2 * snap) / mean);
+  }
+}
+
+void check_plan(const Batch& b, const HostPlan& p, Load& load) {
+  ASSERT_EQ(p.header.faults, 0u);
+  ASSERT_EQ(p.header.fault_request, INT_MAX);
+  ASSERT_EQ(p.header.rows, b.starts.back());
+  ASSERT_NO_FATAL_FAILURE(check_ranges(b, p));
+  ASSERT_NO_FATAL_FAILURE(check_rows(b, p));
+  ASSERT_NO_FATAL_FAILURE(check_cuts(b, p, load));
+}
+
+/// A wide segment gets a multiple of its tiles in workers: so uneven may that make the shares.
+constexpr double kMostOfMean = 1.5;
+
+// --- Batches --------------------------------------------------------------------------------------
+
+constexpr PlanCosts kMmaCosts{32, 24, 32, 16, 96, 2};
+constexpr PlanCosts kWgmmaCosts{32, 16, 32, 16, 48, 2};
+
+Batch batch_of(int32_t kv_heads, int32_t group) {
+  Batch b;
+  b.shape.block_size = 16;
+  b.shape.kv_heads = kv_heads;
+  b.shape.group = group;
+  b.shape.causal = 1;
+  b.shape.tile_rows = 64;
+  b.shape.tile_slots = 64;
+  b.shape.workers = 132;
+  b.shape.partial_capacity = 1 << 20;
+  b.shape.costs = kWgmmaCosts;
+  return b;
+}
+
+/// Requests under the nodes of a prefix tree, with some blocks of their own in between.
+Batch random_batch(Random& random) {
+  Batch b = batch_of(static_cast<int32_t>(random.between(1, 8)),
+                     static_cast<int32_t>(random.between(1, 8)));
+  PlanShape& s = b.shape;
+  s.block_size = random.chance(0.5) ? 16 : 32;
+  s.causal = random.chance(0.7);
+  s.window = random.chance(0.3) ? static_cast<int32_t>(random.log_between(1, 3000)) : 0;
+  s.tile_rows = random.chance(0.5) ? 64 : 128;
+  s.tile_slots = random.chance(0.5) ? 64 : 128;
+  s.workers = static_cast<int32_t>(random.chance(0.4) ? 132 : random.log_between(1, 132));
+  if (random.chance(0.3)) s.partial_capacity = static_cast<int32_t>(random.log_between(0, 4000));
+  if (random.chance(0.5)) s.costs = kMmaCosts;
+  std::vector<std::vector<int32_t>> nodes(1);  // the blocks from the root to each node
+  std::vector<int32_t> depths(1, 0);
+  const auto count = static_cast<int32_t>(random.between(1, 64));
+  const double branching = random.uniform();
+  for (int32_t i = 0; i < count; ++i) {
+    auto node = static_cast<size_t>(random.between(0, static_cast<int64_t>(nodes.size()) - 1));
+    if (depths[node] < 4 && (nodes.size() == 1 || random.chance(branching * 0.4))) {
+      std::vector<int32_t> blocks = nodes[node];
+      const auto more = static_cast<int32_t>(blocks.size() + random.log_between(1, 60));
+      b.fill(blocks, more * s.block_size);
+      nodes.push_back(std::move(blocks));
+      depths.push_back(depths[node] + 1);
+      node = nodes.size() - 1;
+    }
+    std::vector<int32_t> blocks = nodes[node];
+    const bool prefill = random.chance(0.06);
+    auto rows = static_cast<int32_t>(random.chance(0.7) ? 1 : random.between(0, 6));
+    if (prefill) rows = static_cast<int32_t>(random.between(60, 500));
+    const auto tail = static_cast<int32_t>(random.log_between(0, 900));
+    const auto prefix = static_cast<int32_t>(blocks.size()) * s.block_size;
+    const int32_t length = std::max(rows, prefix + tail);
+    b.fill(blocks, length);
+    // A stretch of another request's blocks, or of fresh ones, in the same columns.
+    for (int32_t change = 0; change < 2 && !b.ids.empty() && random.chance(0.3); ++change) {
+      const std::vector<int32_t>& other = random.pick(b.ids);
+      const auto most = static_cast<int64_t>(std::min(other.size(), blocks.size()));
+      const int64_t from = random.between(0, most);
+      const int64_t to = random.between(from, most);
+      const bool fresh = random.chance(0.5);
+      for (int64_t c = from; c < to; ++c) blocks[c] = fresh ? s.cache_blocks++ : other[c];
+    }
+    b.add(rows, length, std::move(blocks));
+  }
+  // Blocks before a window may have gone back to the cache.
+  for (int32_t i = 0; i < count && s.window > 0; ++i) {
+    const int32_t hidden = (b.lengths[i] - b.rows(i) - s.window + 1) / s.block_size;
+    for (int32_t c = 0; c < hidden; ++c) b.ids[i][c] = random.chance(0.5) ? -1 : c;
+  }
+  b.finish(static_cast<int32_t>(random.between(0, 3)));
+  return b;
+}
+
+TEST(Planner, RandomBatches) {
+  int32_t shared = 0;
+  int32_t coarser = 0;
+  int32_t wide = 0;
+  for (uint64_t seed = 1; seed <= 500; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    Random random(seed);
+    Batch b = random_batch(random);
+    const HostPlan p = HostPlan::make(b);
+    Load load;
+    ASSERT_NO_FATAL_FAILURE(check_plan(b, p, load));
+    EXPECT_LE(load.excess, kMostOfMean);
+    const HostPlan other = HostPlan::make<true>(b);
+    ASSERT_EQ(std::memcmp(&p.header, &other.header, sizeof(p.header)), 0);
+    ASSERT_TRUE(same(p.segments, other.segments) && same(p.row_index, other.row_index) &&
+                same(p.rows, other.rows) && same(p.requests, other.requests) &&
+                same(p.parts, other.parts) && same(p.cuts, other.cuts));
+    shared += p.header.shared_segments > 0 ? 1 : 0;
+    wide += load.wide > 0 ? 1 : 0;
+    // Too little room for partial results: coarser, and still right.
+    b.shape.partial_capacity = static_cast<int32_t>(random.between(0, p.header.partial_rows));
+    const HostPlan tight = HostPlan::make(b);
+    Load ignored;
+    ASSERT_NO_FATAL_FAILURE(check_plan(b, tight, ignored));
+    coarser += tight.header.partial_rows < p.header.partial_rows ? 1 : 0;
+  }
+  // The batches are such that there is something to check.
+  EXPECT_GE(shared, 100);
+  EXPECT_GE(coarser, 100);
+  EXPECT_GE(wide, 20);
+}
+
+// --- Plans that are known -------------------------------------------------------------------------
+
+/// `prompts` x `samples` requests of 2 rows under one prefix of 1000 tokens and prompts of 512.
+Batch sampled(int32_t prompts, int32_t samples) {
+  Batch b = batch_of(8, 8);
+  std::vector<int32_t> prefix;
+  b.fill(prefix, 992);  // its whole blocks
+  for (int32_t i = 0; i < prompts; ++i) {
+    std::vector<int32_t> prompt = prefix;
+    if (prompts > 1) b.fill(prompt, 992 + 512);
+    for (int32_t k = 0; k < samples; ++k) {
+      std::vector<int32_t> blocks = prompt;
+      const int32_t length = static_cast<int32_t>(prompt.size()) * 16 + 8 + k;
+      b.fill(blocks, length);
+      b.add(2, length, std::move(blocks));
+    }
+  }
+  b.finish();
+  return b;
+}
+
+void expect_segment(const Segment& g, int32_t request, int32_t first, int32_t slots, int32_t rows) {
+  EXPECT_EQ(g.request, request);
+  EXPECT_EQ(g.first, first);
+  EXPECT_EQ(g.slots, slots);
+  EXPECT_EQ(g.rows, rows);
+}
+
+TEST(Planner, OnePrefixIsOneSegment) {
+  const Batch b = sampled(1, 64);
+  const HostPlan p = HostPlan::make(b);
+  Load load;
+  ASSERT_NO_FATAL_FAILURE(check_plan(b, p, load));
+  ASSERT_EQ(p.header.shared_segments, 1);
+  EXPECT_EQ(p.header.segments, 65);
+  expect_segment(p.segments[0], 0, 0, 992, 128);
+  EXPECT_EQ(p.segments[0].row_tiles, 16);
+  EXPECT_EQ(load.wide, 1);
+}
+
+TEST(Planner, SamplesOfPromptsAreTwoLevels) {
+  const Batch b = sampled(8, 8);
+  const HostPlan p = HostPlan::make(b);
+  Load load;
+  ASSERT_NO_FATAL_FAILURE(check_plan(b, p, load));
+  ASSERT_EQ(p.header.shared_segments, 9);
+  EXPECT_EQ(p.header.segments, 9 + 64);
+  expect_segment(p.segments[0], 0, 0, 992, 128);
+  for (int32_t i = 0; i < 8; ++i) expect_segment(p.segments[1 + i], 8 * i, 992, 512, 16);
+}
+
+TEST(Planner, LongJobsAreSharedOutEvenly) {
+  for (const int32_t requests : {1, 3, 8, 50}) {
+    Batch b = batch_of(4, 4);
+    for (int32_t i = 0; i < requests; ++i) {
+      std::vector<int32_t> blocks;
+      const int32_t length = 40000 + 1000 * i;
+      b.fill(blocks, length);
+      b.add(1, length, std::move(blocks));
+    }
+    b.finish();
+    const HostPlan p = HostPlan::make(b);
+    Load load;
+    ASSERT_NO_FATAL_FAILURE(check_plan(b, p, load));
+    EXPECT_EQ(p.header.workers, 132);
+    EXPECT_LE(load.worst, 1.3);
+  }
+}
+
+TEST(Planner, NothingToDo) {
+  Batch b = batch_of(2, 4);
+  for (const int32_t requests : {0, 3}) {
+    while (b.requests() < requests) b.add(0, 0, {});
+    b.finish(1);
+    const HostPlan p = HostPlan::make(b);
+    EXPECT_EQ(p.header.segments, 0);
+    EXPECT_EQ(p.header.workers, 0);
+    for (const Cut& cut : p.cuts) EXPECT_EQ(cut.step, 0);
+  }
+}
+
+// --- Batches with faults --------------------------------------------------------------------------
+
+TEST(Planner, FaultsAreSetAndIndicesStayInRange) {
+  for (uint64_t seed = 1; seed <= 400; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    Random random(seed);
+    Batch b = random_batch(random);
+    const int64_t room = int64_t{b.shape.max_blocks} * b.shape.block_size;
+    const auto any = [&] { return random.between(0, b.requests() - 1); };
+    const std::vector<int64_t> wrong = {INT_MIN, -1, 0, room + 1, INT_MAX};
+    const bool starts = random.chance(0.5);
+    for (int64_t n = random.between(1, 6); n > 0; --n) {
+      if (starts) {
+        b.starts[any() + 1] = static_cast<int32_t>(random.between(-2, b.shape.max_rows + 2));
+      } else {
+        b.lengths[any()] = static_cast<int32_t>(random.pick(wrong));
+      }
+    }
+    uint32_t faults = 0;
+    int32_t first = INT_MAX;
+    for (int32_t i = b.requests() - 1; i >= 0; --i) {
+      uint32_t fault = 0;
+      if (b.starts[i] < 0 || b.rows(i) < 0 || b.starts[i + 1] > b.shape.max_rows) {
+        fault = kFaultStarts;
+      } else if (b.rows(i) > 0 && (b.lengths[i] < b.rows(i) || b.lengths[i] > room)) {
+        fault = kFaultLength;
+      }
+      faults |= fault;
+      if (fault != 0) first = i;
+    }
+    const HostPlan p = HostPlan::make(b);
+    ASSERT_EQ(p.header.faults, faults);
+    ASSERT_EQ(p.header.fault_request, first);
+    ASSERT_NO_FATAL_FAILURE(check_ranges(b, p));
+    Load load;
+    ASSERT_NO_FATAL_FAILURE(check_cuts(b, p, load));
+  }
+}
+
+TEST(Planner, RowsOfDescendingStarts) {
+  const std::vector<std::vector<int32_t>> all = {
+      {0, 10, 1, 2, 3},                        // row 5 is the first request's alone
+      {0, 200, 0, 200, 0, 200, 0, 200, 0, 200}  // more rows in all than there is room for
+  };
+  for (const auto& starts : all) {
+    Batch b = batch_of(1, 8);
+    for (size_t i = 0; i + 1 < starts.size(); ++i) {
+      std::vector<int32_t> blocks;
+      b.fill(blocks, 256);
+      b.add(0, 256, std::move(blocks));
+    }
+    b.starts.back() = 200;
+    b.finish();
+    b.starts = starts;
+    const HostPlan p = HostPlan::make(b);
+    EXPECT_NE(p.header.faults & kFaultStarts, 0u);
+    ASSERT_NO_FATAL_FAILURE(check_ranges(b, p));
+  }
+}
+
+TEST(Planner, FirstStartIsZero) {
+  Batch b = batch_of(1, 8);
+  std::vector<int32_t> blocks;
+  b.fill(blocks, 64);
+  b.add(8, 64, std::move(blocks));
+  b.finish();
+  b.starts[0] = 4;  // rows 0 to 3 are no request's
+  const HostPlan p = HostPlan::make(b);
+  EXPECT_EQ(p.header.faults, kFaultStarts);
+  ASSERT_NO_FATAL_FAILURE(check_ranges(b, p));
+}
+
+}  // namespace
+}  // namespace relay::cuda

@@ -15,13 +15,13 @@ help:
 	@echo 'make build   set up, and build all programs and libraries into build/release'
 	@echo 'make format  rewrite sources in the pinned format'
 	@echo 'make lint    set up, build, and check format and lint only'
-	@echo 'make clean   delete the build folders (not .deps and .venv)'
+	@echo 'make clean   delete the build folders (not .deps and .venv*)'
 
 setup:
 	@scripts/setup.sh
 
 setup-build:
-	@scripts/setup.sh --no-cross
+	@scripts/setup.sh --no-cross --no-cuda
 
 build: setup-build
 	cmake --preset release

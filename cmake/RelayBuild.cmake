@@ -21,6 +21,8 @@ set(CMAKE_INSTALL_RPATH "$ORIGIN" "$ORIGIN/relay" "$ORIGIN/../${CMAKE_INSTALL_LI
 
 find_program(RELAY_CCACHE ccache)
 if(RELAY_CCACHE)
+  # Not for CUDA: of several architectures ccache compares one preprocessed text, so that a change
+  # under `#if __CUDA_ARCH__ >= 900` in a header gives the old object.
   foreach(lang C CXX)
     if(NOT CMAKE_${lang}_COMPILER_LAUNCHER)
       set(CMAKE_${lang}_COMPILER_LAUNCHER "${RELAY_CCACHE}")

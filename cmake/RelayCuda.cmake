@@ -1,15 +1,18 @@
-# The CUDA compiler: the one of -DCMAKE_CUDA_COMPILER, CUDACXX or PATH, else the pinned one that
-# scripts/setup.sh --cuda installs into .venv-cuda.
+# The CUDA compiler: the one of -DCMAKE_CUDA_COMPILER or CUDACXX, else the pinned one that
+# scripts/setup.sh installs into .venv-cuda where the machine has none that is new enough, else the
+# one of PATH or /usr/local/cuda.
 if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
-  find_program(RELAY_NVCC nvcc PATHS /usr/local/cuda/bin)
-  if(NOT RELAY_NVCC)
-    file(GLOB RELAY_NVCC "${PROJECT_SOURCE_DIR}/.venv-cuda/lib/python3*/site-packages/nvidia/cu13/bin/nvcc")
+  file(GLOB pinned "${PROJECT_SOURCE_DIR}/.venv-cuda/lib/python3*/site-packages/nvidia/cu13/bin/nvcc")
+  if(pinned)
+    set(CMAKE_CUDA_COMPILER "${pinned}" CACHE FILEPATH "nvcc")
+  else()
+    find_program(RELAY_NVCC nvcc PATHS /usr/local/cuda/bin)
+    if(NOT RELAY_NVCC)
+      message(FATAL_ERROR "RELAY_CUDA needs nvcc. Run scripts/setup.sh, which installs a pinned one, "
+                          "or set -DCMAKE_CUDA_COMPILER=<nvcc>.")
+    endif()
+    set(CMAKE_CUDA_COMPILER "${RELAY_NVCC}" CACHE FILEPATH "nvcc")
   endif()
-  if(NOT RELAY_NVCC)
-    message(FATAL_ERROR "RELAY_CUDA needs nvcc. Run scripts/setup.sh --cuda, which installs a pinned "
-                        "one, or set -DCMAKE_CUDA_COMPILER=<nvcc>.")
-  endif()
-  set(CMAKE_CUDA_COMPILER "${RELAY_NVCC}" CACHE FILEPATH "nvcc")
 endif()
 set(CMAKE_CUDA_ARCHITECTURES 80)  # of CMake's own trial; the targets name theirs
 enable_language(CUDA)

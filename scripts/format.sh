@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Formats all C++ and Python of the repository in place; with --check only says what differs.
+# Formats all C++, CUDA and Python of the repository in place; with --check only says what differs.
 # usage: scripts/format.sh [--check]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 [ -x .venv/bin/clang-format ] || { echo "format: no .venv; run scripts/setup.sh" >&2; exit 1; }
 
 # Files git knows, and new ones it does not ignore.
-mapfile -t cpp < <(git ls-files -co --exclude-standard -- '*.h' '*.cpp')
+mapfile -t cpp < <(git ls-files -co --exclude-standard -- '*.h' '*.cpp' '*.cu' '*.cuh')
 mapfile -t python < <(git ls-files -co --exclude-standard -- '*.py')
 status=0
 if [ $# = 1 ]; then

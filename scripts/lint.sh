@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# clang-tidy over our own translation units, as build/release compiles them.
+# clang-tidy over our own translation units, as build/release compiles them; those of src/cuda as
+# build/cuda does, if it is there. CUDA's own language (.cu) is left to nvcc's warnings.
 # usage: scripts/lint.sh [file.cpp...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 database=build/release/compile_commands.json
+cuda_database=build/cuda/compile_commands.json
 [ -f "$database" ] || { echo "lint: no $database; run cmake --preset release" >&2; exit 1; }
 [ -x .venv/bin/clang-tidy ] || { echo "lint: no .venv; run scripts/setup.sh" >&2; exit 1; }
 
@@ -11,22 +13,31 @@ if [ $# -gt 0 ]; then
   files=("$@")
 else
   # Ours and compiled: tests are left to the compiler's warnings and the sanitizers.
-  mapfile -t files < <(python3 - "$database" <<'PY'
+  sources() {  # a database, the rooms to take from it
+    python3 - "$@" <<'PY'
 import json, os, sys
 
 root = os.getcwd()
 ours = {os.path.relpath(entry["file"], root) for entry in json.load(open(sys.argv[1]))}
-rooms = ("src/", "plugins/", "bench/")
-print("\n".join(sorted(f for f in ours if f.startswith(rooms) and not f.endswith("_test.cpp"))))
+for name in sorted(ours):
+    if name.startswith(tuple(sys.argv[2:])) and not name.endswith(("_test.cpp", ".cu")):
+        print(name)
 PY
+  }
+  mapfile -t files < <(
+    sources "$database" src/ plugins/ bench/
+    if [ -f "$cuda_database" ]; then sources "$cuda_database" src/cuda/; fi
   )
+  [ -f "$cuda_database" ] ||
+    echo "lint: src/cuda is left out: no $cuda_database; run cmake --preset cuda"
 fi
 [ -n "${files[0]:-}" ] || { echo "lint: $database names none of our sources" >&2; exit 1; }
 echo "lint: ${#files[@]} files"
 
 one() {
-  local output
-  if output="$(.venv/bin/clang-tidy -p build/release --quiet --extra-arg=-Wno-unknown-warning-option "$1" 2>&1)"
+  local output build=build/release
+  case "$1" in src/cuda/*) build=build/cuda ;; esac
+  if output="$(.venv/bin/clang-tidy -p "$build" --quiet --extra-arg=-Wno-unknown-warning-option "$1" 2>&1)"
   then
     echo "lint: ok $1"
   else

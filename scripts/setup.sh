@@ -5,20 +5,25 @@ cd "$(dirname "$0")/.."
 
 usage() {
   cat <<'TEXT'
-usage: scripts/setup.sh [--no-cross] [--help]
+usage: scripts/setup.sh [--no-cross] [--no-cuda] [--help]
 
 Installs with apt (as root, or through sudo) the compiler, build tools and libraries, and with pip,
 into .venv, the Python packages of scripts/requirements-dev.txt. For Debian 12 and newer and Ubuntu
-24.04 and newer. A second run finds everything in place and takes under a second.
+24.04 and newer. Where there is no nvcc of CUDA 12.4 or newer (CUDACXX, PATH, /usr/local/cuda), a
+pinned one goes into .venv-cuda (100 MB to download, 300 MB there); no driver and no GPU are needed.
+A second run finds everything in place and takes about a second.
 
   --no-cross   without the Arm cross compiler and emulator, which only the tests need
+  --no-cuda    without the CUDA compiler, which only the tests and -DRELAY_CUDA=ON need
 TEXT
 }
 
 cross=1
+cuda=1
 for arg in "$@"; do
   case "$arg" in
     --no-cross) cross=0 ;;
+    --no-cuda) cuda=0 ;;
     -h | --help) usage; exit 0 ;;
     *) echo "setup: unknown option $arg" >&2; usage >&2; exit 2 ;;
   esac
@@ -113,6 +118,40 @@ install_python_packages() {
   echo "$want" >.venv/relay-stamp
 }
 
+# Whether the nvcc that RelayCuda.cmake would take is of 12.4 or newer and comes with its headers.
+system_has_cuda() {
+  local nvcc version
+  nvcc="$(command -v "${CUDACXX:-nvcc}" || command -v /usr/local/cuda/bin/nvcc)" || return 1
+  version="$("$nvcc" --version 2>/dev/null | sed -n 's/.*release \([0-9.]*\).*/\1/p')"
+  [ -n "$version" ] && [ "$(printf '%s\n' 12.4 "$version" | sort -V | head -n 1)" = 12.4 ] || return 1
+  printf '#include <%s>\n' cuda.h cuda_runtime.h cuda_fp8.h cuda_bf16.h |
+    "$nvcc" -x cu -M - >/dev/null 2>&1
+}
+
+install_cuda() {
+  if [ ! -d .venv-cuda ] && system_has_cuda; then return; fi
+  local want nvidia
+  want="$(cat scripts/requirements-cuda.txt - <<<"$(python3 --version)" | sha256sum | cut -d' ' -f1)"
+  if [ "$(cat .venv-cuda/relay-stamp 2>/dev/null)" = "$want" ]; then return; fi
+  case "$(uname -m)" in
+    x86_64 | aarch64) ;;
+    *) fail "there is no CUDA compiler for $(uname -m); leave it out with --no-cuda." ;;
+  esac
+  say "installing the CUDA compiler into .venv-cuda"
+  rm -rf .venv-cuda
+  python3 -m venv .venv-cuda
+  .venv-cuda/bin/python -m pip install --disable-pip-version-check --quiet \
+    --only-binary :all: --no-deps --require-hashes -r scripts/requirements-cuda.txt ||
+    fail "pip could not install scripts/requirements-cuda.txt; its message is above.
+  To do without the CUDA compiler: scripts/setup.sh --no-cuda"
+  # Names that nvcc and CMake look for; the packages leave them out.
+  for nvidia in .venv-cuda/lib/python3*/site-packages/nvidia/cu13; do
+    ln -s lib "$nvidia/lib64"
+    ln -s libcudart.so.13 "$nvidia/lib/libcudart.so"
+  done
+  echo "$want" >.venv-cuda/relay-stamp
+}
+
 command -v apt-get >/dev/null ||
   fail "this system has no apt-get. Install the equivalents of these packages by hand, and
   scripts/requirements-dev.txt into .venv: ${needs[*]//|/ or }"
@@ -122,4 +161,5 @@ if [ "${#missing[@]}" -gt 0 ]; then
   install_with_apt "${missing[@]}"
 fi
 install_python_packages
+if [ "$cuda" = 1 ]; then install_cuda; fi
 say "everything is in place"

@@ -3,10 +3,11 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-stages=(format build lint unit asan tsan aarch64 ggml-ops install e2e vllm)
+stages=(format build cuda lint unit asan tsan aarch64 ggml-ops install e2e vllm)
 declare -A about=(
   [format]="sources are in the pinned format, Python is lint-free"
   [build]="release build, warnings in our code are errors"
+  [cuda]="the CUDA operator compiled, warnings are errors; its tests as far as there is a GPU"
   [lint]="clang-tidy over our sources"
   [unit]="unit tests, once for every ISA of this CPU"
   [asan]="the core's unit tests under ASan and UBSan"
@@ -37,6 +38,20 @@ run_tests() {  # preset, stage, ctest arguments; GoogleTest leaves its counts in
   shift 2
   GTEST_OUTPUT="xml:$PWD/build/test-logs/$stage/" \
     ctest --preset "$preset" -L unit --no-tests=error "$@"
+}
+
+# The core's tests, which this build has too, are the business of other stages. Programs that need a
+# GPU are compiled; without one each skips by itself, and ctest lists it as skipped.
+stage_cuda() {
+  local status=0
+  cmake --preset cuda -DRELAY_WERROR=ON && cmake --build --preset cuda --target relay-cuda-tests ||
+    return 1
+  run_tests cuda cuda -R '^cuda_' || status=1
+  GTEST_OUTPUT="xml:$PWD/build/test-logs/cuda/" ctest --preset cuda -L gpu --no-tests=error || status=1
+  if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+    echo "cuda: this machine has no NVIDIA GPU: what has the label gpu was compiled, not run"
+  fi
+  return "$status"
 }
 
 stage_unit() {
@@ -108,6 +123,10 @@ measure() {
     unit | asan | tsan | aarch64)
       cat "build/test-logs/$1/"*.xml 2>/dev/null | sed -n 's/^<testsuites tests="\([0-9]*\)" failures="\([0-9]*\)".*/\1 \2/p' |
         awk '{ all += $1; failed += $2 } END { if (all) print all " cases, " failed " failed" }' ;;
+    cuda)
+      cat build/test-logs/cuda/*.xml 2>/dev/null |
+        awk '/<testcase / { if (/result="skipped"/) ++skipped; else ++all } /<failure / { ++failed }
+             END { print all + 0 " cases, " failed + 0 " failures, " skipped + 0 " skipped" }' ;;
     ggml-ops) grep -oE '[0-9]+/[0-9]+ tests passed' "$log" | tail -n 1 ;;
     e2e | vllm) grep -E '[0-9]+ (passed|failed|error)' "$log" | tail -n 1 | tr -d '=' ;;
   esac

@@ -36,18 +36,18 @@ enum class Path : uint8_t {
 
 /// What stays the same from batch to batch: it decides the workspace and the kernels.
 struct PlanOptions {
-  HeadShape shape;                  ///< qk_dim == v_dim: 64, 80, 96, 128, 192 or 256
-  DType q_type = DType::kBF16;      ///< of queries and output: kBF16 or kF16
-  DType kv_type = DType::kBF16;     ///< the same, or kF8E4M3
-  int32_t max_requests = 0;         ///< most requests of a batch, at most kMaxRequests
-  int32_t max_rows = 0;             ///< most query rows of a batch
-  int32_t max_blocks = 0;           ///< most blocks of a request: used columns of the block table
-  int32_t block_size = 16;          ///< slots of a block: a multiple of 16
-  int32_t cache_blocks = 0;         ///< blocks in the cache: ids are below this
-  bool causal = true;               ///< a row sees the tokens up to its own, else all of its request
-  int32_t window = 0;               ///< sliding window in tokens, 0 for none; needs causal
-  Sharing sharing = Sharing::kOn;   ///< kOff: the same kernels, each request for itself
-  bool check = false;               ///< report bad batches, see check_batch()
+  HeadShape shape;                 ///< qk_dim == v_dim: 64, 80, 96, 128, 192 or 256
+  DType q_type = DType::kBF16;     ///< of queries and output: kBF16 or kF16
+  DType kv_type = DType::kBF16;    ///< the same, or kF8E4M3
+  int32_t max_requests = 0;        ///< most requests of a batch, at most kMaxRequests
+  int32_t max_rows = 0;            ///< most query rows of a batch
+  int32_t max_blocks = 0;          ///< most blocks of a request: used columns of the block table
+  int32_t block_size = 16;         ///< slots of a block: a multiple of 16
+  int32_t cache_blocks = 0;        ///< blocks in the cache: ids are below this
+  bool causal = true;              ///< a row sees the tokens up to its own, else all of its request
+  int32_t window = 0;              ///< sliding window in tokens, 0 for none; needs causal
+  Sharing sharing = Sharing::kOn;  ///< kOff: the same kernels, each request for itself
+  bool check = false;              ///< report bad batches, see check_batch()
   Path path = Path::kAuto;
 };
 
@@ -126,13 +126,13 @@ void write_kv(const Plan& plan, const KvWrite& write, const Inputs& cache, Strea
 /// What a plan will do. Synchronises with the stream: for reports and tests.
 struct PlanSummary {
   int32_t segments = 0;
-  int32_t shared_segments = 0;        ///< those with rows of more than one request
-  int32_t workers = 0;                ///< thread blocks that got work
-  int64_t kv_slots_read = 0;          ///< slot reads, each of all KV heads
-  int64_t kv_slots_attended = 0;      ///< what they would be without sharing
-  int64_t partial_rows = 0;           ///< (row, head) states that are merged
+  int32_t shared_segments = 0;    ///< those with rows of more than one request
+  int32_t workers = 0;            ///< thread blocks that got work
+  int64_t kv_slots_read = 0;      ///< slot reads, each of all KV heads
+  int64_t kv_slots_attended = 0;  ///< what they would be without sharing
+  int64_t partial_rows = 0;       ///< (row, head) states that are merged
   int64_t partial_capacity = 0;
-  double flops = 0;                   ///< multiply-adds counted twice, padding left out
+  double flops = 0;  ///< multiply-adds counted twice, padding left out
 };
 PlanSummary summarize(const Plan& plan, Stream stream);
 

@@ -43,7 +43,8 @@ double f8_e4m3_to_double(uint8_t bits) {
   const int exponent = (bits >> 3) & 0xf;
   const int mantissa = bits & 0x7;
   if (exponent == 15 && mantissa == 7) return std::numeric_limits<double>::quiet_NaN();
-  return sign * (exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10));
+  return sign *
+         (exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10));
 }
 
 double q8_0_to_double(const void* vector, int64_t i) {

@@ -138,7 +138,8 @@ PlanSummary summarize(const Plan& plan, Stream stream);
 
 /// With PlanOptions::check: throws Error if the batch planned last held lengths or block ids out
 /// of range. Whether checked or not, nothing is read or written beyond the cache: lengths
-/// are cut to what the table has room for, and blocks outside of the cache count as zeros. Synchronises.
+/// are cut to what the table has room for, and blocks outside of the cache count as zeros.
+/// Synchronises.
 void check_batch(const Plan& plan, Stream stream);
 
 const PlanOptions& options_of(const Plan& plan);

@@ -126,8 +126,8 @@ PlanShape shape_of(const PlanOptions& o, const PathShape& path, int32_t workers)
 
 /// The line of steps is counted in 32 bits.
 void check_size(const PlanShape& s) {
-  const int64_t steps = int64_t{s.max_requests} * s.kv_heads *
-                        ceil_div(s.max_blocks * s.block_size, s.tile_slots);
+  const int64_t steps =
+      int64_t{s.max_requests} * s.kv_heads * ceil_div(s.max_blocks * s.block_size, s.tile_slots);
   if (steps * s.costs.step_many > INT_MAX) {
     fail("max_requests x kv_heads x max_blocks x block_size is too large; lower one of them");
   }
@@ -219,8 +219,8 @@ void plan_batch(const Plan& plan, const Batch& batch, Stream stream) {
     fail("the batch has " + std::to_string(batch.requests) + " requests, the plan is for at most " +
          std::to_string(o.max_requests));
   }
-  if (batch.requests > 0 && (batch.query_starts == nullptr || batch.kv_lengths == nullptr ||
-                             batch.table == nullptr)) {
+  if (batch.requests > 0 &&
+      (batch.query_starts == nullptr || batch.kv_lengths == nullptr || batch.table == nullptr)) {
     fail("query_starts, kv_lengths or table is null");
   }
   if (batch.requests > 0 && batch.table_stride < o.max_blocks) {
@@ -375,8 +375,7 @@ PlanSummary summarize(const Plan& plan, Stream stream) {
 }
 
 void check_batch(const Plan& plan, Stream stream) {
-  const PlanHeader header =
-      copy_back(plan.view.header, 1, static_cast<cudaStream_t>(stream))[0];
+  const PlanHeader header = copy_back(plan.view.header, 1, static_cast<cudaStream_t>(stream))[0];
   if (header.faults == 0) return;
   std::string what = "batch: request " + std::to_string(header.fault_request) +
                      " is the first of which something is out of range:";

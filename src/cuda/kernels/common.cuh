@@ -57,8 +57,8 @@ class Walk {
       item.rows = min(p.tile_rows, s.rows * p.group - item.first_row);
       item.step_begin = local % s.steps;
       item.step_end = min(s.steps, item.step_begin + end_ - at_);
-      item.partial = partial_row(p, s, item.kv_head, item.first_row, worker_,
-                                 item.step_begin == 0, item.step_end == s.steps);
+      item.partial = partial_row(p, s, item.kv_head, item.first_row, worker_, item.step_begin == 0,
+                                 item.step_end == s.steps);
       at_ += item.step_end - item.step_begin;
       return true;
     }
@@ -155,8 +155,7 @@ __device__ inline float finish_row(const AttendParams& p, int32_t row, int32_t h
     }
   }
   if (writes && p.lse != nullptr) {
-    p.lse[int64_t{row} * p.q_heads + head] =
-        sum > 0.0f ? (max + log2f(sum)) * kLn2 : -INFINITY;
+    p.lse[int64_t{row} * p.q_heads + head] = sum > 0.0f ? (max + log2f(sum)) * kLn2 : -INFINITY;
   }
   const float v_scale = p.v_scale != nullptr ? *p.v_scale : 1.0f;
   return sum > 0.0f ? factor * v_scale / sum : 0.0f;

@@ -2,7 +2,8 @@
 //
 // Traffic of a (row, head) with n pieces: reads n x 4 (head size + 2) bytes, mostly from the L2
 // cache, where the attention kernel has just put them, and writes head size x 2. A row is finished
-// by the same threads in the same order whoever computed its pieces: the bits do not depend on timing.
+// by the same threads in the same order whoever computed its pieces: the bits do not depend on
+// timing.
 #include "cuda/kernels/common.cuh"
 #include "cuda/kernels/kernels.h"
 #include "cuda/launch.h"
@@ -23,8 +24,8 @@ __device__ int32_t worker_of(const int32_t* cuts, int32_t workers, int32_t step)
   return low;
 }
 
-/// Lists the partial rows of a (row, head) in `pieces`, in the order of columns, -1 for none; returns
-/// how many. `direct`: its results have gone straight out, and there are none.
+/// Lists the partial rows of a (row, head) in `pieces`, in the order of columns, -1 for none;
+/// returns how many. `direct`: its results have gone straight out, and there are none.
 __device__ int32_t list_pieces(const AttendParams& p, const int32_t* cuts, const RequestInfo& info,
                                int32_t request, int32_t row, int32_t head, int32_t* pieces,
                                bool& direct) {
@@ -44,8 +45,7 @@ __device__ int32_t list_pieces(const AttendParams& p, const int32_t* cuts, const
     if (segment.steps == 0) continue;
     const int32_t of_segment = at.row * p.group + head % p.group;
     const int32_t tile = of_segment / p.tile_rows;
-    const int32_t begin =
-        segment.step_base + (tile * p.kv_heads + kv_head) * segment.steps;
+    const int32_t begin = segment.step_base + (tile * p.kv_heads + kv_head) * segment.steps;
     const int32_t end = begin + segment.steps;
     const int32_t first = worker_of(cuts, p.workers, begin);
     const int32_t workers = worker_of(cuts, p.workers, end - 1) - first + 1;
@@ -56,11 +56,10 @@ __device__ int32_t list_pieces(const AttendParams& p, const int32_t* cuts, const
     for (int32_t i = threadIdx.x % 32; i < workers; i += 32) {
       const int32_t from = max(begin, cuts[first + i]);
       const int32_t to = min(end, cuts[first + i + 1]);
-      pieces[count + i] =
-          from < to ? partial_row(p, segment, kv_head, tile * p.tile_rows, first + i,
-                                  from == begin, to == end) +
-                          of_segment % p.tile_rows
-                    : -1;
+      pieces[count + i] = from < to ? partial_row(p, segment, kv_head, tile * p.tile_rows,
+                                                  first + i, from == begin, to == end) +
+                                          of_segment % p.tile_rows
+                                    : -1;
     }
     count += workers;
   }
@@ -68,8 +67,8 @@ __device__ int32_t list_pieces(const AttendParams& p, const int32_t* cuts, const
   return count;
 }
 
-/// One warp a (row, head); lane l holds the elements 2 (l + 32 i) and the one after. `pieces` become
-/// weights as they are used up.
+/// One warp a (row, head); lane l holds the elements 2 (l + 32 i) and the one after. `pieces`
+/// become weights as they are used up.
 template <typename T, int kPairs>
 __device__ void merge_pieces(const AttendParams& p, int32_t row, int32_t head, int32_t count,
                              const int32_t* pieces, float* weights) {
@@ -100,8 +99,8 @@ __device__ void merge_pieces(const AttendParams& p, int32_t row, int32_t head, i
 #pragma unroll 4
   for (int32_t k = 0; k < count; ++k) {
     const float weight = weights[k];
-    const auto* from = reinterpret_cast<const float2*>(p.partial_out +
-                                                       int64_t{pieces[k] < 0 ? 0 : pieces[k]} * p.head_size);
+    const auto* from = reinterpret_cast<const float2*>(
+        p.partial_out + int64_t{pieces[k] < 0 ? 0 : pieces[k]} * p.head_size);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       if (lane + 32 * i < pairs) {

@@ -1,8 +1,8 @@
 // Chooses the mma kernels by type; each is compiled in a file of its own.
-#include <type_traits>
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <type_traits>
 
 #include "cuda/kernels/kernels.h"
 
@@ -18,8 +18,8 @@ PathShape mma_shape(int32_t head_size) {
   const bool wide = head_size > 128;
   PathShape shape{64, wide ? 32 : 64, wide ? 1 : 2, {}};
   // In units of 1/32 of reading a step's KV: two blocks share a multiprocessor's tensor cores.
-  shape.costs = {.step_memory = 32, .step_few = 24, .step_many = 32, .job = 16, .worker = 96,
-                 .snap = 2};
+  shape.costs = {
+      .step_memory = 32, .step_few = 24, .step_many = 32, .job = 16, .worker = 96, .snap = 2};
   return shape;
 }
 

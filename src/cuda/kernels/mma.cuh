@@ -1,10 +1,10 @@
 // Attention by mma.sync and cp.async: every GPU of compute capability 8.0 and newer.
 //
 // A block of 4 warps walks the steps of one worker. A step loads one tile of K and V (kSlots x head
-// size each, into one of two stages while the other is worked on) and costs 4 x rows x kSlots x head
-// size flops. A tile of up to 16 query rows is read by all four warps, each taking 16 of the slots;
-// their states are merged at the item's end. In a larger one each warp has 16 rows and all slots.
-// KV bytes are read once a step, so once per item; S and P never leave registers.
+// size each, into one of two stages while the other is worked on) and costs 4 x rows x kSlots x
+// head size flops. A tile of up to 16 query rows is read by all four warps, each taking 16 of the
+// slots; their states are merged at the item's end. In a larger one each warp has 16 rows and all
+// slots. KV bytes are read once a step, so once per item; S and P never leave registers.
 #pragma once
 
 #include "cuda/kernels/common.cuh"
@@ -165,18 +165,18 @@ struct Kernel {
 
   /// The tile's slots [slot, slot + 8 kBlocks) for 16 rows whose queries begin at `q`.
   template <int kBlocks>
-  __device__ static void attend_tile(const AttendParams& p, const Item& item,
-                                     const Logits& logits, int step, int slot, const T* q,
-                                     const T* k, const T* v, const RowInfo (&rows)[2],
-                                     const float (&slopes)[2], State& state) {
+  __device__ static void attend_tile(const AttendParams& p, const Item& item, const Logits& logits,
+                                     int step, int slot, const T* q, const T* k, const T* v,
+                                     const RowInfo (&rows)[2], const float (&slopes)[2],
+                                     State& state) {
     const int lane = threadIdx.x % 32;
     float s[kBlocks][4];
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
     const uint32_t q_at = shared_address(q + (lane % 16) * kStride + lane / 16 * 8);
     // Matrices 0, 1: slots 0-7, dims 0-7 and 8-15; 2, 3: slots 8-15.
-    const uint32_t k_at = shared_address(
-        k + (slot + lane % 8 + lane / 16 * 8) * kStride + lane / 8 % 2 * 8);
+    const uint32_t k_at =
+        shared_address(k + (slot + lane % 8 + lane / 16 * 8) * kStride + lane / 8 % 2 * 8);
 #pragma unroll
     for (int d = 0; d < kHead / 16; ++d) {
       uint32_t a[4];
@@ -242,8 +242,7 @@ struct Kernel {
     }
 
     // Matrices 0, 1: slots 0-7 and 8-15, dims 0-7; 2, 3: dims 8-15.
-    const uint32_t v_at =
-        shared_address(v + (slot + lane % 16) * kStride + lane / 16 * 8);
+    const uint32_t v_at = shared_address(v + (slot + lane % 16) * kStride + lane / 16 * 8);
 #pragma unroll
     for (int n = 0; n < kBlocks; n += 2) {
       const uint32_t a[4] = {Pair<T>::pack(s[n][0], s[n][1]), Pair<T>::pack(s[n][2], s[n][3]),
@@ -260,15 +259,15 @@ struct Kernel {
   }
 
   /// Writes 2 elements of a row's output: finished, or as a partial.
-  __device__ static void put_pair(const AttendParams& p, const Item& item, RowHead at, int m,
-                                  int d, float x, float y, float factor) {
+  __device__ static void put_pair(const AttendParams& p, const Item& item, RowHead at, int m, int d,
+                                  float x, float y, float factor) {
     if (d >= p.head_size) return;
     if (item.partial < 0) {
       *reinterpret_cast<uint32_t*>(p.out + at.row * p.out_row + at.head * p.out_head + d * 2) =
           Pair<T>::pack(x * factor, y * factor);
     } else {
-      *reinterpret_cast<float2*>(p.partial_out + int64_t{item.partial + m} * p.head_size + d) = {
-          x, y};
+      *reinterpret_cast<float2*>(p.partial_out + int64_t{item.partial + m} * p.head_size + d) = {x,
+                                                                                                 y};
     }
   }
 
@@ -291,8 +290,8 @@ struct Kernel {
       }
 #pragma unroll
       for (int n = 0; n < kDims; ++n) {
-        put_pair(p, item, at, m, n * 8 + lane % 4 * 2, state.out[n][2 * h],
-                 state.out[n][2 * h + 1], factor);
+        put_pair(p, item, at, m, n * 8 + lane % 4 * 2, state.out[n][2 * h], state.out[n][2 * h + 1],
+                 factor);
       }
     }
   }
@@ -357,8 +356,8 @@ struct Kernel {
   }
 
   template <bool kFew>
-  __device__ static void attend_item(const AttendParams& p, const Item& item,
-                                     const Logits& logits, const Shared& shared) {
+  __device__ static void attend_item(const AttendParams& p, const Item& item, const Logits& logits,
+                                     const Shared& shared) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
     const int first = kFew ? 0 : warp * 16;
@@ -442,8 +441,8 @@ template <typename T, int kHead, bool kByteKv>
 cudaError_t launch_one(const AttendParams& p, cudaStream_t stream) {
   using K = Kernel<T, kHead, kByteKv>;
   const auto kernel = attend<T, kHead, kByteKv>;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSharedBytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSharedBytes);
   if (error != cudaSuccess) return error;
   return launch(kernel, p.workers, kThreads, K::kSharedBytes, stream, p);
 }

@@ -15,8 +15,8 @@ EncodeTiled encode_tiled() {
   static const EncodeTiled function = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                               12000, cudaEnableDefault, &result);
     return error == cudaSuccess && result == cudaDriverEntryPointSuccess
                ? reinterpret_cast<EncodeTiled>(found)
                : nullptr;
@@ -24,8 +24,8 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-bool describe(CUtensorMap& map, const AttendParams& p, DType type, const char* data,
-              int64_t block, int64_t slot, int64_t head, bool slots_first) {
+bool describe(CUtensorMap& map, const AttendParams& p, DType type, const char* data, int64_t block,
+              int64_t slot, int64_t head, bool slots_first) {
   const auto n = [](int64_t v) { return static_cast<cuuint64_t>(v); };
   // The stride of a dimension of one element is never used, but checked.
   if (p.kv_heads == 1) head = slot;
@@ -52,8 +52,8 @@ bool describe(CUtensorMap& map, const AttendParams& p, DType type, const char* d
 PathShape wgmma_shape(int32_t head_size) {
   PathShape shape{wgmma::kTileRows, wgmma::tile_slots(head_size), 1, {}};
   // In units of 1/32 of reading a step's KV.
-  shape.costs = {.step_memory = 32, .step_few = 16, .step_many = 36, .job = 16, .worker = 48,
-                 .snap = 2};
+  shape.costs = {
+      .step_memory = 32, .step_few = 16, .step_many = 36, .job = 16, .worker = 48, .snap = 2};
   return shape;
 }
 

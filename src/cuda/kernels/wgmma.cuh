@@ -55,11 +55,14 @@ __device__ inline void wait(uint32_t barrier, uint32_t phase) {
       : "memory");
 }
 __device__ inline void publish(uint32_t counter, int value) {
-  asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(counter), "r"(value) : "memory");
+  asm volatile("red.release.cta.shared.max.u32 [%0], %1;" ::"r"(counter), "r"(value) : "memory");
 }
 __device__ inline int published(uint32_t counter) {
   int value;
-  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"(counter) : "memory");
+  asm volatile("atom.acquire.cta.shared.or.b32 %0, [%1], 0;"
+               : "=r"(value)
+               : "r"(counter)
+               : "memory");
   return value;
 }
 __device__ inline void copy_page(uint32_t to, const CUtensorMap& map, uint32_t barrier, int c0,
@@ -87,7 +90,8 @@ __device__ inline uint64_t descriptor(uint32_t address, uint32_t leading) {
          ((address & 0x3ffff) >> 4);
 }
 
-// --- The kernel ------------------------------------------------------------------------------------
+// --- The kernel
+// ------------------------------------------------------------------------------------
 
 /// kPlain: no soft cap and no slopes. Their code would be long, and a kernel begins by fetching its
 /// code from memory.
@@ -111,9 +115,7 @@ struct Kernel {
     uint32_t address;
 
     __device__ char* queries(int group) const { return base + group * kQueryBytes; }
-    __device__ char* tile(int stage) const {
-      return base + 2 * kQueryBytes + stage * kTileBytes;
-    }
+    __device__ char* tile(int stage) const { return base + 2 * kQueryBytes + stage * kTileBytes; }
     __device__ uint32_t full(int stage) const {
       return address + 2 * kQueryBytes + kStages * kTileBytes + stage * 8;
     }
@@ -275,14 +277,21 @@ struct Kernel {
 
   /// Waits until a tile has been loaded. A warpgroup that skips the other's items may be laps ahead
   /// of the loader, where a phase's parity says nothing: so first the loading must have begun.
-  __device__ static void await_tile(const Shared& shared, const Ring& at) {
-    while (published(shared.begun()) <= at.tile) {
+  /// `begun` is what the warp knows of that.
+  __device__ static void await_tile(const Shared& shared, const Ring& at, int& begun) {
+    if (begun <= at.tile) {
+      if (threadIdx.x % 32 == 0) {
+        do {
+          begun = published(shared.begun());
+        } while (begun <= at.tile);
+      }
+      begun = __shfl_sync(~0u, begun, 0);
     }
     wait(shared.full(at.stage), at.phase);
   }
 
-  __device__ static void load_queries(const AttendParams& p, const Item& item, char* to,
-                                      int first, int rows) {
+  __device__ static void load_queries(const AttendParams& p, const Item& item, char* to, int first,
+                                      int rows) {
     constexpr int kChunks = kHead / 8;
     for (int i = threadIdx.x % kGroupThreads; i < rows * kChunks; i += kGroupThreads) {
       const int m = i / kChunks;
@@ -300,12 +309,10 @@ struct Kernel {
 
   /// Zeros V where nothing may be read into sums: slots that are not the segment's.
   __device__ static void clear_slots(char* tile, int begin, int end) {
-    for (int i = threadIdx.x % kGroupThreads; i < (end - begin) * kSpans * 8;
-         i += kGroupThreads) {
+    for (int i = threadIdx.x % kGroupThreads; i < (end - begin) * kSpans * 8; i += kGroupThreads) {
       const int slot = begin + i / (kSpans * 8);
       const int span = i / 8 % kSpans;
-      *reinterpret_cast<uint4*>(tile + span * kSpanBytes + slot * 128 + i % 8 * 16) = {0, 0, 0,
-                                                                                       0};
+      *reinterpret_cast<uint4*>(tile + span * kSpanBytes + slot * 128 + i % 8 * 16) = {0, 0, 0, 0};
     }
   }
 
@@ -423,8 +430,8 @@ struct Kernel {
         for (int n = 0; n < kOutBlocks; ++n) {
           const int d = n * 8 + lane % 4 * 2;
           if (d < p.head_size) {
-            *reinterpret_cast<uint32_t*>(to + d * 2) = Pair<T>::pack(
-                state.out[n][2 * h] * factor, state.out[n][2 * h + 1] * factor);
+            *reinterpret_cast<uint32_t*>(to + d * 2) =
+                Pair<T>::pack(state.out[n][2 * h] * factor, state.out[n][2 * h + 1] * factor);
           }
         }
       } else {
@@ -443,9 +450,9 @@ struct Kernel {
   }
 
   /// `arrivals`: what this warpgroup's warps count for when they have done with a tile.
-  __device__ static void attend_item(const AttendParams& p, const Item& item,
-                                     const Logits& logits, const Shared& shared, int group,
-                                     int first, int arrivals, Ring ring) {
+  __device__ static void attend_item(const AttendParams& p, const Item& item, const Logits& logits,
+                                     const Shared& shared, int group, int first, int arrivals,
+                                     Ring ring, int& begun) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x % kGroupThreads / 32;
     const int live = min(kGroupRows, item.rows - first);
@@ -457,8 +464,8 @@ struct Kernel {
     load_queries(p, item, shared.queries(group), first, live);
     const uint32_t q = shared_address(shared.queries(group));
     // Where every row sees everything, nothing of a row matters.
-    const bool alike = segment.visible_from <= segment.first &&
-                       segment.visible_to >= segment_end && p.slopes == nullptr;
+    const bool alike = segment.visible_from <= segment.first && segment.visible_to >= segment_end &&
+                       p.slopes == nullptr;
     RowInfo rows[2] = {{0, 0, 0, INT_MAX}, {0, 0, 0, INT_MAX}};
     float slopes[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -491,7 +498,7 @@ struct Kernel {
       if (lane == 0) arrive(shared.empty(at.stage), arrivals);
     };
     const auto await_values = [&](const Ring& at, int step) {
-      await_tile(shared, at);
+      await_tile(shared, at, begun);
       const int column = segment.first + step * kSlots;
       const int begin = max(0, min(kSlots, segment.seen_from - column));
       const int end = min(kSlots, segment_end - column);
@@ -510,7 +517,7 @@ struct Kernel {
 #pragma unroll 1
     for (; step < item.step_end; ++step) {
       const bool later = step > item.step_begin;
-      await_tile(shared, keys);
+      await_tile(shared, keys, begun);
       wgmma_fence();
       multiply_keys(scores, q, shared_address(shared.tile(keys.stage)));
       if (later) {
@@ -550,11 +557,12 @@ struct Kernel {
     Ring ring;
     Item item;
     int turn = 0;
+    int begun = 0;
     while (walk.next(p, item)) {
       const bool few = item.rows <= kGroupRows;
       if (!few || turn == group) {
-        attend_item(p, item, logits, shared, group, few ? 0 : group * kGroupRows, few ? 2 : 1,
-                    ring);
+        attend_item(p, item, logits, shared, group, few ? 0 : group * kGroupRows, few ? 2 : 1, ring,
+                    begun);
       }
       if (few) turn ^= 1;
       ring.advance(2 * (item.step_end - item.step_begin));
@@ -578,7 +586,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       init_barrier(shared.full(i), 2);  // both loading warps
       init_barrier(shared.empty(i), 2 * kGroupThreads / 32);
     }
-    publish(shared.begun(), 0);
+    asm volatile("st.shared.u32 [%0], 0;" ::"r"(shared.begun()) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -605,8 +613,8 @@ template <typename T, int kHead>
 cudaError_t launch_one(const AttendParams& p, const Maps& maps, cudaStream_t stream) {
   const bool plain = p.softcap == 0.0f && p.slopes == nullptr;
   const auto kernel = plain ? attend<T, kHead, true> : attend<T, kHead, false>;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   return launch(kernel, p.workers, kThreads, kSharedBytes, stream, p, maps);
 }

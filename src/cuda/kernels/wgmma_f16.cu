@@ -3,6 +3,6 @@
 namespace relay::cuda::wgmma {
 
 template cudaError_t launch_type<__half>(const AttendParams& params, const Maps& maps,
-                                     cudaStream_t stream);
+                                         cudaStream_t stream);
 
 }  // namespace relay::cuda::wgmma

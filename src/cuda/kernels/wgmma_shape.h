@@ -1,4 +1,5 @@
-// How the wgmma path cuts work, and its launcher per type; each type is compiled in a file of its own.
+// How the wgmma path cuts work, and its launcher per type; each type is compiled in a file of its
+// own.
 #pragma once
 
 #include <cuda.h>

@@ -20,7 +20,8 @@ namespace relay::cuda {
 
 /// Shared runs of one request that are looked at; what comes after them is read by it alone.
 inline constexpr int kMaxRuns = 5;
-/// Segments that one group of requests is cut into where their shared parts end in different places.
+/// Segments that one group of requests is cut into where their shared parts end in different
+/// places.
 inline constexpr int kMaxGroupSegments = 8;
 /// Parts of one request: those of its runs, those that it leads, and what lies between.
 inline constexpr int kMaxParts = 64;
@@ -49,7 +50,7 @@ struct Segment {
   int32_t visible_from;  ///< every row sees the columns [visible_from, visible_to)
   int32_t visible_to;
   int32_t seen_from;  ///< no row sees columns before it: they are not to be read into any sum
-  int32_t shared;  ///< rows of more than one request
+  int32_t shared;     ///< rows of more than one request
 };
 
 /// A query row sees the columns [lo, hi) of its request.
@@ -75,7 +76,8 @@ struct RequestPart {
 };
 
 enum PlanFault : uint32_t {
-  kFaultStarts = 1,   ///< query_starts descend or exceed max_rows
+  kFaultStarts =
+      1,  ///< query_starts do not begin at 0, descend or exceed max_rows; nothing is planned
   kFaultLength = 2,   ///< fewer KV tokens than rows, or more than the block table has room for
   kFaultBlockId = 4,  ///< a block id outside of the cache
 };
@@ -100,11 +102,11 @@ struct Cut {
 struct PlanView {
   PlanHeader* header;
   Segment* segments;
-  int32_t* row_index;    ///< query rows of the segments
-  RowInfo* rows;         ///< [max_rows]
-  RequestInfo* requests; ///< [max_requests]
-  RequestPart* parts;    ///< [max_requests][kMaxParts]
-  Cut* cuts;             ///< [workers + 1]
+  int32_t* row_index;     ///< query rows of the segments
+  RowInfo* rows;          ///< [max_rows]
+  RequestInfo* requests;  ///< [max_requests]
+  RequestPart* parts;     ///< [max_requests][kMaxParts]
+  Cut* cuts;              ///< [workers + 1]
 };
 
 /// How long things take, in any unit, where all workers are busy.
@@ -133,8 +135,8 @@ struct PlanShape {
   int32_t workers;
   int32_t max_segments;
   int32_t max_row_index;
-  int32_t partial_capacity;  ///< rows for whole jobs' partials; those of cut ones have their own
-  int32_t min_shared_blocks; ///< shorter runs are not worth sharing
+  int32_t partial_capacity;   ///< rows for whole jobs' partials; those of cut ones have their own
+  int32_t min_shared_blocks;  ///< shorter runs are not worth sharing
   PlanCosts costs;
 };
 
@@ -146,12 +148,13 @@ struct PlanBatch {
   int64_t table_stride;
 };
 
-// --- What batch and shape say of a request --------------------------------------------------------
+// --- What batch and shape say of a request
+// --------------------------------------------------------
 
 struct RequestShape {
   int32_t row_begin;
   int32_t rows;
-  int32_t length;  ///< tokens
+  int32_t length;     ///< tokens
   int32_t seen_from;  ///< first column that any of its rows sees
   int32_t first;      ///< where that block begins
   uint32_t faults;
@@ -161,7 +164,8 @@ RELAY_HD inline RequestShape request_shape(const PlanShape& shape, const PlanBat
                                            int32_t i) {
   RequestShape r{batch.query_starts[i], 0, 0, 0, 0, 0};
   const int32_t end = batch.query_starts[i + 1];
-  if (r.row_begin < 0 || end < r.row_begin || end > shape.max_rows) {
+  const bool begins = i > 0 ? r.row_begin >= 0 : r.row_begin == 0;
+  if (!begins || end < r.row_begin || end > shape.max_rows) {
     r.faults = kFaultStarts;
     r.row_begin = 0;
     return r;

@@ -82,9 +82,9 @@ __global__ void find_runs(PlanShape shape, PlanBatch batch, PlanMemory memory) {
 #pragma unroll
     for (int i = 0; i < kColumnsPerThread; ++i) {
       const bool known = ids[i] >= 0 && ids[i] < shape.cache_blocks;
-      found[i] = known ? static_cast<int32_t>(0xffffffffu -
-                                              static_cast<uint32_t>(memory.owners[ids[i]]))
-                       : request;
+      found[i] =
+          known ? static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(memory.owners[ids[i]]))
+                : request;
     }
     if (threadIdx.x == 0) owner_of[0] = chunk == columns.begin ? -1 : owner_of[kColumns];
     __syncthreads();
@@ -94,8 +94,7 @@ __global__ void find_runs(PlanShape shape, PlanBatch batch, PlanMemory memory) {
       int32_t owner = request;
       if (column < columns.end && found[i] != request) {
         // The owner must list the block in this very column: elsewhere it is at another position.
-        const Columns theirs =
-            sharable_columns(shape, request_shape(shape, batch, found[i]));
+        const Columns theirs = sharable_columns(shape, request_shape(shape, batch, found[i]));
         if (column >= theirs.begin && column < theirs.end &&
             batch.table[found[i] * batch.table_stride + column] == ids[i]) {
           owner = found[i];
@@ -253,8 +252,7 @@ cudaError_t launch_plan(const PlanShape& shape, const PlanBatch& batch, const Pl
   const bool in_shared_memory = bytes <= most - 1024;
   const int32_t team = batch.requests <= 64 ? 256 : (batch.requests <= 256 ? 512 : kMaxTeam);
   const auto shared_bytes = static_cast<size_t>(in_shared_memory ? bytes : 0);
-  error = cudaFuncSetAttribute(plan_work, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               most - 1024);
+  error = cudaFuncSetAttribute(plan_work, cudaFuncAttributeMaxDynamicSharedMemorySize, most - 1024);
   if (error != cudaSuccess) return error;
   return launch(plan_work, 1, team, shared_bytes, stream, fitted, batch, view, memory, sharing,
                 in_shared_memory);

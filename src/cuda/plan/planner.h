@@ -13,13 +13,15 @@
 #pragma once
 
 #include <climits>
+#include <initializer_list>
 #include <type_traits>
 
 #include "cuda/plan/plan_data.h"
 
 namespace relay::cuda {
 
-/// The planner's memory: arrays by request (R), by run (N), by group segment (G) and by segment (S).
+/// The planner's memory: arrays by request (R), by run (N), by group segment (G) and by segment
+/// (S).
 struct PlannerScratch {
   int32_t* rows;          // R
   int32_t* row_begin;     // R
@@ -64,14 +66,15 @@ struct PlannerScratch {
     PlannerScratch ignored{};
     PlannerScratch& to = s != nullptr ? *s : ignored;
     for (int32_t** p : {&to.rows, &to.row_begin, &to.length, &to.first, &to.seen_from, &to.run_base,
-                        &to.run_count, &to.members, &to.shift, &to.cursor, &to.next, &to.bounds_count,
-                        &to.own_count}) {
+                        &to.run_count, &to.members, &to.shift, &to.cursor, &to.next,
+                        &to.bounds_count, &to.own_count}) {
       take(*p, r);
     }
     take(to.bounds, r * (kMaxGroupSegments + 1));
     take(to.runs, r * kMaxRuns);
     take(to.raster, r * kMaxRuns);
-    for (int32_t** p : {&to.covered, &to.group_id, &to.visible_from, &to.visible_to, &to.group_seen}) {
+    for (int32_t** p :
+         {&to.covered, &to.group_id, &to.visible_from, &to.visible_to, &to.group_seen}) {
       take(*p, r * kMaxGroupSegments);
     }
     take(to.segments, max_segments(shape));
@@ -124,14 +127,23 @@ class Planner {
       s_.length[i] = r.length;
       s_.first[i] = r.first;
       s_.seen_from[i] = r.seen_from;
-      const int32_t count =
-          run_counts != nullptr && sharable(shape_, r.rows) ? run_counts[i] : 0;
+      const int32_t count = run_counts != nullptr && sharable(shape_, r.rows) ? run_counts[i] : 0;
       s_.run_count[i] = count;
       s_.run_base[i] = count;
       s_.members[i] = 0;
       if (r.faults != 0) fault(i, r.faults);
       team_.max(&out_.header->rows, r.row_begin + r.rows);
     });
+    // Where the starts are wrong, requests may claim each other's rows: then there is nothing to
+    // do.
+    if (n > 0 && (out_.header->faults & kFaultStarts) != 0) {
+      team_.each(n, [&](int i) {
+        s_.rows[i] = s_.row_begin[i] = s_.length[i] = 0;
+        s_.first[i] = s_.seen_from[i] = 0;
+        s_.run_count[i] = s_.run_base[i] = 0;
+      });
+      team_.each(1, [&](int) { out_.header->rows = 0; });
+    }
     run_total_ = team_.scan(s_.run_base, n);
     team_.each(n, [&](int i) {
       for (int k = 0; k < s_.run_count[i]; ++k) {
@@ -262,9 +274,8 @@ class Planner {
     });
     wide_ = groups > 0 ? team_.scan(s_.sums, groups) : 0;
     shared_ = wide_ + (groups > 0 ? team_.scan(s_.group_id, groups) : 0);
-    team_.each(groups, [&](int g) {
-      s_.group_id[g] = is_wide(g) ? s_.sums[g] : wide_ + s_.group_id[g];
-    });
+    team_.each(groups,
+               [&](int g) { s_.group_id[g] = is_wide(g) ? s_.sums[g] : wide_ + s_.group_id[g]; });
     team_.each(n, [&](int i) {
       int32_t own = 0;
       if (s_.rows[i] > 0) {
@@ -296,8 +307,7 @@ class Planner {
         ++run;
       }
       while (led < leads && s_.covered[i * kMaxGroupSegments + led] == 0) ++led;
-      const bool take_run =
-          run < runs && (led == leads || in.begin < bounds_of(i)[led]);
+      const bool take_run = run < runs && (led == leads || in.begin < bounds_of(i)[led]);
       if (run == runs && led == leads) break;
       if (!take_run) in = {bounds_of(i)[led], bounds_of(i)[led + 1]};
       const int32_t begin = in.begin * shape_.block_size;
@@ -452,7 +462,8 @@ class Planner {
 
   /// The tiles of a segment read the same KV at about the same time: from memory only once.
   RELAY_HD int32_t step_cost(const Segment& segment) const {
-    const int32_t memory = shape_.costs.step_memory / (segment.row_tiles > 0 ? segment.row_tiles : 1);
+    const int32_t memory =
+        shape_.costs.step_memory / (segment.row_tiles > 0 ? segment.row_tiles : 1);
     const bool many = segment.rows * shape_.group > 64;
     const int32_t products = many ? shape_.costs.step_many : shape_.costs.step_few;
     return memory > products ? memory : products;
@@ -462,15 +473,15 @@ class Planner {
   }
 
   /// Cuts the line of steps into equal shares. The row tiles of a wide segment are to read the same
-  /// KV at the same time, so that it comes from memory once: each of its tiles gets the same number of
-  /// workers of its own, which cut it in the same places.
+  /// KV at the same time, so that it comes from memory once: each of its tiles gets the same number
+  /// of workers of its own, which cut it in the same places.
   RELAY_HD void cut() {
     team_.each(segments_, [&](int k) {
       const Segment& segment = s_.segments[k];
       s_.sums[k] = jobs(segment) * segment.steps;
-      s_.costs[k] = segment.steps == 0 ? 0
-                                       : jobs(segment) * (shape_.costs.job +
-                                                          segment.steps * step_cost(segment));
+      s_.costs[k] = segment.steps == 0
+                        ? 0
+                        : jobs(segment) * (shape_.costs.job + segment.steps * step_cost(segment));
     });
     const int32_t steps = team_.scan(s_.sums, segments_);
     const int32_t cost = team_.scan(s_.costs, segments_);
@@ -483,12 +494,22 @@ class Planner {
       const int32_t tiles = s_.segments[k].row_tiles;
       const int32_t to = k + 1 == segments_ ? cost : s_.costs[k + 1];
       const int64_t share = int64_t{to - s_.costs[k]} * workers;
-      const auto teams = static_cast<int32_t>((share + int64_t{cost} * tiles / 2) / (int64_t{cost} * tiles));
+      const auto teams =
+          static_cast<int32_t>((share + int64_t{cost} * tiles / 2) / (int64_t{cost} * tiles));
       s_.sums[k] = (teams < 1 ? 1 : teams) * tiles;
     });
+    // Not where shares would be uneven: nobody may have more than 5/4 of the mean.
+    bool uneven = false;
+    team_.each(wide_, [&](int k) {
+      const int32_t to = k + 1 == segments_ ? cost : s_.costs[k + 1];
+      uneven = uneven || too_much(to - s_.costs[k], s_.sums[k], cost, workers);
+    });
+    uneven = team_.any(uneven);
     int32_t wide_workers = wide_ > 0 ? team_.scan(s_.sums, wide_) : 0;
     const bool rest = cost > wide_cost;
-    const bool teamed = wide_ > 0 && wide_workers + (rest ? 1 : 0) <= workers;
+    const bool teamed =
+        wide_ > 0 && !uneven && wide_workers + (rest ? 1 : 0) <= workers &&
+        !(rest && too_much(cost - wide_cost, workers - wide_workers, cost, workers));
     if (!teamed) wide_workers = 0;
     const int32_t done = teamed ? wide_cost : 0;
     const int32_t others = workers - wide_workers;
@@ -510,6 +531,11 @@ class Planner {
       header.steps = steps;
       header.partial_rows = partial_rows_;
     });
+  }
+
+  /// Whether `part` of the cost is too much for so many of the workers.
+  RELAY_HD static bool too_much(int32_t part, int32_t of, int32_t cost, int32_t workers) {
+    return int64_t{part} * workers * 4 > int64_t{cost} * of * 5;
   }
 
   /// Where worker w of the wide segments begins.

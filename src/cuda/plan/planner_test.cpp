@@ -1,5 +1,7 @@
 // The planner on the host: random batches of prefix trees, every plan checked row by row against
 // what batch and shape say.
+#include "cuda/plan/planner.h"
+
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -9,7 +11,6 @@
 #include <vector>
 
 #include "core/random.h"
-#include "cuda/plan/planner.h"
 
 namespace relay::cuda {
 namespace {
@@ -172,7 +173,8 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
          (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
-// --- What is true of every plan -------------------------------------------------------------------
+// --- What is true of every plan
+// -------------------------------------------------------------------
 
 /// Every index is in its range, whatever the batch was.
 void check_ranges(const Batch& b, const HostPlan& p) {
@@ -332,35 +334,34 @@ void check_cuts(const Batch& b, const HostPlan& p, Load& load) {
   }
   if (steps == 0) return;
 
-  // Wide segments come first. With workers of their own, all tiles of one are cut in the same places.
-  const auto cut_at = [&](int32_t step) {
-    return std::any_of(p.cuts.begin(), p.cuts.end(), [&](Cut c) { return c.step == step; });
-  };
+  // Wide segments come first. With workers of their own, as many for each tile, all tiles of one
+  // are cut in the same places.
   int32_t wide = 0;
-  bool teamed = true;
-  for (; wide < p.header.shared_segments && p.segments[wide].row_tiles > 1; ++wide) {
-    const Segment& g = p.segments[wide];
-    for (int32_t t = 0; t <= g.row_tiles; ++t) {
-      teamed &= cut_at(g.step_base + t * s.kv_heads * g.steps);
-    }
-  }
+  while (wide < p.header.shared_segments && p.segments[wide].row_tiles > 1) ++wide;
   for (int32_t k = wide; k < p.header.shared_segments; ++k) ASSERT_EQ(p.segments[k].row_tiles, 1);
+  bool teamed = true;
+  std::vector<int32_t> first(wide + 1, 0);                       // worker of each wide segment
+  std::vector<std::vector<std::vector<int32_t>>> cuts_of(wide);  // by tile, within it
+  for (int32_t k = 0; k < wide; ++k) {
+    const Segment& g = p.segments[k];
+    const int32_t line = s.kv_heads * g.steps;
+    cuts_of[k].resize(g.row_tiles);
+    for (const Cut& cut : p.cuts) {
+      const int32_t at = cut.step - g.step_base;
+      if (at >= 0 && at < g.row_tiles * line) cuts_of[k][at / line].push_back(at % line);
+    }
+    for (const auto& cuts : cuts_of[k]) {
+      teamed &= cuts.size() == cuts_of[k][0].size() && !cuts.empty() && cuts[0] == 0;
+    }
+    first[k + 1] = first[k] + g.row_tiles * static_cast<int32_t>(cuts_of[k][0].size());
+  }
+  for (int32_t k = 0; k < wide && teamed; ++k) {
+    for (const auto& cuts : cuts_of[k]) ASSERT_EQ(cuts, cuts_of[k][0]) << "segment " << k;
+  }
   int32_t snap = 0;  // cost by which a cut may lie off
   for (int32_t k = 0; k < p.header.segments; ++k) {
     const int32_t off = std::min(s.costs.snap, p.segments[k].steps) + 1;
     snap = std::max(snap, off * step_cost(s, p.segments[k]) + s.costs.job);
-  }
-  std::vector<int32_t> first(wide + 1, 0);  // worker of each wide segment
-  for (int32_t k = 0; k < wide && teamed; ++k) {
-    const Segment& g = p.segments[k];
-    const int32_t line = s.kv_heads * g.steps;
-    std::vector<std::vector<int32_t>> inside(g.row_tiles);
-    for (const Cut& cut : p.cuts) {
-      const int32_t at = cut.step - g.step_base;
-      if (at >= 0 && at < g.row_tiles * line) inside[at / line].push_back(at % line);
-    }
-    for (int32_t t = 1; t < g.row_tiles; ++t) ASSERT_EQ(inside[t], inside[0]) << "segment " << k;
-    first[k + 1] = first[k] + g.row_tiles * static_cast<int32_t>(inside[0].size());
   }
   load.wide = teamed ? wide : 0;
 
@@ -393,7 +394,8 @@ void check_plan(const Batch& b, const HostPlan& p, Load& load) {
 /// A wide segment gets a multiple of its tiles in workers: so uneven may that make the shares.
 constexpr double kMostOfMean = 1.5;
 
-// --- Batches --------------------------------------------------------------------------------------
+// --- Batches
+// --------------------------------------------------------------------------------------
 
 constexpr PlanCosts kMmaCosts{32, 24, 32, 16, 96, 2};
 constexpr PlanCosts kWgmmaCosts{32, 16, 32, 16, 48, 2};
@@ -499,7 +501,8 @@ TEST(Planner, RandomBatches) {
   EXPECT_GE(wide, 20);
 }
 
-// --- Plans that are known -------------------------------------------------------------------------
+// --- Plans that are known
+// -------------------------------------------------------------------------
 
 /// `prompts` x `samples` requests of 2 rows under one prefix of 1000 tokens and prompts of 512.
 Batch sampled(int32_t prompts, int32_t samples) {
@@ -580,7 +583,8 @@ TEST(Planner, NothingToDo) {
   }
 }
 
-// --- Batches with faults --------------------------------------------------------------------------
+// --- Batches with faults
+// --------------------------------------------------------------------------
 
 TEST(Planner, FaultsAreSetAndIndicesStayInRange) {
   for (uint64_t seed = 1; seed <= 400; ++seed) {
@@ -619,37 +623,37 @@ TEST(Planner, FaultsAreSetAndIndicesStayInRange) {
   }
 }
 
-TEST(Planner, RowsOfDescendingStarts) {
-  const std::vector<std::vector<int32_t>> all = {
-      {0, 10, 1, 2, 3},                        // row 5 is the first request's alone
-      {0, 200, 0, 200, 0, 200, 0, 200, 0, 200}  // more rows in all than there is room for
-  };
-  for (const auto& starts : all) {
-    Batch b = batch_of(1, 8);
-    for (size_t i = 0; i + 1 < starts.size(); ++i) {
-      std::vector<int32_t> blocks;
-      b.fill(blocks, 256);
-      b.add(0, 256, std::move(blocks));
-    }
-    b.starts.back() = 200;
-    b.finish();
-    b.starts = starts;
-    const HostPlan p = HostPlan::make(b);
-    EXPECT_NE(p.header.faults & kFaultStarts, 0u);
-    ASSERT_NO_FATAL_FAILURE(check_ranges(b, p));
+/// Requests of 256 tokens with these starts, sound or not; limits as for `rows`.
+Batch batch_with_starts(std::vector<int32_t> starts, int32_t rows) {
+  Batch b = batch_of(1, 8);
+  for (size_t i = 0; i + 1 < starts.size(); ++i) {
+    std::vector<int32_t> blocks;
+    b.fill(blocks, 256);
+    b.add(0, 256, std::move(blocks));
   }
+  b.starts.back() = rows;
+  b.finish();
+  b.starts = std::move(starts);
+  return b;
 }
 
-TEST(Planner, FirstStartIsZero) {
-  Batch b = batch_of(1, 8);
-  std::vector<int32_t> blocks;
-  b.fill(blocks, 64);
-  b.add(8, 64, std::move(blocks));
-  b.finish();
-  b.starts[0] = 4;  // rows 0 to 3 are no request's
+void expect_fault_starts(const Batch& b) {
   const HostPlan p = HostPlan::make(b);
-  EXPECT_EQ(p.header.faults, kFaultStarts);
-  ASSERT_NO_FATAL_FAILURE(check_ranges(b, p));
+  EXPECT_EQ(p.header.faults & kFaultStarts, kFaultStarts);
+  check_ranges(b, p);
+}
+
+TEST(Planner, RowsClaimedTwice) {
+  // Row 5 is the first request's, but the last one begins before it, too.
+  expect_fault_starts(batch_with_starts({0, 10, 1, 2, 3}, 10));
+}
+
+TEST(Planner, RowsOfNobody) { expect_fault_starts(batch_with_starts({4, 8}, 8)); }
+
+TEST(Planner, MoreRowsThanThereIsRoomFor) {
+  std::vector<int32_t> starts;
+  for (int32_t i = 0; i < 128; ++i) starts.insert(starts.end(), {0, 250});
+  expect_fault_starts(batch_with_starts(std::move(starts), 250));
 }
 
 }  // namespace

@@ -80,7 +80,7 @@ struct Inputs {
   const void* v = nullptr;
   int64_t k_block_stride = 0, k_slot_stride = 0, k_head_stride = 0;
   int64_t v_block_stride = 0, v_slot_stride = 0, v_head_stride = 0;
-  float scale = 1.0f;
+  float scale = 1.0f;              ///< not negative
   float softcap = 0.0f;            ///< 0: none
   const float* slopes = nullptr;   ///< [q_heads] ALiBi slopes, or null
   const float* sinks = nullptr;    ///< [q_heads] logits without a value, or null

@@ -249,6 +249,7 @@ TEST(CudaErrors, Inputs) {
       EXPECT_EQ(attend_with([&](In& x) { x.*stride += 1; }), "");
     }
     EXPECT_EQ(attend_with([](In& x) { x.softcap = -1.0f; }), "");
+    EXPECT_EQ(attend_with([](In& x) { x.scale = -1.0f; }), "");
     stream.wait("refused inputs");
     OutputTensor untouched(b.op_->config, 0);
     EXPECT_EQ(b.device_->download(untouched, 0), "") << "refused, but something was launched";

@@ -97,7 +97,6 @@ template <typename T>
 struct Pair;
 template <>
 struct Pair<__nv_bfloat16> {
-  using type = __nv_bfloat162;
   __device__ static uint32_t pack(float low, float high) {
     const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&v);
@@ -108,7 +107,6 @@ struct Pair<__nv_bfloat16> {
 };
 template <>
 struct Pair<__half> {
-  using type = __half2;
   __device__ static uint32_t pack(float low, float high) {
     const __half2 v = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&v);

@@ -67,8 +67,8 @@ __device__ int32_t list_pieces(const AttendParams& p, const int32_t* cuts, const
   return count;
 }
 
-/// One warp a (row, head); lane l holds the elements 2 (l + 32 i) and the one after. `pieces`
-/// become weights as they are used up.
+/// One warp a (row, head); lane l holds the elements 2 (l + 32 i) and the one after. `weights`
+/// is scratch of the same length as `pieces`.
 template <typename T, int kPairs>
 __device__ void merge_pieces(const AttendParams& p, int32_t row, int32_t head, int32_t count,
                              const int32_t* pieces, float* weights) {

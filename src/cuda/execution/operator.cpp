@@ -116,7 +116,7 @@ PlanShape shape_of(const PlanOptions& o, const PathShape& path, int32_t workers)
   // Rows that share are those of requests that fill no tile.
   const int64_t sharing_rows =
       std::min<int64_t>(o.max_rows, int64_t{o.max_requests} * rows_per_tile(s));
-  s.max_row_index = static_cast<int32_t>(sharing_rows * kMaxParts + o.max_rows);
+  s.max_row_index = static_cast<int32_t>(sharing_rows * kMaxParts);
   s.partial_capacity = static_cast<int32_t>(std::min(sharing_rows * kPartialsPerRow, kMaxPartials) *
                                             o.shape.q_heads);
   s.min_shared_blocks = ceil_div(kMinSharedSlots, o.block_size);
@@ -139,6 +139,7 @@ class Plan {
  public:
   PlanOptions options;
   Path path = Path::kMma;
+  int32_t multiprocessors = 0;
   PlanShape shape{};
   PlanView view{};
   PlanMemory memory{};
@@ -152,7 +153,8 @@ class Plan {
     path = choose_path(o);
     const PathShape p =
         path == Path::kWgmma ? wgmma_shape(o.shape.qk_dim) : mma_shape(o.shape.qk_dim);
-    shape = shape_of(o, p, device_attribute(cudaDevAttrMultiProcessorCount) * p.blocks_per_sm);
+    multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+    shape = shape_of(o, p, multiprocessors * p.blocks_per_sm);
     check_size(shape);
     partial_rows = shape.partial_capacity + int64_t{2} * shape.workers * shape.tile_rows;
   }
@@ -171,6 +173,7 @@ class Plan {
     take(memory.faults, 2);
     take(view.header, 1);
     take(view.cuts, shape.workers + 1);
+    take(view.begins, shape.workers);
     cleared = used;
     take(view.segments, shape.max_segments);
     take(view.row_index, shape.max_row_index);
@@ -306,7 +309,7 @@ void attend(const Plan& plan, const Inputs& in, Stream stream) {
   check(plan.path == Path::kWgmma ? launch_wgmma(p, type, s)
                                   : launch_mma(p, type, plan.options.kv_type, s),
         "attention");
-  check(launch_merge(p, type, plan.options.max_rows, s), "merging");
+  check(launch_merge(p, type, plan.options.max_rows, plan.multiprocessors, s), "merging");
 }
 
 void write_kv(const Plan& plan, const KvWrite& write, const Inputs& cache, Stream stream) {

@@ -24,30 +24,30 @@ struct Item {
 };
 
 /// Partial rows of a job's piece. Merging must find them, so both ask here.
-__device__ inline int32_t partial_row(const AttendParams& p, const Segment& segment,
-                                      int32_t kv_head, int32_t first_row, int32_t worker,
-                                      bool has_begin, bool has_end) {
+__device__ inline int32_t partial_row(const AttendParams& p, int32_t segment_rows,
+                                      int32_t partial_base, int32_t kv_head, int32_t first_row,
+                                      int32_t worker, bool has_begin, bool has_end) {
   if (!has_begin) return p.partial_capacity + worker * p.tile_rows;
-  if (segment.partial_base >= 0) {
-    return segment.partial_base + kv_head * segment.rows * p.group + first_row;
-  }
+  if (partial_base >= 0) return partial_base + kv_head * segment_rows * p.group + first_row;
   return has_end ? -1 : p.partial_capacity + (p.workers + worker) * p.tile_rows;
 }
 
 /// A worker's items, in order. The same in every thread.
 class Walk {
  public:
-  __device__ Walk(const AttendParams& p, int32_t worker) : worker_(worker) {
+  /// The first segment stands where its worker is known, so that nothing waits for its number.
+  __device__ Walk(const AttendParams& p, int32_t worker)
+      : worker_(worker), segment_(p.plan.begins + worker) {
     const Cut begin = p.plan.cuts[worker];
     at_ = begin.step;
-    segment_ = begin.segment;
+    number_ = begin.segment;
     end_ = p.plan.cuts[worker + 1].step;
   }
 
   __device__ bool next(const AttendParams& p, Item& item) {
     if (at_ >= end_) return false;
-    for (;; ++segment_) {
-      item.segment = p.plan.segments[segment_];
+    for (;; segment_ = p.plan.segments + ++number_) {
+      item.segment = *segment_;
       const Segment& s = item.segment;
       const int32_t local = at_ - s.step_base;
       const int32_t job = s.steps > 0 ? local / s.steps : 0;
@@ -57,8 +57,8 @@ class Walk {
       item.rows = min(p.tile_rows, s.rows * p.group - item.first_row);
       item.step_begin = local % s.steps;
       item.step_end = min(s.steps, item.step_begin + end_ - at_);
-      item.partial = partial_row(p, s, item.kv_head, item.first_row, worker_, item.step_begin == 0,
-                                 item.step_end == s.steps);
+      item.partial = partial_row(p, s.rows, s.partial_base, item.kv_head, item.first_row, worker_,
+                                 item.step_begin == 0, item.step_end == s.steps);
       at_ += item.step_end - item.step_begin;
       return true;
     }
@@ -68,7 +68,8 @@ class Walk {
   int32_t worker_;
   int32_t at_;
   int32_t end_;
-  int32_t segment_;
+  int32_t number_;
+  const Segment* segment_;
 };
 
 /// The query row and head of row m of an item's tile.
@@ -78,7 +79,9 @@ struct RowHead {
 };
 __device__ inline RowHead row_head(const AttendParams& p, const Item& item, int32_t m) {
   const int32_t of_segment = item.first_row + m;
-  return {p.plan.row_index[item.segment.row_begin + of_segment / p.group],
+  const int32_t row = of_segment / p.group;
+  return {item.segment.first_row < 0 ? p.plan.row_index[item.segment.row_begin + row]
+                                     : item.segment.first_row + row,
           item.kv_head * p.group + of_segment % p.group};
 }
 

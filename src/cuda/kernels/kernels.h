@@ -28,6 +28,6 @@ cudaError_t launch_wgmma(const AttendParams& params, DType type, cudaStream_t st
 /// Merges the partial results of all rows that have more than one, and writes the rows that attend
 /// nothing. `max_rows` is the most that the batch can have.
 cudaError_t launch_merge(const AttendParams& params, DType q_type, int32_t max_rows,
-                         cudaStream_t stream);
+                         int32_t multiprocessors, cudaStream_t stream);
 
 }  // namespace relay::cuda

@@ -2,8 +2,10 @@
 //
 // Traffic of a (row, head) with n pieces: reads n x 4 (head size + 2) bytes, mostly from the L2
 // cache, where the attention kernel has just put them, and writes head size x 2. A row is finished
-// by the same threads in the same order whoever computed its pieces: the bits do not depend on
+// by as many threads in the same order whoever computed its pieces: the bits do not depend on
 // timing.
+#include <algorithm>
+
 #include "cuda/kernels/common.cuh"
 #include "cuda/kernels/kernels.h"
 #include "cuda/launch.h"
@@ -13,6 +15,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+constexpr int kBlocksPerSm = 4;
 
 /// The last worker that begins at or before a step.
 __device__ int32_t worker_of(const int32_t* cuts, int32_t workers, int32_t step) {
@@ -26,40 +29,46 @@ __device__ int32_t worker_of(const int32_t* cuts, int32_t workers, int32_t step)
 
 /// Lists the partial rows of a (row, head) in `pieces`, in the order of columns, -1 for none;
 /// returns how many. `direct`: its results have gone straight out, and there are none.
-__device__ int32_t list_pieces(const AttendParams& p, const int32_t* cuts, const RequestInfo& info,
-                               int32_t request, int32_t row, int32_t head, int32_t* pieces,
-                               bool& direct) {
+__device__ int32_t list_pieces(const AttendParams& p, const int32_t* cuts, int32_t row,
+                               int32_t head, int32_t* pieces, bool& direct) {
+  const int32_t request = p.plan.rows[row].request;
+  const RequestInfo info = p.plan.requests[request];
   const int32_t kv_head = head / p.group;
   const int32_t local = row - info.row_begin;
   int32_t count = 0;
   direct = false;
-  for (int32_t part = 0; part < info.parts; ++part) {
-    RequestPart at;
+  for (int32_t number = 0; number < info.parts; ++number) {
+    RequestPart part;
     if (info.rows_per_segment > 0) {
-      at = {info.segment + local / info.rows_per_segment, local % info.rows_per_segment};
+      part.row = local % info.rows_per_segment;
+      const Segment& segment = p.plan.segments[info.segment + local / info.rows_per_segment];
+      part.segment_rows = segment.rows;
+      part.steps = segment.steps;
+      part.step_base = segment.step_base;
+      part.partial_base = segment.partial_base;
     } else {
-      at = p.plan.parts[request * kMaxParts + part];
-      at.row += local;
+      part = p.plan.parts[request * kMaxParts + number];
+      part.row += local;
     }
-    const Segment segment = p.plan.segments[at.segment];
-    if (segment.steps == 0) continue;
-    const int32_t of_segment = at.row * p.group + head % p.group;
+    if (part.steps == 0) continue;
+    const int32_t of_segment = part.row * p.group + head % p.group;
     const int32_t tile = of_segment / p.tile_rows;
-    const int32_t begin = segment.step_base + (tile * p.kv_heads + kv_head) * segment.steps;
-    const int32_t end = begin + segment.steps;
+    const int32_t begin = part.step_base + (tile * p.kv_heads + kv_head) * part.steps;
+    const int32_t end = begin + part.steps;
     const int32_t first = worker_of(cuts, p.workers, begin);
     const int32_t workers = worker_of(cuts, p.workers, end - 1) - first + 1;
-    if (workers == 1 && segment.partial_base < 0) {
+    if (workers == 1 && part.partial_base < 0) {
       direct = true;
       return 0;
     }
     for (int32_t i = threadIdx.x % 32; i < workers; i += 32) {
       const int32_t from = max(begin, cuts[first + i]);
       const int32_t to = min(end, cuts[first + i + 1]);
-      pieces[count + i] = from < to ? partial_row(p, segment, kv_head, tile * p.tile_rows,
-                                                  first + i, from == begin, to == end) +
-                                          of_segment % p.tile_rows
-                                    : -1;
+      pieces[count + i] =
+          from < to ? partial_row(p, part.segment_rows, part.partial_base, kv_head,
+                                  tile * p.tile_rows, first + i, from == begin, to == end) +
+                          of_segment % p.tile_rows
+                    : -1;
     }
     count += workers;
   }
@@ -67,13 +76,16 @@ __device__ int32_t list_pieces(const AttendParams& p, const int32_t* cuts, const
   return count;
 }
 
-/// One warp a (row, head); lane l holds the elements 2 (l + 32 i) and the one after. `weights`
-/// is scratch of the same length as `pieces`.
-template <typename T, int kPairs>
-__device__ void merge_pieces(const AttendParams& p, int32_t row, int32_t head, int32_t count,
-                             const int32_t* pieces, float* weights) {
+/// What the pieces of a row amount to.
+struct Total {
+  float max;
+  float sum;
+};
+
+/// Replaces the maxima of a row's pieces by what their outputs are to be multiplied by. One warp.
+__device__ Total weigh_pieces(const AttendParams& p, int32_t count, const int32_t* pieces,
+                              float* weights) {
   const int32_t lane = threadIdx.x % 32;
-  const int32_t pairs = p.head_size / 2;
   float max = -INFINITY;
   for (int32_t i = lane; i < count; i += 32) {
     const int32_t piece = pieces[i];
@@ -92,86 +104,156 @@ __device__ void merge_pieces(const AttendParams& p, int32_t row, int32_t head, i
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
   __syncwarp();
+  return {max, sum};
+}
 
-  float2 out[kPairs];
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) out[i] = {0.0f, 0.0f};
-#pragma unroll 4
-  for (int32_t k = 0; k < count; ++k) {
-    const float weight = weights[k];
-    const auto* from = reinterpret_cast<const float2*>(
-        p.partial_out + int64_t{pieces[k] < 0 ? 0 : pieces[k]} * p.head_size);
+/// The weighted sum of every `team`-th piece from `member` on, and what all of them amount to; the
+/// pieces' weights are computed while the first outputs are on their way. Lane l holds the elements
+/// 2 (l + 32 i) and the one after.
+template <int kPairs>
+__device__ Total add_pieces(const AttendParams& p, int32_t member, int32_t team, int32_t count,
+                            const int32_t* pieces, float* weights, float2 (&out)[kPairs]) {
+  constexpr int kAhead = 4;
+  const int32_t lane = threadIdx.x % 32;
+  const auto read = [&](int32_t k, float2(&to)[kPairs]) {
+    const int32_t piece = k < count ? pieces[k] : -1;
+    const auto* from =
+        reinterpret_cast<const float2*>(p.partial_out + int64_t{piece} * p.head_size);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      if (lane + 32 * i < pairs) {
-        const float2 piece = from[lane + 32 * i];
-        // Of no weight, and perhaps no number.
-        out[i].x += weight > 0.0f ? piece.x * weight : 0.0f;
-        out[i].y += weight > 0.0f ? piece.y * weight : 0.0f;
-      }
+      to[i] = {0.0f, 0.0f};
+      if (piece >= 0 && lane + 32 * i < p.head_size / 2) to[i] = from[lane + 32 * i];
     }
-  }
-  const float factor = finish_row(p, row, head, max, sum, lane == 0);
-  auto* to = reinterpret_cast<uint32_t*>(p.out + row * p.out_row + head * p.out_head);
+  };
+  const auto add = [&](int32_t k, const float2(&piece)[kPairs]) {
+    const float weight = k < count ? weights[k] : 0.0f;
 #pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    if (lane + 32 * i < pairs) {
-      to[lane + 32 * i] = Pair<T>::pack(out[i].x * factor, out[i].y * factor);
+    for (int i = 0; i < kPairs; ++i) {
+      // Of no weight, and perhaps no number.
+      out[i].x += weight > 0.0f ? piece[i].x * weight : 0.0f;
+      out[i].y += weight > 0.0f ? piece[i].y * weight : 0.0f;
     }
+  };
+  float2 ahead[kAhead][kPairs];
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j) read(member + j * team, ahead[j]);
+  const Total total = weigh_pieces(p, count, pieces, weights);
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) out[i] = {0.0f, 0.0f};
+#pragma unroll 1
+  for (int32_t k = member; k < count; k += kAhead * team) {
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) add(k + j * team, ahead[j]);
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) read(k + (kAhead + j) * team, ahead[j]);
   }
-  __syncwarp();
+  return total;
 }
 
 /// Pieces of a row at most: its parts, and one more for each worker, empty or not.
 __host__ __device__ constexpr int32_t max_pieces(int32_t workers) { return kMaxParts + workers; }
 
+/// Shared memory: the cuts, then for each warp pieces, weights and an output.
+size_t shared_bytes(const AttendParams& p, int pairs) {
+  return sizeof(int32_t) * (p.workers + 1 + 1) / 2 * 2 +
+         kWarps * (sizeof(int32_t) * 2 * max_pieces(p.workers) + sizeof(float2) * 32 * pairs);
+}
+
+/// A team of 1, 2, 4 or 8 warps of a block merges one (row, head) after the other: the fewer there
+/// are of these, the larger the teams.
 template <typename T, int kPairs>
-__global__ void __launch_bounds__(kThreads) merge_rows(AttendParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) merge_rows(AttendParams p) {
   extern __shared__ int32_t memory[];
+  __shared__ int32_t counts[kWarps];  // of a team, -1: direct
   int32_t* cuts = memory;
   const int32_t warp = threadIdx.x / 32;
-  int32_t* pieces = memory + p.workers + 1 + warp * 2 * max_pieces(p.workers);
-  auto* weights = reinterpret_cast<float*>(pieces + max_pieces(p.workers));
+  const int32_t lane = threadIdx.x % 32;
+  auto* outs = reinterpret_cast<float2*>(memory + (p.workers + 1 + 1) / 2 * 2);  // [kWarps][...]
+  int32_t* lists = reinterpret_cast<int32_t*>(outs + kWarps * 32 * kPairs);
   let_next_start();
   // The plan is there: the attention kernel lets this one start only when it has seen the plan.
-  const int32_t rows = p.plan.header->rows;
-  const int32_t row = blockIdx.x;
-  if (row >= rows) {
-    wait_for_previous();  // or the kernel after this one might begin too early
-    return;
-  }
+  const int32_t tasks = p.plan.header->rows * p.q_heads;
+  const int32_t warps = static_cast<int32_t>(gridDim.x) * kWarps;
+  int32_t team = 1;
+  while (team < kWarps && tasks * team * 2 <= warps) team *= 2;
+  const int32_t teams = warps / team;
+  const int32_t member = warp % team;
+  int32_t* pieces = lists + (warp - member) * 2 * max_pieces(p.workers);
+  auto* weights =
+      reinterpret_cast<float*>(lists + (warp * 2 + 1) * max_pieces(p.workers));  // a warp's own
+
   for (int32_t w = threadIdx.x; w <= p.workers; w += kThreads) cuts[w] = p.plan.cuts[w].step;
-  const int32_t request = p.plan.rows[row].request;
-  const RequestInfo info = p.plan.requests[request];
   __syncthreads();
   bool waited = false;
-  for (int32_t head = blockIdx.y * kWarps + warp; head < p.q_heads; head += gridDim.y * kWarps) {
-    bool direct = false;
-    const int32_t count = list_pieces(p, cuts, info, request, row, head, pieces, direct);
-    if (direct) continue;
+  // Blocks take neighbouring tasks, and all teams of a block as many.
+  for (int32_t task = blockIdx.x * (kWarps / team) + warp / team; task - warp / team < tasks;
+       task += teams) {
+    const int32_t row = task / p.q_heads;
+    const int32_t head = task % p.q_heads;
+    int32_t count = 0;
+    bool direct = true;
+    if (task < tasks && member == 0) count = list_pieces(p, cuts, row, head, pieces, direct);
+    if (team > 1) {
+      if (lane == 0 && member == 0) counts[warp] = direct ? -1 : count;
+      __syncthreads();
+      count = counts[warp - member];
+      direct = count < 0;
+    }
     if (!waited) wait_for_previous();
     waited = true;
-    merge_pieces<T, kPairs>(p, row, head, count, pieces, weights);
+    if (team == 1 && direct) continue;
+    float2 out[kPairs];
+    Total total{};
+    if (!direct) total = add_pieces(p, member, team, count, pieces, weights, out);
+    if (team > 1) {
+      if (member > 0 && !direct) {
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) outs[(warp * kPairs + i) * 32 + lane] = out[i];
+      }
+      __syncthreads();
+      if (member > 0 || direct) continue;
+      for (int32_t other = 1; other < team; ++other) {
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          const float2 more = outs[((warp + other) * kPairs + i) * 32 + lane];
+          out[i].x += more.x;
+          out[i].y += more.y;
+        }
+      }
+    }
+    const float factor = finish_row(p, row, head, total.max, total.sum, lane == 0);
+    auto* to = reinterpret_cast<uint32_t*>(p.out + row * p.out_row + head * p.out_head);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      if (lane + 32 * i < p.head_size / 2) {
+        to[lane + 32 * i] = Pair<T>::pack(out[i].x * factor, out[i].y * factor);
+      }
+    }
+    __syncwarp();
   }
-  if (!waited) wait_for_previous();
+  if (!waited) wait_for_previous();  // or the kernel after this one might begin too early
 }
 
 template <typename T>
-cudaError_t launch_type(const AttendParams& p, int32_t max_rows, cudaStream_t stream) {
-  const dim3 grid(max_rows, max_rows <= 1024 ? ceil_div(p.q_heads, kWarps) : 1);
-  const size_t bytes =
-      sizeof(int32_t) * (p.workers + 1 + size_t{2} * kWarps * max_pieces(p.workers));
-  if (p.head_size <= 64) return launch(merge_rows<T, 1>, grid, kThreads, bytes, stream, p);
-  if (p.head_size <= 128) return launch(merge_rows<T, 2>, grid, kThreads, bytes, stream, p);
-  return launch(merge_rows<T, 4>, grid, kThreads, bytes, stream, p);
+cudaError_t launch_type(const AttendParams& p, int32_t blocks, cudaStream_t stream) {
+  const auto run = [&](auto kernel, int pairs) {
+    return launch(kernel, blocks, kThreads, shared_bytes(p, pairs), stream, p);
+  };
+  if (p.head_size <= 64) return run(merge_rows<T, 1>, 1);
+  if (p.head_size <= 128) return run(merge_rows<T, 2>, 2);
+  return run(merge_rows<T, 4>, 4);
 }
 
 }  // namespace
 
 cudaError_t launch_merge(const AttendParams& params, DType q_type, int32_t max_rows,
-                         cudaStream_t stream) {
-  return q_type == DType::kBF16 ? launch_type<__nv_bfloat16>(params, max_rows, stream)
-                                : launch_type<__half>(params, max_rows, stream);
+                         int32_t multiprocessors, cudaStream_t stream) {
+  // A block for each (row, head), as long as all of them fit.
+  const int64_t most = int64_t{max_rows} * params.q_heads;
+  const auto blocks =
+      static_cast<int32_t>(std::min<int64_t>(most, int64_t{kBlocksPerSm} * multiprocessors));
+  return q_type == DType::kBF16 ? launch_type<__nv_bfloat16>(params, blocks, stream)
+                                : launch_type<__half>(params, blocks, stream);
 }
 
 }  // namespace relay::cuda

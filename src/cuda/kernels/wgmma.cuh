@@ -25,8 +25,6 @@ constexpr int kGroupThreads = 128;
 constexpr int kThreads = 3 * kGroupThreads;
 constexpr int kGroupRows = 64;
 constexpr int kSharedBytes = 227 * 1024;
-constexpr int kLoaderRegisters = 40;
-constexpr int kComputeRegisters = 232;
 
 // --- Instructions --------------------------------------------------------------------------------
 
@@ -36,8 +34,8 @@ __device__ inline uint32_t shared_address(const void* p) {
 __device__ inline void init_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
-__device__ inline void arrive(uint32_t barrier, int count) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+__device__ inline void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 __device__ inline void arrive_expecting(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
@@ -54,17 +52,6 @@ __device__ inline void wait(uint32_t barrier, uint32_t phase) {
       "r"(phase)
       : "memory");
 }
-__device__ inline void publish(uint32_t counter, int value) {
-  asm volatile("red.release.cta.shared.max.u32 [%0], %1;" ::"r"(counter), "r"(value) : "memory");
-}
-__device__ inline int published(uint32_t counter) {
-  int value;
-  asm volatile("atom.acquire.cta.shared.or.b32 %0, [%1], 0;"
-               : "=r"(value)
-               : "r"(counter)
-               : "memory");
-  return value;
-}
 __device__ inline void copy_page(uint32_t to, const CUtensorMap& map, uint32_t barrier, int c0,
                                  int c1, int c2, int c3) {
   asm volatile(
@@ -72,6 +59,12 @@ __device__ inline void copy_page(uint32_t to, const CUtensorMap& map, uint32_t b
       "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
       "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
+}
+/// 16 bytes to shared memory, of which the first `bytes` are read, the rest 0.
+__device__ inline void copy_chunk(const void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(bytes)
+               : "memory");
 }
 /// What was written to shared memory by stores is from here on seen by wgmma and TMA.
 __device__ inline void fence_stores() {
@@ -106,6 +99,11 @@ struct Kernel {
   static constexpr int kScoreBlocks = kSlots / 8;
   static constexpr int kOutBlocks = kHead / 8;
   static constexpr int kPages = kSlots / kPageSlots;
+  // Of a thread. The block is launched with 168 for each, which are shared out anew: a warpgroup
+  // that asked for more than the others have left would wait for ever.
+  static constexpr int kLoaderRegisters = kHead > 128 ? 40 : 56;
+  static constexpr int kComputeRegisters = kHead > 128 ? 232 : 224;
+  static_assert(kLoaderRegisters + 2 * kComputeRegisters <= 3 * 168);
   static_assert(kStages >= 4 && kStages <= 16);
   static_assert(kPages * kSpans <= 32, "a lane of a loading warp a page, span and K or V");
 
@@ -120,17 +118,13 @@ struct Kernel {
       return address + 2 * kQueryBytes + kStages * kTileBytes + stage * 8;
     }
     __device__ uint32_t empty(int stage) const { return full(stage) + kStages * 8; }
-    /// Tiles whose loading has begun.
-    __device__ uint32_t begun() const { return empty(kStages); }
   };
 
   /// A place in the ring.
   struct Ring {
     int stage = 0;
     uint32_t phase = 0;
-    int tile = 0;  // since the kernel began
     __device__ void advance(int n) {
-      tile += n;
       stage += n;
       const int laps = stage / kStages;
       stage -= laps * kStages;
@@ -159,7 +153,6 @@ struct Kernel {
       const int bytes = mine * kSpans * kPageSlots * 128;
       arrive_expecting(shared.full(ring.stage), bytes);
       arrive_expecting(shared.full(values.stage), bytes);
-      if (warp == 0) publish(shared.begun(), values.tile + 1);
     }
     __syncwarp();
     const int page = warp * kWarpPages + lane / (2 * kSpans);
@@ -189,8 +182,8 @@ struct Kernel {
   __device__ static void load_items(const AttendParams& p, const Maps& maps, int warp,
                                     const Shared& shared) {
     const int lane = threadIdx.x % 32;
-    Walk walk(p, blockIdx.x);
     Item item;
+    Walk walk(p, blockIdx.x);
     int at = 0;  // page of the item's segment
     int end = 0;
     const auto fetch = [&](Batch& batch) {
@@ -240,7 +233,7 @@ struct Kernel {
     constexpr int kLine = 128 / sizeof(int32_t);
     for (int s = begin.segment + threadIdx.x % 32; s <= last; s += 32) {
       const Segment segment = p.plan.segments[s];
-      prefetch(p.plan.row_index + segment.row_begin);
+      if (segment.first_row < 0) prefetch(p.plan.row_index + segment.row_begin);
       const int32_t* table = p.table + segment.request * p.table_stride;
       const int to = (segment.first + segment.slots - 1) / p.block_size;
       for (int i = segment.first / p.block_size; i <= to; i += kLine) prefetch(table + i);
@@ -275,36 +268,56 @@ struct Kernel {
     float out[kOutBlocks][4];
   };
 
-  /// Waits until a tile has been loaded. A warpgroup that skips the other's items may be laps ahead
-  /// of the loader, where a phase's parity says nothing: so first the loading must have begun.
-  /// `begun` is what the warp knows of that.
-  __device__ static void await_tile(const Shared& shared, const Ring& at, int& begun) {
-    if (begun <= at.tile) {
-      if (threadIdx.x % 32 == 0) {
-        do {
-          begun = published(shared.begun());
-        } while (begun <= at.tile);
-      }
-      begun = __shfl_sync(~0u, begun, 0);
-    }
+  __device__ static void await_tile(const Shared& shared, const Ring& at) {
     wait(shared.full(at.stage), at.phase);
   }
 
-  __device__ static void load_queries(const AttendParams& p, const Item& item, char* to, int first,
-                                      int rows) {
-    constexpr int kChunks = kHead / 8;
-    for (int i = threadIdx.x % kGroupThreads; i < rows * kChunks; i += kGroupThreads) {
-      const int m = i / kChunks;
-      const int chunk = i % kChunks;
-      uint4 value = {0, 0, 0, 0};
-      if (chunk * 8 < p.head_size) {
-        const RowHead at = row_head(p, item, first + m);
-        value = __ldg(reinterpret_cast<const uint4*>(p.q + at.row * p.q_row + at.head * p.q_head +
-                                                     chunk * 16));
-      }
-      *reinterpret_cast<uint4*>(to + chunk / 8 * (kGroupRows * 128) + m * 128 +
-                                ((chunk % 8) ^ (m % 8)) * 16) = value;
+  /// Tells the loader that this warp has done with a tile.
+  __device__ static void release(const Shared& shared, const Ring& at) {
+    if (threadIdx.x % 32 == 0) arrive(shared.empty(at.stage));
+  }
+
+  /// Passes the tiles of an item that is the other warpgroup's. Each is awaited, as otherwise this
+  /// one might be laps ahead of the loader, where a phase's parity says nothing.
+  __device__ static void pass(const Shared& shared, Ring& ring, int tiles) {
+    for (; tiles > 0; --tiles) {
+      await_tile(shared, ring);
+      release(shared, ring);
+      ring.advance(1);
     }
+  }
+
+  /// Calls `meanwhile` while they are on their way.
+  template <typename F>
+  __device__ static void load_queries(const AttendParams& p, const Item& item, char* to, int first,
+                                      int rows, F meanwhile) {
+    // Lane l looks up the warp's row l, as otherwise each copy would wait for a look-up of its own.
+    constexpr int kChunks = kHead / 8;
+    constexpr int kWarps = kGroupThreads / 32;
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x % kGroupThreads / 32;
+    const int mine = lane * kWarps + warp;  // the warp's rows are every kWarps-th
+    const char* row = p.q;
+    if (mine < rows) {
+      const RowHead at = row_head(p, item, first + mine);
+      row += at.row * p.q_row + at.head * p.q_head;
+    }
+    const int chunks = (rows - warp + kWarps - 1) / kWarps * kChunks;
+#pragma unroll 1
+    for (int begin = 0; begin < chunks; begin += 32) {
+      const int i = begin + lane;
+      const auto from = reinterpret_cast<const char*>(
+          __shfl_sync(~0u, reinterpret_cast<unsigned long long>(row), i / kChunks % 32));
+      const int m = i / kChunks * kWarps + warp;
+      const int chunk = i % kChunks;
+      if (i < chunks) {
+        const bool is_there = chunk * 8 < p.head_size;
+        copy_chunk(to + chunk / 8 * (kGroupRows * 128) + m * 128 + ((chunk % 8) ^ (m % 8)) * 16,
+                   is_there ? from + chunk * 16 : p.q, is_there ? 16 : 0);
+      }
+    }
+    meanwhile();
+    asm volatile("cp.async.wait_all;" ::: "memory");
   }
 
   /// Zeros V where nothing may be read into sums: slots that are not the segment's.
@@ -449,10 +462,10 @@ struct Kernel {
     }
   }
 
-  /// `arrivals`: what this warpgroup's warps count for when they have done with a tile.
+  /// `ring`: where the item's tiles begin, after `passed` tiles of the other warpgroup's.
   __device__ static void attend_item(const AttendParams& p, const Item& item, const Logits& logits,
-                                     const Shared& shared, int group, int first, int arrivals,
-                                     Ring ring, int& begun) {
+                                     const Shared& shared, int group, int first, int passed,
+                                     Ring& ring) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x % kGroupThreads / 32;
     const int live = min(kGroupRows, item.rows - first);
@@ -461,7 +474,7 @@ struct Kernel {
     const int segment_end = segment.first + segment.slots;
 
     sync_group(group);  // the queries of the item before are done with
-    load_queries(p, item, shared.queries(group), first, live);
+    load_queries(p, item, shared.queries(group), first, live, [&] { pass(shared, ring, passed); });
     const uint32_t q = shared_address(shared.queries(group));
     // Where every row sees everything, nothing of a row matters.
     const bool alike = segment.visible_from <= segment.first && segment.visible_to >= segment_end &&
@@ -494,11 +507,8 @@ struct Kernel {
     uint32_t weights[kSlots / 16][4];
     float keep[2] = {1.0f, 1.0f};
 
-    const auto release = [&](const Ring& at) {
-      if (lane == 0) arrive(shared.empty(at.stage), arrivals);
-    };
     const auto await_values = [&](const Ring& at, int step) {
-      await_tile(shared, at, begun);
+      await_tile(shared, at);
       const int column = segment.first + step * kSlots;
       const int begin = max(0, min(kSlots, segment.seen_from - column));
       const int end = min(kSlots, segment_end - column);
@@ -517,7 +527,7 @@ struct Kernel {
 #pragma unroll 1
     for (; step < item.step_end; ++step) {
       const bool later = step > item.step_begin;
-      await_tile(shared, keys, begun);
+      await_tile(shared, keys);
       wgmma_fence();
       multiply_keys(scores, q, shared_address(shared.tile(keys.stage)));
       if (later) {
@@ -528,15 +538,18 @@ struct Kernel {
       } else {
         wgmma_wait<0>();
       }
-      release(keys);
+      release(shared, keys);
       if (busy) soften(p, item, logits, step, rows, slopes, scores, state, keep);
       if (later) {
         wgmma_wait<0>();
-        release(values);
+        release(shared, values);
+        // Maxima seldom grow.
+        if (__any_sync(~0u, keep[0] != 1.0f || keep[1] != 1.0f)) {
 #pragma unroll
-        for (int n = 0; n < kOutBlocks; ++n) {
+          for (int n = 0; n < kOutBlocks; ++n) {
 #pragma unroll
-          for (int j = 0; j < 4; ++j) state.out[n][j] *= keep[j / 2];
+            for (int j = 0; j < 4; ++j) state.out[n][j] *= keep[j / 2];
+          }
         }
       }
       pack(scores, weights);
@@ -547,26 +560,29 @@ struct Kernel {
     wgmma_fence();
     multiply_values(state, weights, shared_address(shared.tile(values.stage)));
     wgmma_wait<0>();
-    release(values);
+    release(shared, values);
+    ring = keys;
     store(p, item, state, first);
   }
 
   __device__ static void compute_items(const AttendParams& p, const Shared& shared, int group) {
     const Logits logits(p);
+    Item item;
     Walk walk(p, blockIdx.x);
     Ring ring;
-    Item item;
     int turn = 0;
-    int begun = 0;
+    int passed = 0;  // tiles of the other warpgroup's since this one's last item
     while (walk.next(p, item)) {
       const bool few = item.rows <= kGroupRows;
       if (!few || turn == group) {
-        attend_item(p, item, logits, shared, group, few ? 0 : group * kGroupRows, few ? 2 : 1, ring,
-                    begun);
+        attend_item(p, item, logits, shared, group, few ? 0 : group * kGroupRows, passed, ring);
+        passed = 0;
+      } else {
+        passed += 2 * (item.step_end - item.step_begin);
       }
       if (few) turn ^= 1;
-      ring.advance(2 * (item.step_end - item.step_begin));
     }
+    pass(shared, ring, passed);
   }
 };
 
@@ -586,14 +602,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       init_barrier(shared.full(i), 2);  // both loading warps
       init_barrier(shared.empty(i), 2 * kGroupThreads / 32);
     }
-    asm volatile("st.shared.u32 [%0], 0;" ::"r"(shared.begun()) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
   wait_for_previous();
   let_next_start();  // only now: merging begins with reading the plan
   if (threadIdx.x < kGroupThreads) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kLoaderRegisters));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(K::kLoaderRegisters));
     const int warp = threadIdx.x / 32;
     if (warp < 2) {
       K::load_items(p, maps, warp, shared);
@@ -603,7 +618,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       K::prefetch_merging(p);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(K::kComputeRegisters));
     K::compute_items(p, shared, threadIdx.x / kGroupThreads - 1);
   }
 #endif

@@ -42,7 +42,7 @@ struct Segment {
   int32_t first;
   int32_t slots;
   int32_t rows;
-  int32_t row_begin;  ///< into row_index
+  int32_t row_begin;  ///< into row_index, where they are there
   int32_t steps;      ///< of each job; job j is KV head j % kv_heads of tile j / kv_heads
   int32_t row_tiles;
   int32_t step_base;     ///< number of its first step in the line
@@ -51,6 +51,7 @@ struct Segment {
   int32_t visible_to;
   int32_t seen_from;  ///< no row sees columns before it: they are not to be read into any sum
   int32_t shared;     ///< rows of more than one request
+  int32_t first_row;  ///< where its query rows are neighbours: the first; -1: they are in row_index
 };
 
 /// A query row sees the columns [lo, hi) of its request.
@@ -70,9 +71,15 @@ struct RequestInfo {
   int32_t row_begin;         ///< its first query row
 };
 
+/// What merging needs of a segment stands here too, as each read that waits for another costs it
+/// most of a microsecond.
 struct RequestPart {
   int32_t segment;
   int32_t row;  ///< its first row among the segment's
+  int32_t segment_rows;
+  int32_t steps;
+  int32_t step_base;
+  int32_t partial_base;
 };
 
 enum PlanFault : uint32_t {
@@ -107,6 +114,7 @@ struct PlanView {
   RequestInfo* requests;  ///< [max_requests]
   RequestPart* parts;     ///< [max_requests][kMaxParts]
   Cut* cuts;              ///< [workers + 1]
+  Segment* begins;        ///< [workers] the segment in which each begins
 };
 
 /// How long things take, in any unit, where all workers are busy.
@@ -115,6 +123,7 @@ struct PlanCosts {
   int32_t step_few;     ///< its products for up to 64 query rows
   int32_t step_many;    ///< for more
   int32_t job;          ///< beginning and ending a job
+  int32_t rows;         ///< the same for each 16 query rows of it
   int32_t worker;       ///< the least that is worth a worker of its own
   int32_t snap;         ///< steps: no piece of a job is smaller
 };

@@ -153,9 +153,53 @@ __global__ void find_runs(PlanShape shape, PlanBatch batch, PlanMemory memory) {
   memory.run_counts[request] = kept;
 }
 
+struct TwoSums {
+  int32_t first;
+  int32_t second;
+};
+
+/// Exclusive prefix sums of p and q (or null) in place, by a whole block. Both go in one number:
+/// sums of p never reach its upper half. Not inlined, as fetching code costs as much as running it.
+__device__ __noinline__ TwoSums block_scan(int32_t* p, int32_t* q, int n, uint64_t* warp_sums) {
+  const auto read = [&](int i) {
+    const uint64_t upper = q != nullptr ? static_cast<uint32_t>(q[i]) : 0;
+    return upper << 32 | static_cast<uint32_t>(p[i]);
+  };
+  const int per = (n + blockDim.x - 1) / blockDim.x;
+  const int begin = min(n, static_cast<int>(threadIdx.x) * per);
+  const int end = min(n, begin + per);
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const auto scan_warp = [&](uint64_t v) {
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const uint64_t other = __shfl_up_sync(~0u, v, d);
+      if (lane >= d) v += other;
+    }
+    return v;
+  };
+  uint64_t sum = 0;
+  for (int i = begin; i < end; ++i) sum += read(i);
+  const uint64_t through = scan_warp(sum);
+  if (lane == 31) warp_sums[warp] = through;
+  __syncthreads();
+  const uint64_t warps = scan_warp(lane < static_cast<int>(blockDim.x / 32) ? warp_sums[lane] : 0);
+  const uint64_t before = __shfl_sync(~0u, warps, warp > 0 ? warp - 1 : 0);
+  const uint64_t total = __shfl_sync(~0u, warps, 31);
+  uint64_t at = through - sum + (warp > 0 ? before : 0);
+  for (int i = begin; i < end; ++i) {
+    const uint64_t value = read(i);
+    p[i] = static_cast<int32_t>(static_cast<uint32_t>(at));
+    if (q != nullptr) q[i] = static_cast<int32_t>(at >> 32);
+    at += value;
+  }
+  __syncthreads();
+  return {static_cast<int32_t>(static_cast<uint32_t>(total)), static_cast<int32_t>(total >> 32)};
+}
+
 /// The threads of one block.
 struct BlockTeam {
-  int32_t* warp_sums;  // [32]
+  uint64_t* warp_sums;  // [32]
 
   template <typename F>
   __device__ void each(int n, F f) {
@@ -163,48 +207,19 @@ struct BlockTeam {
     __syncthreads();
   }
   __device__ bool any(bool b) { return __syncthreads_or(b); }
-  __device__ int32_t scan(int32_t* p, int n) {
-    const int per = (n + blockDim.x - 1) / blockDim.x;
-    const int begin = min(n, static_cast<int>(threadIdx.x) * per);
-    const int end = min(n, begin + per);
-    int32_t sum = 0;
-    for (int i = begin; i < end; ++i) sum += p[i];
-    const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
-    int32_t through = sum;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int32_t other = __shfl_up_sync(~0u, through, d);
-      if (lane >= d) through += other;
-    }
-    if (lane == 31) warp_sums[warp] = through;
-    __syncthreads();
-    int32_t at = through - sum;
-    int32_t total = 0;
-    for (int w = 0; w < static_cast<int>(blockDim.x / 32); ++w) {
-      if (w < warp) at += warp_sums[w];
-      total += warp_sums[w];
-    }
-    for (int i = begin; i < end; ++i) {
-      const int32_t value = p[i];
-      p[i] = at;
-      at += value;
-    }
-    __syncthreads();
-    return total;
-  }
+  __device__ int32_t scan(int32_t* p, int n) { return block_scan(p, nullptr, n, warp_sums).first; }
+  __device__ TwoSums scan(int32_t* p, int32_t* q, int n) { return block_scan(p, q, n, warp_sums); }
   __device__ int32_t add(int32_t* p, int32_t v) { return atomicAdd(p, v); }
   __device__ void min(int32_t* p, int32_t v) { atomicMin(p, v); }
   __device__ void max(int32_t* p, int32_t v) { atomicMax(p, v); }
   __device__ void set_bits(uint32_t* p, uint32_t v) { atomicOr(p, v); }
-  __device__ static int min(int a, int b) { return a < b ? a : b; }
 };
 
 __global__ void __launch_bounds__(kMaxTeam)
     plan_work(PlanShape shape, PlanBatch batch, PlanView view, PlanMemory memory, bool sharing,
               bool in_shared_memory) {
   extern __shared__ char shared_scratch[];
-  __shared__ int32_t warp_sums[32];
+  __shared__ uint64_t warp_sums[32];
   let_next_start();
   PlannerScratch scratch;
   PlannerScratch::lay_out(shape, in_shared_memory ? shared_scratch : memory.scratch, &scratch);

@@ -3,7 +3,8 @@
 //
 // A Team has
 //   each(n, f)   f(0) to f(n - 1) in any order, and a barrier
-//   scan(p, n)   exclusive prefix sums in place; returns the sum
+//   scan(p, n)   exclusive prefix sums in place, of numbers that are not negative; returns the sum
+//   scan(p, q, n)  the same for two arrays at once; returns both sums
 //   any(b)       whether b holds for any thread of the team
 //   min(p, v), max(p, v), add(p, v)  atomic; add returns the old value
 //
@@ -44,10 +45,11 @@ struct PlannerScratch {
   int32_t* visible_from;  // G
   int32_t* visible_to;    // G
   int32_t* group_seen;    // G, first column that any member sees
-  Segment* segments;      // S
-  RequestInfo* requests;  // R
+  int32_t* rows_end;      // G, after the last row of any member
+  int32_t* before;        // N x kMaxGroupSegments, rows in the group segments before the run's
   int32_t* sums;          // S
   int32_t* costs;         // S
+  int32_t* totals;        // 3
 
   RELAY_HD static int64_t max_segments(const PlanShape& shape) {
     const int64_t tiles = ceil_div(shape.max_rows, rows_per_tile(shape)) + shape.max_requests;
@@ -73,14 +75,14 @@ struct PlannerScratch {
     take(to.bounds, r * (kMaxGroupSegments + 1));
     take(to.runs, r * kMaxRuns);
     take(to.raster, r * kMaxRuns);
-    for (int32_t** p :
-         {&to.covered, &to.group_id, &to.visible_from, &to.visible_to, &to.group_seen}) {
+    for (int32_t** p : {&to.covered, &to.group_id, &to.visible_from, &to.visible_to, &to.group_seen,
+                        &to.rows_end}) {
       take(*p, r * kMaxGroupSegments);
     }
-    take(to.segments, max_segments(shape));
-    take(to.requests, r);
+    take(to.before, r * kMaxRuns * kMaxGroupSegments);
     take(to.sums, max_segments(shape));
     take(to.costs, max_segments(shape));
+    take(to.totals, 3);
     return used;
   }
 };
@@ -100,15 +102,25 @@ class Planner {
       find_bounds(least_shift);
       number_segments();
       write_segments();
-      if (lay_out_partials() <= shape_.partial_capacity || run_total_ == 0) break;
+      if (partial_rows_ <= shape_.partial_capacity || run_total_ == 0) break;
       // More partial results than there is room for: share in coarser pieces, at last not at all.
       least_shift += 1;
       if (least_shift > 24) run_total_ = 0;
     }
     cut();
     write_rows();
-    team_.each(segments_, [&](int k) { out_.segments[k] = s_.segments[k]; });
-    team_.each(batch_.requests, [&](int i) { out_.requests[i] = s_.requests[i]; });
+    team_.each(batch_.requests, [&](int i) {
+      const RequestInfo info = out_.requests[i];
+      if (info.rows_per_segment > 0) return;
+      for (int p = 0; p < info.parts; ++p) {
+        RequestPart& part = out_.parts[i * kMaxParts + p];
+        const Segment& segment = out_.segments[part.segment];
+        part.segment_rows = segment.rows;
+        part.steps = segment.steps;
+        part.step_base = segment.step_base;
+        part.partial_base = segment.partial_base;
+      }
+    });
   }
 
  private:
@@ -253,6 +265,7 @@ class Planner {
       s_.visible_from[g] = in.begin;
       s_.visible_to[g] = in.end;
       s_.group_seen[g] = s_.seen_from[leader];
+      s_.rows_end[g] = 0;
     });
     if (groups > 0) {
       team_.each(run_total_, [&](int r) {
@@ -264,18 +277,23 @@ class Planner {
           team_.max(&s_.visible_from[g], in.begin);
           team_.min(&s_.visible_to[g], in.end);
           team_.min(&s_.group_seen[g], s_.seen_from[run.request]);
+          team_.max(&s_.rows_end[g], s_.row_begin[run.request] + s_.rows[run.request]);
         });
       });
     }
     // Those of several row tiles come first: cut() gives them workers of their own.
-    team_.each(groups, [&](int g) {
-      s_.sums[g] = s_.covered[g] > 0 && is_wide(g) ? 1 : 0;
-      s_.group_id[g] = s_.covered[g] > 0 && !is_wide(g) ? 1 : 0;
-    });
-    wide_ = groups > 0 ? team_.scan(s_.sums, groups) : 0;
-    shared_ = wide_ + (groups > 0 ? team_.scan(s_.group_id, groups) : 0);
-    team_.each(groups,
-               [&](int g) { s_.group_id[g] = is_wide(g) ? s_.sums[g] : wide_ + s_.group_id[g]; });
+    wide_ = shared_ = 0;
+    if (groups > 0) {
+      team_.each(groups, [&](int g) {
+        s_.sums[g] = s_.covered[g] > 0 && is_wide(g) ? 1 : 0;
+        s_.group_id[g] = s_.covered[g] > 0 && !is_wide(g) ? 1 : 0;
+      });
+      const auto counts = team_.scan(s_.sums, s_.group_id, groups);
+      wide_ = counts.first;
+      shared_ = wide_ + counts.second;
+      team_.each(groups,
+                 [&](int g) { s_.group_id[g] = is_wide(g) ? s_.sums[g] : wide_ + s_.group_id[g]; });
+    }
     team_.each(n, [&](int i) {
       int32_t own = 0;
       if (s_.rows[i] > 0) {
@@ -327,28 +345,40 @@ class Planner {
     if (at < s_.length[i]) own(at, s_.length[i]);
   }
 
-  /// Rows of a group segment that come before those of run number `run`: the leader's, then the
-  /// members' in the order of requests.
+  /// Rows of a group segment that come before those of a run: the leader's, then the members' in
+  /// the order of requests. Several threads count for each run.
+  RELAY_HD void count_rows_before() {
+    constexpr int kShares = 4;
+    team_.each(run_total_ * kMaxGroupSegments,
+               [&](int i) { s_.before[i] = s_.rows[s_.raster[i / kMaxGroupSegments].owner]; });
+    team_.each(run_total_ * kShares, [&](int i) {
+      const int32_t number = i / kShares;
+      const Run run = s_.raster[number];
+      const int32_t* bounds = bounds_of(run.owner);
+      covered_segments(run, [&](int k) {
+        int32_t rows = 0;
+        for (int32_t r = i % kShares; r < number; r += kShares) {
+          const Run other = s_.raster[r];
+          const bool counts =
+              other.owner == run.owner && other.begin <= bounds[k] && other.end >= bounds[k + 1];
+          rows += counts ? s_.rows[other.request] : 0;
+        }
+        if (rows > 0) team_.add(&s_.before[number * kMaxGroupSegments + k], rows);
+      });
+    });
+  }
   RELAY_HD int32_t rows_before(int32_t g, int32_t run) const {
-    if (run < 0) return 0;
-    const int32_t leader = g / kMaxGroupSegments;
-    const int32_t* bounds = bounds_of(leader) + g % kMaxGroupSegments;
-    int32_t rows = s_.rows[leader];
-    for (int32_t r = 0; r < run; ++r) {
-      const Run other = s_.raster[r];
-      if (other.owner == leader && other.begin <= bounds[0] && other.end >= bounds[1]) {
-        rows += s_.rows[other.request];
-      }
-    }
-    return rows;
+    return run < 0 ? 0 : s_.before[run * kMaxGroupSegments + g % kMaxGroupSegments];
   }
 
   RELAY_HD void put_segment(int32_t id, const Segment& segment) {
-    s_.segments[id] = segment;
-    s_.sums[id] = segment.rows;
+    out_.segments[id] = segment;
+    s_.sums[id] = segment.first_row < 0 ? segment.rows : 0;
+    s_.costs[id] = segment.partial_base < 0 ? 0 : segment.rows;
   }
 
   RELAY_HD void write_segments() {
+    if (run_total_ > 0) count_rows_before();
     const int32_t n = batch_.requests;
     const int32_t groups = run_total_ > 0 ? n * kMaxGroupSegments : 0;
     team_.each(groups, [&](int g) {
@@ -364,23 +394,28 @@ class Planner {
       segment.visible_to = s_.visible_to[g];
       segment.seen_from = s_.group_seen[g];
       segment.shared = 1;
+      // Members stand in the order of requests, as rows do.
+      segment.first_row =
+          s_.rows_end[g] - s_.row_begin[leader] == segment.rows ? s_.row_begin[leader] : -1;
       put_segment(s_.group_id[g], segment);
     });
     team_.each(n, [&](int i) {
       const int32_t rows = s_.rows[i];
       const int32_t base = shared_ + s_.own_count[i];
       if (rows == 0) {
-        s_.requests[i] = {0, 0, 0, s_.row_begin[i]};
+        out_.requests[i] = {0, 0, 0, s_.row_begin[i]};
         return;
       }
       Segment segment{};
       segment.request = i;
       if (!sharable(shape_, rows)) {
         const int32_t step = rows_per_tile(shape_);
-        s_.requests[i] = {1, base, step, s_.row_begin[i]};
+        out_.requests[i] = {1, base, step, s_.row_begin[i]};
         for (int32_t t = 0; t * step < rows; ++t) {
           const int32_t row = t * step;
           segment.rows = rows - row < step ? rows - row : step;
+          segment.first_row = s_.row_begin[i] + row;
+          segment.partial_base = -1;
           const int32_t position = s_.length[i] - rows + row;
           const int32_t last = position + segment.rows - 1;
           const int32_t end = shape_.causal ? last + 1 : s_.length[i];
@@ -394,6 +429,7 @@ class Planner {
         }
         return;
       }
+      segment.first_row = s_.row_begin[i];
       int32_t parts = 0;
       int32_t own = 0;
       const Interval in = visible(i);
@@ -406,67 +442,70 @@ class Planner {
             segment.visible_from = in.begin;
             segment.visible_to = in.end;
             segment.seen_from = s_.seen_from[i];
-            out_.parts[i * kMaxParts + parts++] = {base + own, 0};
+            out_.parts[i * kMaxParts + parts++] = {base + own, 0, 0, 0, 0, 0};
             put_segment(base + own++, segment);
           },
           [&](int32_t g, int32_t run) {
-            out_.parts[i * kMaxParts + parts++] = {s_.group_id[g], rows_before(g, run)};
+            out_.parts[i * kMaxParts + parts++] = {s_.group_id[g], rows_before(g, run), 0, 0, 0, 0};
           });
-      s_.requests[i] = {parts, 0, 0, s_.row_begin[i]};
+      if (parts == 1 && own == 1) {
+        out_.segments[base].partial_base = -1;
+        s_.costs[base] = 0;
+      }
+      out_.requests[i] = {parts, 0, 0, s_.row_begin[i]};
     });
-    team_.scan(s_.sums, segments_);
+    // Where the rows of shared segments stand in row_index, and the partial results of rows that
+    // have more than one part; the latter in head groups, as rows x heads may be many.
+    const int32_t partial = team_.scan(s_.sums, s_.costs, segments_).second;
+    const int64_t partial_rows = int64_t{partial} * shape_.q_heads;
+    partial_rows_ = partial_rows > INT_MAX ? INT_MAX : static_cast<int32_t>(partial_rows);
     team_.each(segments_, [&](int k) {
-      Segment& segment = s_.segments[k];
+      Segment& segment = out_.segments[k];
       segment.row_begin = s_.sums[k];
+      if (segment.partial_base >= 0) segment.partial_base = s_.costs[k] * shape_.q_heads;
       segment.steps = ceil_div(segment.slots, shape_.tile_slots);
       segment.row_tiles = ceil_div(segment.rows * shape_.group, shape_.tile_rows);
     });
     team_.each(n, [&](int i) {
-      const RequestInfo info = s_.requests[i];
+      const RequestInfo info = out_.requests[i];
       if (info.rows_per_segment > 0) return;
       for (int p = 0; p < info.parts; ++p) {
         const RequestPart part = out_.parts[i * kMaxParts + p];
-        int32_t* to = out_.row_index + s_.segments[part.segment].row_begin + part.row;
+        if (out_.segments[part.segment].first_row >= 0) continue;
+        int32_t* to = out_.row_index + out_.segments[part.segment].row_begin + part.row;
         for (int32_t r = 0; r < s_.rows[i]; ++r) to[r] = info.row_begin + r;
       }
     });
-    // The many rows of one request: by all threads.
-    team_.each(segments_, [&](int k) {
-      const Segment& segment = s_.segments[k];
-      const RequestInfo info = s_.requests[segment.request];
-      if (info.rows_per_segment == 0) return;
-      const int32_t row = info.row_begin + (k - info.segment) * info.rows_per_segment;
-      for (int32_t r = 0; r < segment.rows; ++r) out_.row_index[segment.row_begin + r] = row + r;
-    });
-  }
-
-  /// Places for the partial results of rows that have more than one part; returns how many.
-  RELAY_HD int32_t lay_out_partials() {
-    team_.each(segments_, [&](int k) {
-      const Segment& segment = s_.segments[k];
-      const RequestInfo info = s_.requests[segment.request];
-      const bool alone = info.rows_per_segment > 0 || (segment.shared == 0 && info.parts == 1);
-      // Counted in head groups, as rows x heads may be many.
-      s_.sums[k] = alone ? 0 : segment.rows;
-      s_.segments[k].partial_base = alone ? -1 : 0;
-    });
-    const int64_t rows = int64_t{team_.scan(s_.sums, segments_)} * shape_.q_heads;
-    team_.each(segments_, [&](int k) {
-      if (s_.segments[k].partial_base == 0) {
-        s_.segments[k].partial_base = s_.sums[k] * shape_.q_heads;
-      }
-    });
-    partial_rows_ = rows > INT_MAX ? INT_MAX : static_cast<int32_t>(rows);
-    return partial_rows_;
   }
 
   /// The tiles of a segment read the same KV at about the same time: from memory only once.
-  RELAY_HD int32_t step_cost(const Segment& segment) const {
-    const int32_t memory =
-        shape_.costs.step_memory / (segment.row_tiles > 0 ? segment.row_tiles : 1);
+  RELAY_HD int32_t step_memory(const Segment& segment) const {
+    return shape_.costs.step_memory / (segment.row_tiles > 0 ? segment.row_tiles : 1);
+  }
+  RELAY_HD int32_t step_products(const Segment& segment) const {
     const bool many = segment.rows * shape_.group > 64;
-    const int32_t products = many ? shape_.costs.step_many : shape_.costs.step_few;
+    return many ? shape_.costs.step_many : shape_.costs.step_few;
+  }
+  RELAY_HD bool is_read_bound(const Segment& segment) const {
+    return step_memory(segment) > step_products(segment);
+  }
+  RELAY_HD int32_t step_cost(const Segment& segment) const {
+    const int32_t products = step_products(segment);
+    if (!is_read_bound(segment)) return products;
+    const int32_t memory = step_memory(segment) * reading_share_ / kWhole;
     return memory > products ? memory : products;
+  }
+  RELAY_HD int32_t job_cost(const Segment& segment) const {
+    const int32_t tiles = segment.row_tiles > 0 ? segment.row_tiles : 1;
+    const int32_t rows = ceil_div(segment.rows * shape_.group, tiles);
+    return shape_.costs.job + shape_.costs.rows * rows / 16;
+  }
+  /// What a job takes beside its steps: half of it goes on while KV is read, as far as the steps
+  /// wait for that.
+  RELAY_HD int32_t job_lead(const Segment& segment) const {
+    const int32_t waiting = segment.steps * (step_cost(segment) - step_products(segment));
+    const int32_t half = job_cost(segment) / 2;
+    return job_cost(segment) - (waiting < half ? waiting : half);
   }
   RELAY_HD int32_t jobs(const Segment& segment) const {
     return segment.row_tiles * shape_.kv_heads;
@@ -476,40 +515,44 @@ class Planner {
   /// KV at the same time, so that it comes from memory once: each of its tiles gets the same number
   /// of workers of its own, which cut it in the same places.
   RELAY_HD void cut() {
+    find_reading_share();
     team_.each(segments_, [&](int k) {
-      const Segment& segment = s_.segments[k];
+      const Segment& segment = out_.segments[k];
       s_.sums[k] = jobs(segment) * segment.steps;
       s_.costs[k] = segment.steps == 0
                         ? 0
-                        : jobs(segment) * (shape_.costs.job + segment.steps * step_cost(segment));
+                        : jobs(segment) * (job_lead(segment) + segment.steps * step_cost(segment));
     });
-    const int32_t steps = team_.scan(s_.sums, segments_);
-    const int32_t cost = team_.scan(s_.costs, segments_);
+    const auto sums = team_.scan(s_.sums, s_.costs, segments_);
+    const int32_t steps = sums.first;
+    const int32_t cost = sums.second;
     int32_t workers = cost / shape_.costs.worker;
     workers = workers < 1 ? 1 : (workers > shape_.workers ? shape_.workers : workers);
-    team_.each(segments_, [&](int k) { s_.segments[k].step_base = s_.sums[k]; });
+    team_.each(segments_, [&](int k) { out_.segments[k].step_base = s_.sums[k]; });
     // From here on sums[k] is the first worker of wide segment k.
     const int32_t wide_cost = wide_ == segments_ ? cost : (wide_ > 0 ? s_.costs[wide_] : 0);
-    team_.each(wide_, [&](int k) {
-      const int32_t tiles = s_.segments[k].row_tiles;
-      const int32_t to = k + 1 == segments_ ? cost : s_.costs[k + 1];
-      const int64_t share = int64_t{to - s_.costs[k]} * workers;
-      const auto teams =
-          static_cast<int32_t>((share + int64_t{cost} * tiles / 2) / (int64_t{cost} * tiles));
-      s_.sums[k] = (teams < 1 ? 1 : teams) * tiles;
-    });
-    // Not where shares would be uneven: nobody may have more than 5/4 of the mean.
-    bool uneven = false;
-    team_.each(wide_, [&](int k) {
-      const int32_t to = k + 1 == segments_ ? cost : s_.costs[k + 1];
-      uneven = uneven || too_much(to - s_.costs[k], s_.sums[k], cost, workers);
-    });
-    uneven = team_.any(uneven);
-    int32_t wide_workers = wide_ > 0 ? team_.scan(s_.sums, wide_) : 0;
     const bool rest = cost > wide_cost;
-    const bool teamed =
-        wide_ > 0 && !uneven && wide_workers + (rest ? 1 : 0) <= workers &&
-        !(rest && too_much(cost - wide_cost, workers - wide_workers, cost, workers));
+    int32_t wide_workers = 0;
+    bool teamed = false;
+    // As near to its share as can be, or, where that leaves the rest too few, below it.
+    for (int32_t below = 0; below < 2 && wide_ > 0 && !teamed; ++below) {
+      team_.each(wide_, [&](int k) {
+        const int64_t tiles = out_.segments[k].row_tiles;
+        const int64_t share = int64_t{wide_share(k, cost)} * workers;
+        const auto teams =
+            static_cast<int32_t>((share + (below > 0 ? 0 : cost * tiles / 2)) / (cost * tiles));
+        s_.sums[k] = (teams < 1 ? 1 : teams) * static_cast<int32_t>(tiles);
+      });
+      // Not where shares would be uneven: nobody may have more than 5/4 of the mean.
+      bool uneven = false;
+      team_.each(wide_, [&](int k) {
+        uneven = uneven || too_much(wide_share(k, cost), s_.sums[k], cost, workers);
+      });
+      uneven = team_.any(uneven);
+      wide_workers = team_.scan(s_.sums, wide_);
+      teamed = !uneven && wide_workers + (rest ? 1 : 0) <= workers &&
+               !(rest && too_much(cost - wide_cost, workers - wide_workers, cost, workers));
+    }
     if (!teamed) wide_workers = 0;
     const int32_t done = teamed ? wide_cost : 0;
     const int32_t others = workers - wide_workers;
@@ -517,11 +560,13 @@ class Planner {
     team_.each(shape_.workers + 1, [&](int w) {
       if (w >= workers) {
         out_.cuts[w] = Cut{steps, segments_};
-      } else if (w >= wide_workers) {
-        out_.cuts[w] = step_at(done + int64_t{cost - done} * (w - wide_workers) / others);
-      } else {
-        out_.cuts[w] = team_step(w, wide_workers);
+        return;
       }
+      const Cut cut = w < wide_workers
+                          ? team_step(w, wide_workers)
+                          : step_at(done + int64_t{cost - done} * (w - wide_workers) / others);
+      out_.cuts[w] = cut;
+      if (segments_ > 0) out_.begins[w] = out_.segments[cut.segment];
     });
     team_.each(1, [&](int) {
       PlanHeader& header = *out_.header;
@@ -531,6 +576,35 @@ class Planner {
       header.steps = steps;
       header.partial_rows = partial_rows_;
     });
+  }
+
+  /// Who is bound by reading reads faster where others are bound by products. What all of it takes
+  /// at least is the longer of all reading and all products; reading gets what the products of the
+  /// others leave of that.
+  RELAY_HD void find_reading_share() {
+    enum { kReading, kProducts, kMemory, kSums };
+    team_.each(kSums, [&](int k) { s_.totals[k] = 0; });
+    team_.each(segments_, [&](int k) {
+      const Segment& segment = out_.segments[k];
+      const int32_t steps = jobs(segment) * segment.steps;
+      const int32_t products = jobs(segment) * job_cost(segment) + steps * step_products(segment);
+      const int32_t memory = steps * step_memory(segment);
+      team_.add(&s_.totals[kMemory], memory);
+      if (is_read_bound(segment)) {
+        team_.add(&s_.totals[kReading], memory);
+      } else {
+        team_.add(&s_.totals[kProducts], products);
+      }
+    });
+    const int64_t left = int64_t{s_.totals[kMemory]} - s_.totals[kProducts];
+    const int64_t reading = s_.totals[kReading];
+    const int64_t share = reading > 0 && left > 0 ? left * kWhole / reading : 0;
+    reading_share_ = share < kWhole ? static_cast<int32_t>(share) : kWhole;
+  }
+
+  /// The cost of wide segment k.
+  RELAY_HD int32_t wide_share(int32_t k, int32_t cost) const {
+    return (k + 1 == segments_ ? cost : s_.costs[k + 1]) - s_.costs[k];
   }
 
   /// Whether `part` of the cost is too much for so many of the workers.
@@ -545,7 +619,7 @@ class Planner {
       const int32_t middle = (low + high) / 2;
       (s_.sums[middle] <= w ? low : high) = middle;
     }
-    const Segment& segment = s_.segments[low];
+    const Segment& segment = out_.segments[low];
     const int32_t to = low + 1 == wide_ ? wide_workers : s_.sums[low + 1];
     const int32_t per_tile = (to - s_.sums[low]) / segment.row_tiles;
     const int32_t tile = (w - s_.sums[low]) / per_tile;
@@ -571,13 +645,14 @@ class Planner {
       const int32_t middle = (low + high) / 2;
       (s_.costs[middle] <= cost ? low : high) = middle;
     }
-    const Segment& segment = s_.segments[low];
+    const Segment& segment = out_.segments[low];
     if (segment.steps == 0) return {segment.step_base, low};
     const int32_t one = step_cost(segment);
-    const int32_t job_cost = shape_.costs.job + segment.steps * one;
+    const int32_t lead = job_lead(segment);
+    const int32_t whole = lead + segment.steps * one;
     const auto within = static_cast<int32_t>(cost - s_.costs[low]);
-    int32_t job = within / job_cost;
-    int32_t step = snapped((within % job_cost - shape_.costs.job + one / 2) / one, segment.steps);
+    int32_t job = within / whole;
+    int32_t step = snapped((within % whole - lead + one / 2) / one, segment.steps);
     if (job >= jobs(segment)) {
       job = jobs(segment);
       step = 0;
@@ -613,6 +688,8 @@ class Planner {
   int32_t wide_ = 0;  ///< shared segments of several row tiles
   int32_t segments_ = 0;
   int32_t partial_rows_ = 0;
+  static constexpr int32_t kWhole = 1024;
+  int32_t reading_share_ = kWhole;  ///< of what reading takes where all read, in kWhole-ths
 };
 
 }  // namespace relay::cuda

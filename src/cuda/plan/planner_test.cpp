@@ -24,6 +24,9 @@ struct HostTeam {
   void each(int n, F f) {
     for (int i = 0; i < n; ++i) f(kReverse ? n - 1 - i : i);
   }
+  std::pair<int32_t, int32_t> scan(int32_t* p, int32_t* q, int n) {
+    return {scan(p, n), scan(q, n)};
+  }
   int32_t scan(int32_t* p, int n) {
     int32_t sum = 0;
     for (int i = 0; i < n; ++i) sum += std::exchange(p[i], sum);
@@ -71,7 +74,7 @@ struct Batch {
     s.min_shared_blocks = ceil_div(64, s.block_size);
     s.max_segments = static_cast<int32_t>(PlannerScratch::max_segments(s));
     const int32_t sharing = std::min(s.max_rows, s.max_requests * rows_per_tile(s));
-    s.max_row_index = sharing * kMaxParts + s.max_rows;
+    s.max_row_index = sharing * kMaxParts;
     table.assign(int64_t{requests()} * s.max_blocks, -1);
     for (int32_t i = 0; i < requests(); ++i) {
       std::copy(ids[i].begin(), ids[i].end(), table.begin() + int64_t{i} * s.max_blocks);
@@ -123,6 +126,7 @@ struct HostPlan {
   std::vector<RequestInfo> requests;
   std::vector<RequestPart> parts;
   std::vector<Cut> cuts;
+  std::vector<Segment> begins;
 
   template <bool kReverse = false>
   static HostPlan make(const Batch& b) {
@@ -138,13 +142,14 @@ struct HostPlan {
     garbage(p.requests, shape.max_requests);
     garbage(p.parts, int64_t{shape.max_requests} * kMaxParts);
     garbage(p.cuts, shape.workers + 1);
+    garbage(p.begins, shape.workers);
     shape.max_requests = std::max(1, b.requests());  // scratch is laid out for the batch
     std::vector<char> memory;
     garbage(memory, PlannerScratch::lay_out(shape, nullptr, nullptr));
     PlannerScratch scratch{};
     PlannerScratch::lay_out(shape, memory.data(), &scratch);
     const PlanView view{&p.header,         p.segments.data(), p.row_index.data(), p.rows.data(),
-                        p.requests.data(), p.parts.data(),    p.cuts.data()};
+                        p.requests.data(), p.parts.data(),    p.cuts.data(),      p.begins.data()};
     std::vector<int32_t> counts;
     std::vector<Run> runs;
     find_runs(b, counts, runs);
@@ -158,12 +163,20 @@ struct HostPlan {
   std::vector<RequestPart> parts_of(int32_t i, int32_t local) const {
     const RequestInfo& info = requests[i];
     if (info.rows_per_segment > 0) {
-      return {{info.segment + local / info.rows_per_segment, local % info.rows_per_segment}};
+      const int32_t k = info.segment + local / info.rows_per_segment;
+      const Segment& g = segments[k];
+      return {{k, local % info.rows_per_segment, g.rows, g.steps, g.step_base, g.partial_base}};
     }
     std::vector<RequestPart> result(parts.begin() + i * kMaxParts,
                                     parts.begin() + i * kMaxParts + info.parts);
     for (RequestPart& part : result) part.row += local;
     return result;
+  }
+
+  /// The query row that is row r of segment k.
+  int32_t row_of(int32_t k, int32_t r) const {
+    const Segment& g = segments[k];
+    return g.first_row < 0 ? row_index[g.row_begin + r] : g.first_row + r;
   }
 };
 
@@ -188,11 +201,14 @@ void check_ranges(const Batch& b, const HostPlan& p) {
     ASSERT_TRUE(g.request >= 0 && g.request < b.requests()) << k;
     ASSERT_TRUE(g.first >= 0 && g.slots >= 0) << k;
     ASSERT_LE(int64_t{g.first} + g.slots, int64_t{s.max_blocks} * s.block_size) << k;
-    ASSERT_TRUE(g.rows > 0 && g.row_begin >= 0 && g.row_begin + g.rows <= s.max_row_index) << k;
+    ASSERT_GT(g.rows, 0) << k;
+    if (g.first_row < 0) {
+      ASSERT_TRUE(g.row_begin >= 0 && g.row_begin + g.rows <= s.max_row_index) << k;
+    }
     ASSERT_EQ(g.steps, ceil_div(g.slots, s.tile_slots)) << k;
     ASSERT_EQ(g.row_tiles, ceil_div(g.rows * s.group, s.tile_rows)) << k;
     for (int32_t r = 0; r < g.rows; ++r) {
-      const int32_t row = p.row_index[g.row_begin + r];
+      const int32_t row = p.row_of(k, r);
       ASSERT_TRUE(row >= 0 && row < p.header.rows) << k << " row " << row;
     }
   }
@@ -203,7 +219,12 @@ void check_ranges(const Batch& b, const HostPlan& p) {
     ASSERT_TRUE(p.requests[i].parts >= 0 && p.requests[i].parts <= kMaxParts) << i;
     for (const RequestPart& at : p.parts_of(i, row - p.requests[i].row_begin)) {
       ASSERT_TRUE(at.segment >= 0 && at.segment < p.header.segments) << row;
-      ASSERT_TRUE(at.row >= 0 && at.row < p.segments[at.segment].rows) << row;
+      const Segment& g = p.segments[at.segment];
+      ASSERT_TRUE(at.row >= 0 && at.row < g.rows) << row;
+      ASSERT_EQ(at.segment_rows, g.rows) << row;
+      ASSERT_EQ(at.steps, g.steps) << row;
+      ASSERT_EQ(at.step_base, g.step_base) << row;
+      ASSERT_EQ(at.partial_base, g.partial_base) << row;
     }
   }
 }
@@ -214,7 +235,8 @@ void check_rows(const Batch& b, const HostPlan& p) {
   std::vector<int32_t> min_lo(p.header.segments, INT_MAX);
   std::vector<int32_t> min_hi(p.header.segments, INT_MAX);
   std::vector<bool> only_part(p.header.segments, true);
-  std::vector<bool> listed(s.max_row_index, false);
+  std::vector<std::vector<bool>> listed;  // of each segment's rows
+  for (int32_t k = 0; k < p.header.segments; ++k) listed.emplace_back(p.segments[k].rows, false);
   for (int32_t i = 0; i < b.requests(); ++i) {
     for (int32_t local = 0; local < b.rows(i); ++local) {
       const int32_t row = b.starts[i] + local;
@@ -232,9 +254,9 @@ void check_rows(const Batch& b, const HostPlan& p) {
       int32_t seen = lo;  // what the row sees is covered up to here
       for (const RequestPart& at : parts) {
         const Segment& g = p.segments[at.segment];
-        ASSERT_EQ(p.row_index[g.row_begin + at.row], row);
-        ASSERT_FALSE(listed[g.row_begin + at.row]);
-        listed[g.row_begin + at.row] = true;
+        ASSERT_EQ(p.row_of(at.segment, at.row), row);
+        ASSERT_FALSE(listed[at.segment][at.row]);
+        listed[at.segment][at.row] = true;
         ASSERT_GE(g.first, end);
         end = g.first + g.slots;
         if (g.first < hi && end > lo) {
@@ -260,7 +282,7 @@ void check_rows(const Batch& b, const HostPlan& p) {
     const Segment& g = p.segments[k];
     SCOPED_TRACE(testing::Message() << "segment " << k);
     ASSERT_EQ(g.shared != 0, k < p.header.shared_segments);
-    for (int32_t r = 0; r < g.rows; ++r) ASSERT_TRUE(listed[g.row_begin + r]);
+    for (int32_t r = 0; r < g.rows; ++r) ASSERT_TRUE(listed[k][r]);
     ASSERT_EQ(g.seen_from, min_lo[k]);
     ASSERT_EQ(std::max(0, g.visible_from), max_lo[k]);
     ASSERT_EQ(g.visible_to, min_hi[k]);
@@ -283,19 +305,56 @@ void check_rows(const Batch& b, const HostPlan& p) {
   ASSERT_LE(p.header.partial_rows, s.partial_capacity);
 }
 
-int32_t step_cost(const PlanShape& s, const Segment& g) {
-  return std::max(s.costs.step_memory / g.row_tiles,
-                  g.rows * s.group > 64 ? s.costs.step_many : s.costs.step_few);
+int32_t products(const PlanShape& s, const Segment& g) {
+  return g.rows * s.group > 64 ? s.costs.step_many : s.costs.step_few;
+}
+
+int32_t job_cost(const PlanShape& s, const Segment& g) {
+  return s.costs.job + s.costs.rows * ceil_div(g.rows * s.group, std::max(g.row_tiles, 1)) / 16;
+}
+
+int32_t reading(const PlanShape& s, const Segment& g) {
+  return s.costs.step_memory / std::max(g.row_tiles, 1);
+}
+
+/// In 1024ths: how long a step that is bound by reading takes, beside where all workers read.
+int64_t reading_share(const PlanShape& s, const HostPlan& p) {
+  int64_t all = 0;     // reading
+  int64_t bound = 0;   // of those that are bound by it
+  int64_t others = 0;  // what those take that are not
+  for (int32_t k = 0; k < p.header.segments; ++k) {
+    const Segment& g = p.segments[k];
+    const int64_t jobs = int64_t{g.row_tiles} * s.kv_heads;
+    const int64_t memory = jobs * g.steps * reading(s, g);
+    all += memory;
+    if (reading(s, g) > products(s, g)) {
+      bound += memory;
+    } else {
+      others += jobs * (job_cost(s, g) + g.steps * products(s, g));
+    }
+  }
+  return bound > 0 ? std::clamp<int64_t>((all - others) * 1024 / bound, 0, 1024) : 1024;
+}
+
+int32_t step_cost(const PlanShape& s, const Segment& g, int64_t share) {
+  return std::max(static_cast<int32_t>(reading(s, g) * share / 1024), products(s, g));
+}
+
+int32_t job_lead(const PlanShape& s, const Segment& g, int64_t share) {
+  const int32_t waiting = g.steps * (step_cost(s, g, share) - products(s, g));
+  return job_cost(s, g) - std::min(waiting, job_cost(s, g) / 2);
 }
 
 /// Cost of all steps before this one.
 int64_t cost_before(const PlanShape& s, const HostPlan& p, int32_t step) {
+  const int64_t share = reading_share(s, p);
   int64_t cost = 0;
   for (int32_t k = 0; k < p.header.segments; ++k) {
     const Segment& g = p.segments[k];
     const int32_t steps = std::min(step - g.step_base, g.row_tiles * s.kv_heads * g.steps);
     if (steps > 0) {
-      cost += int64_t{ceil_div(steps, g.steps)} * s.costs.job + int64_t{steps} * step_cost(s, g);
+      cost += int64_t{ceil_div(steps, g.steps)} * job_lead(s, g, share) +
+              int64_t{steps} * step_cost(s, g, share);
     }
   }
   return cost;
@@ -330,6 +389,7 @@ void check_cuts(const Batch& b, const HostPlan& p, Load& load) {
       const Segment& g = p.segments[cut.segment];
       ASSERT_GE(cut.step, g.step_base) << w;
       ASSERT_LE(cut.step, g.step_base + g.row_tiles * s.kv_heads * g.steps) << w;
+      ASSERT_EQ(std::memcmp(&p.begins[w], &g, sizeof(g)), 0) << w;
     }
   }
   if (steps == 0) return;
@@ -361,7 +421,8 @@ void check_cuts(const Batch& b, const HostPlan& p, Load& load) {
   int32_t snap = 0;  // cost by which a cut may lie off
   for (int32_t k = 0; k < p.header.segments; ++k) {
     const int32_t off = std::min(s.costs.snap, p.segments[k].steps) + 1;
-    snap = std::max(snap, off * step_cost(s, p.segments[k]) + s.costs.job);
+    snap = std::max(
+        snap, off * step_cost(s, p.segments[k], reading_share(s, p)) + job_cost(s, p.segments[k]));
   }
   load.wide = teamed ? wide : 0;
 
@@ -397,8 +458,8 @@ constexpr double kMostOfMean = 1.5;
 // --- Batches
 // --------------------------------------------------------------------------------------
 
-constexpr PlanCosts kMmaCosts{32, 24, 32, 16, 96, 2};
-constexpr PlanCosts kWgmmaCosts{32, 16, 32, 16, 48, 2};
+constexpr PlanCosts kMmaCosts{32, 24, 32, 16, 3, 96, 2};
+constexpr PlanCosts kWgmmaCosts{32, 16, 22, 8, 5, 48, 2};
 
 Batch batch_of(int32_t kv_heads, int32_t group) {
   Batch b;
@@ -485,7 +546,8 @@ TEST(Planner, RandomBatches) {
     ASSERT_EQ(std::memcmp(&p.header, &other.header, sizeof(p.header)), 0);
     ASSERT_TRUE(same(p.segments, other.segments) && same(p.row_index, other.row_index) &&
                 same(p.rows, other.rows) && same(p.requests, other.requests) &&
-                same(p.parts, other.parts) && same(p.cuts, other.cuts));
+                same(p.parts, other.parts) && same(p.cuts, other.cuts) &&
+                same(p.begins, other.begins));
     shared += p.header.shared_segments > 0 ? 1 : 0;
     wide += load.wide > 0 ? 1 : 0;
     // Too little room for partial results: coarser, and still right.

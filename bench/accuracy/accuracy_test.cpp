@@ -108,7 +108,7 @@ double modelled_square(const AccuracyGraph& graph, const ExactRows& exact,
   return variance / squares;
 }
 
-void compare(const AccuracyCase& c, ThreadPool& pool) {
+void compare(const AccuracyCase& c, measure::ThreadPool& pool) {
   AccuracyGraph graph(c, kThreads);
   const ExactRows exact = exact_rows(graph, kRows, pool);
   const double stock = exact.error_of(graph.ggml_flash()).rms;
@@ -137,7 +137,7 @@ void compare(const AccuracyCase& c, ThreadPool& pool) {
 }
 
 void compare_all(DType kv_type) {
-  ThreadPool pool(kThreads);
+  measure::ThreadPool pool(kThreads);
   AccuracyCase c{.kv_type = kv_type, .slots = 1024};
   for (Values values : {Values::kRealistic, Values::kPeaked, Values::kFlat}) {
     c.values = values;

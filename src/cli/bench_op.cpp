@@ -5,9 +5,8 @@
 #include <thread>
 #include <vector>
 
-#include "bench/op/op_bench.h"
 #include "cli/commands.h"
-#include "cli/kv_type.h"
+#include "measure/operator.h"
 
 namespace relay::cli {
 namespace {
@@ -29,23 +28,23 @@ struct BenchOpOptions {
 };
 
 /// All combinations, each checked, so that a wrong one costs no measurement.
-std::vector<bench::OpProblem> problems_of(const BenchOpOptions& options) {
-  std::vector<bench::OpProblem> problems;
+std::vector<measure::OpProblem> problems_of(const BenchOpOptions& options) {
+  std::vector<measure::OpProblem> problems;
   for (const std::string& kv_type : options.kv_types) {
     for (int64_t prefix : options.prefix) {
       for (int64_t context : options.context) {
         for (int32_t batch : options.batch) {
-          bench::OpProblem problem;
+          measure::OpProblem problem;
           problem.shape = {.q_heads = options.heads,
                            .kv_heads = options.kv_heads,
                            .qk_dim = options.head_dim,
                            .v_dim = options.v_head_dim > 0 ? options.v_head_dim : options.head_dim};
-          problem.kv_type = parse_kv_type(kv_type);
+          problem.kv_type = measure::parse_kv_type(kv_type);
           problem.prefix = prefix;
           problem.context = context;
           problem.batch = batch;
           problem.layout = options.layout == "tiles" ? KvLayout::kTiles : KvLayout::kRows;
-          bench::check(problem);
+          measure::check(problem);
           problems.push_back(problem);
         }
       }
@@ -56,25 +55,25 @@ std::vector<bench::OpProblem> problems_of(const BenchOpOptions& options) {
 
 void run(const BenchOpOptions& options) {
   if (!options.isa.empty()) select_isa(options.isa);
-  const std::vector<bench::OpProblem> problems = problems_of(options);
+  const std::vector<measure::OpProblem> problems = problems_of(options);
   const int32_t threads = options.threads > 0
                               ? options.threads
                               : static_cast<int32_t>(std::thread::hardware_concurrency());
-  bench::ThreadPool pool(threads);
-  bench::OpReport report;
+  measure::ThreadPool pool(threads);
+  measure::OpReport report;
   report.isa = current_isa();
-  report.load = bench::load_average();
+  report.load = measure::load_average();
   if (!options.json) std::fprintf(stderr, "measuring the roofline ...\n");
-  report.roofline = bench::measure_roofline(pool);
-  for (const bench::OpProblem& problem : problems) {
+  report.roofline = measure::measure_roofline(pool);
+  for (const measure::OpProblem& problem : problems) {
     if (!options.json) {
       std::fprintf(stderr, "measuring %s, prefix %lld, context %lld, batch %d ...\n",
                    to_string(problem.kv_type), static_cast<long long>(problem.prefix),
                    static_cast<long long>(problem.context), problem.batch);
     }
-    report.results.push_back(bench::run_op(problem, pool, options.rounds));
+    report.results.push_back(measure::run_op(problem, pool, options.rounds));
   }
-  std::puts((options.json ? bench::to_json(report) : bench::to_table(report)).c_str());
+  std::puts((options.json ? measure::to_json(report) : measure::to_table(report)).c_str());
 }
 
 }  // namespace

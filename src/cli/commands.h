@@ -1,5 +1,5 @@
-// The subcommands of `relay`: one file each, <name>.cpp, compiled in where the file and the
-// libraries that it needs are there (see CMakeLists.txt).
+// The subcommands of `relay`: one file each, <name>.cpp. serve and synth are there in a program
+// with llama.cpp (RELAY_BUILD_LLAMA).
 //
 // add_<name> registers the subcommand's options and its callback on `app`. A callback that fails
 // throws: any std::exception prints "relay: error: <what>" and exits with 1,

@@ -1,5 +1,5 @@
-// relay explain: what sharing a prompt saves on this machine, foretold and, if asked, measured.
-#include "bench/explain/explain.h"
+// relay explain: what sharing a prompt saves on this machine, predicted and, if asked, measured.
+#include "measure/explain.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -8,9 +8,7 @@
 #include <thread>
 
 #include "cli/commands.h"
-#include "cli/kv_type.h"
 #include "cli/model_shape.h"
-#include "synth/shapes.h"
 
 namespace relay::cli {
 namespace {
@@ -32,24 +30,17 @@ struct ExplainOptions {
   bool json = false;
 };
 
-bench::ExplainProblem problem_of(const ExplainOptions& options, int32_t threads) {
-  bench::ExplainProblem p;
-  if (!options.model.empty()) {
-    const ModelShape shape = read_model_shape(options.model);
+measure::ExplainProblem problem_of(const ExplainOptions& options, int32_t threads) {
+  measure::ExplainProblem p;
+  if (!options.model.empty() || !options.shape.empty()) {
+    const ModelShape shape =
+        options.model.empty() ? find_model_shape(options.shape) : read_model_shape(options.model);
     p.name = shape.name;
     p.layers = shape.layers;
     p.op.shape = {.q_heads = shape.heads,
                   .kv_heads = shape.kv_heads,
                   .qk_dim = shape.k_dim,
                   .v_dim = shape.v_dim};
-  } else if (!options.shape.empty()) {
-    const synth::Shape& shape = synth::find_shape(options.shape);
-    p.name = shape.name;
-    p.layers = static_cast<int32_t>(shape.layers);
-    p.op.shape = {.q_heads = static_cast<int32_t>(shape.heads),
-                  .kv_heads = static_cast<int32_t>(shape.kv_heads),
-                  .qk_dim = static_cast<int32_t>(shape.head_dim),
-                  .v_dim = static_cast<int32_t>(shape.head_dim)};
   } else {
     p.layers = options.layers;
     p.op.shape = {.q_heads = options.heads,
@@ -57,7 +48,7 @@ bench::ExplainProblem problem_of(const ExplainOptions& options, int32_t threads)
                   .qk_dim = options.head_dim,
                   .v_dim = options.head_dim};
   }
-  p.op.kv_type = parse_kv_type(options.kv_type);
+  p.op.kv_type = measure::parse_kv_type(options.kv_type);
   p.op.prefix = options.prefix;
   p.op.context = options.context;
   p.op.batch = options.batch;
@@ -71,15 +62,15 @@ void run(const ExplainOptions& options) {
   if (options.measure && threads > all) {
     throw Error("--measure needs a core for each thread, and there are " + std::to_string(all));
   }
-  const bench::ExplainProblem problem = problem_of(options, threads);
-  bench::check(problem.op);
-  bench::ThreadPool pool(std::min(threads, all));
+  const measure::ExplainProblem problem = problem_of(options, threads);
+  measure::check(problem.op);
+  measure::ThreadPool pool(std::min(threads, all));
   if (!options.json) std::fprintf(stderr, "measuring what the machine can do ...\n");
-  bench::Explanation explanation =
-      bench::explain(problem, bench::scaled_to(bench::measure_roofline(pool), threads));
+  measure::Explanation explanation =
+      measure::explain(problem, measure::scaled_to(measure::measure_roofline(pool), threads));
   if (options.measure) {
     if (!options.json) std::fprintf(stderr, "measuring the operator ...\n");
-    bench::measure(explanation, pool, options.rounds);
+    measure::measure(explanation, pool, options.rounds);
   }
   std::fputs(options.json ? (to_json(explanation) + "\n").c_str() : to_table(explanation).c_str(),
              stdout);
@@ -90,7 +81,7 @@ void run(const ExplainOptions& options) {
 void add_explain(CLI::App& app) {
   auto options = std::make_shared<ExplainOptions>();
   CLI::App* explain = app.add_subcommand(
-      "explain", "Foretells what sharing a prompt saves on this machine: bytes, flops, time");
+      "explain", "Predicts what sharing a prompt saves on this machine: bytes, flops, time");
   CLI::Option* model =
       explain->add_option("--model,-m", options->model, "A GGUF file, for its shape")
           ->check(CLI::ExistingFile)

@@ -3,7 +3,7 @@
 
 #include <string>
 
-namespace relay::bench {
+namespace relay::measure {
 
 /// As printf.
 std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
@@ -12,4 +12,4 @@ std::string duration(double seconds);
 /// "12.3 KiB", "4.56 GiB".
 std::string bytes(double count);
 
-}  // namespace relay::bench
+}  // namespace relay::measure

@@ -1,9 +1,9 @@
-#include "bench/explain/explain.h"
+#include "measure/explain.h"
 
 #include "cpu/plan/cost_model.h"
 #include "cpu/plan/schedule.h"
 
-namespace relay::bench {
+namespace relay::measure {
 namespace {
 
 StepCost cost_of(const ExplainProblem& problem, const Roofline& roofline, bool bf16,
@@ -66,7 +66,7 @@ Explanation explain(const ExplainProblem& problem, const Roofline& roofline) {
   const double bytes_of_slot = problem.layers * static_cast<double>(slot_bytes(op));
   e.stored_shared = (prefix + batch * context) * bytes_of_slot;
   e.stored_apart = batch * (prefix + context) * bytes_of_slot;
-  e.formula = relay_speedup(batch, prefix, context);
+  e.formula = relay_speedup(op);
   const bool bf16 = uses_bf16(op, e.isa);
   e.on = cost_of(problem, roofline, bf16, Sharing::kOn);
   e.off = cost_of(problem, roofline, bf16, Sharing::kOff);
@@ -79,4 +79,4 @@ void measure(Explanation& e, ThreadPool& pool, int rounds) {
   e.off.measured = e.problem.layers * result.off.time.median;
 }
 
-}  // namespace relay::bench
+}  // namespace relay::measure

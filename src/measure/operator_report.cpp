@@ -1,11 +1,13 @@
 // The two faces of an operator benchmark: a table for people, JSON for machines.
 #include <nlohmann/json.hpp>
+#include <utility>
 
-#include "bench/op/format.h"
-#include "bench/op/op_bench.h"
+#include "measure/format.h"
+#include "measure/operator.h"
+#include "measure/problem_json.h"
 #include "relay_commit.h"
 
-namespace relay::bench {
+namespace relay::measure {
 namespace {
 
 /// Shares of the rooflines that a measurement reached.
@@ -55,7 +57,7 @@ nlohmann::json json_of(const OpReport& report, const OpResult& result, const OpM
           {"share_of_read_peak", shares.memory},
           {"share_of_roofline", shares.floor},
           {"idle_share", m.idle_share},
-          {"idle_share_foretold", m.foretold_idle_share},
+          {"idle_share_predicted", m.predicted_idle_share},
           {"items", m.plan.items},
           {"partials", m.plan.partials},
           {"workspace_bytes", m.plan.workspace_bytes},
@@ -80,8 +82,7 @@ std::string to_table(const OpReport& report) {
   }
   for (const OpResult& result : report.results) {
     const OpProblem& p = result.problem;
-    text += format("\n%d/%d heads of %d", p.shape.q_heads, p.shape.kv_heads, p.shape.qk_dim);
-    if (p.shape.v_dim != p.shape.qk_dim) text += format("/%d", p.shape.v_dim);
+    text += format("\n%s", to_string(p.shape).c_str());
     text += format(
         ", %s KV%s, prefix %lld, context %lld, batch %d; KV %.1f MiB a layer, %d layers, "
         "%d rounds\n",
@@ -99,13 +100,14 @@ std::string to_table(const OpReport& report) {
         result.speedup(), result.predicted, result.difference);
   }
   text +=
-      "\niqr: quartile distance over median. KV MiB: what the plan reads of the cache, reads: over "
-      "one "
-      "read of every slot.\ncompute, memory: share of the measured peaks; KV that the kernels "
-      "multiply as bf16 counts "
-      "against the bf16 peak.\nroof: the least time the problem needs on this machine (one "
-      "read, or all flops) over the time taken.\nidle: share of the threads' time that they waited "
-      "for the last one.\n";
+      "\n"
+      "iqr: quartile distance over median. KV MiB: what the plan reads of the cache, reads: over\n"
+      "one read of every slot.\n"
+      "compute, memory: share of the measured peaks; KV that the kernels multiply as bf16 counts\n"
+      "against the bf16 peak.\n"
+      "roof: the least time the problem needs on this machine (one read, or all flops) over the\n"
+      "time taken.\n"
+      "idle: share of the threads' time that they waited for the last one.\n";
   return text;
 }
 
@@ -113,24 +115,17 @@ std::string to_json(const OpReport& report) {
   const Roofline& roofline = report.roofline;
   nlohmann::json results = nlohmann::json::array();
   for (const OpResult& result : report.results) {
-    const OpProblem& p = result.problem;
-    results.push_back({{"heads", p.shape.q_heads},
-                       {"kv_heads", p.shape.kv_heads},
-                       {"head_dim", p.shape.qk_dim},
-                       {"v_head_dim", p.shape.v_dim},
-                       {"kv_type", to_string(p.kv_type)},
-                       {"layout", p.layout == KvLayout::kTiles ? "tiles" : "rows"},
-                       {"prefix", p.prefix},
-                       {"context", p.context},
-                       {"batch", p.batch},
-                       {"layers", result.layers},
-                       {"rounds", result.rounds},
-                       {"kv_bytes_ideal", result.ideal_bytes},
-                       {"sharing_on", json_of(report, result, result.on)},
-                       {"sharing_off", json_of(report, result, result.off)},
-                       {"speedup", result.speedup()},
-                       {"predicted_speedup", result.predicted},
-                       {"outputs_differ_by", result.difference}});
+    nlohmann::json json = json_of(result.problem);
+    json.update({{"layout", result.problem.layout == KvLayout::kTiles ? "tiles" : "rows"},
+                 {"layers", result.layers},
+                 {"rounds", result.rounds},
+                 {"kv_bytes_ideal", result.ideal_bytes},
+                 {"sharing_on", json_of(report, result, result.on)},
+                 {"sharing_off", json_of(report, result, result.off)},
+                 {"speedup", result.speedup()},
+                 {"predicted_speedup", result.predicted},
+                 {"outputs_differ_by", result.difference}});
+    results.push_back(std::move(json));
   }
   const nlohmann::json json = {
       {"benchmark", "op"},
@@ -148,4 +143,4 @@ std::string to_json(const OpReport& report) {
   return json.dump(2);
 }
 
-}  // namespace relay::bench
+}  // namespace relay::measure

@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <string>
 
-#include "bench/op/thread_pool.h"
+#include "measure/thread_pool.h"
 
-namespace relay::bench {
+namespace relay::measure {
 
 struct Roofline {
   int32_t threads = 0;
@@ -35,4 +35,4 @@ std::string cpu_model();
 /// Mean number of runnable threads over the last minute; negative where the system does not tell.
 double load_average();
 
-}  // namespace relay::bench
+}  // namespace relay::measure

@@ -13,10 +13,10 @@
 #include <optional>
 #include <string>
 
-#include "bench/op/op_bench.h"
-#include "bench/op/roofline.h"
+#include "measure/operator.h"
+#include "measure/roofline.h"
 
-namespace relay::bench {
+namespace relay::measure {
 
 struct ExplainProblem {
   std::string name;  ///< of the model, for the heading; may be empty
@@ -33,7 +33,7 @@ struct StepCost {
   double read_floor = 0;  ///< seconds of reading alone, at the measured bandwidth
   double arithmetic_floor = 0;
   double predicted = 0;            ///< seconds, by the cost model
-  double idle_share = 0;           ///< of the threads, foretold
+  double idle_share = 0;           ///< of the threads, predicted
   std::optional<double> measured;  ///< seconds
 
   /// How far the prediction was off: (predicted - measured) / measured.
@@ -69,4 +69,4 @@ void measure(Explanation& explanation, ThreadPool& pool, int rounds);
 std::string to_table(const Explanation& explanation);
 std::string to_json(const Explanation& explanation);
 
-}  // namespace relay::bench
+}  // namespace relay::measure

@@ -8,7 +8,7 @@ endif()
 file(CONFIGURE OUTPUT "${HEADER}" CONTENT
 "#pragma once
 
-namespace relay::bench {
+namespace relay::measure {
 inline constexpr const char* kCommit = \"@commit@\";
-}  // namespace relay::bench
+}  // namespace relay::measure
 " @ONLY)

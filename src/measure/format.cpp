@@ -1,9 +1,9 @@
-#include "bench/op/format.h"
+#include "measure/format.h"
 
 #include <cstdarg>
 #include <cstdio>
 
-namespace relay::bench {
+namespace relay::measure {
 
 std::string format(const char* pattern, ...) {
   char text[512];
@@ -26,4 +26,4 @@ std::string bytes(double count) {
   return format("%.2f GiB", count / (1024.0 * 1024 * 1024));
 }
 
-}  // namespace relay::bench
+}  // namespace relay::measure

@@ -1,10 +1,11 @@
 // An explanation as a table for people, and as JSON for machines.
 #include <nlohmann/json.hpp>
 
-#include "bench/explain/explain.h"
-#include "bench/op/format.h"
+#include "measure/explain.h"
+#include "measure/format.h"
+#include "measure/problem_json.h"
 
-namespace relay::bench {
+namespace relay::measure {
 namespace {
 
 std::string line(const char* name, const std::string& on, const std::string& off, double ratio) {
@@ -45,8 +46,7 @@ std::string to_table(const Explanation& e) {
   const OpProblem& op = p.op;
   std::string text;
   if (!p.name.empty()) text += p.name + ": ";
-  text += format("%d/%d heads of %d", op.shape.q_heads, op.shape.kv_heads, op.shape.qk_dim);
-  if (op.shape.v_dim != op.shape.qk_dim) text += format("/%d", op.shape.v_dim);
+  text += to_string(op.shape);
   text +=
       format(", %d layer%s, %s KV\n", p.layers, p.layers == 1 ? "" : "s", to_string(op.kv_type));
   text += format("%d request%s behind a prefix of %lld tokens, each with %lld of its own\n",
@@ -93,34 +93,26 @@ std::string to_table(const Explanation& e) {
 }
 
 std::string to_json(const Explanation& e) {
-  const OpProblem& op = e.problem.op;
-  nlohmann::json json = {{"model", e.problem.name},
-                         {"heads", op.shape.q_heads},
-                         {"kv_heads", op.shape.kv_heads},
-                         {"head_dim", op.shape.qk_dim},
-                         {"v_head_dim", op.shape.v_dim},
-                         {"layers", e.problem.layers},
-                         {"kv_type", to_string(op.kv_type)},
-                         {"prefix", op.prefix},
-                         {"context", op.context},
-                         {"batch", op.batch},
-                         {"threads", e.problem.threads},
-                         {"cpu", cpu_model()},
-                         {"isa", e.isa},
-                         {"roofline",
-                          {{"f32_flops_per_second", e.roofline.f32_flops},
-                           {"bf16_flops_per_second", e.roofline.bf16_flops},
-                           {"read_bytes_per_second", e.roofline.read_bytes}}},
-                         {"kv_bytes_stored_shared", e.stored_shared},
-                         {"kv_bytes_stored_apart", e.stored_apart},
-                         {"sharing_on", json_of(e.on)},
-                         {"sharing_off", json_of(e.off)},
-                         {"formula_speedup", e.formula},
-                         {"predicted_speedup", e.predicted_speedup()}};
+  nlohmann::json json = json_of(e.problem.op);
+  json.update({{"model", e.problem.name},
+               {"layers", e.problem.layers},
+               {"threads", e.problem.threads},
+               {"cpu", cpu_model()},
+               {"isa", e.isa},
+               {"roofline",
+                {{"f32_flops_per_second", e.roofline.f32_flops},
+                 {"bf16_flops_per_second", e.roofline.bf16_flops},
+                 {"read_bytes_per_second", e.roofline.read_bytes}}},
+               {"kv_bytes_stored_shared", e.stored_shared},
+               {"kv_bytes_stored_apart", e.stored_apart},
+               {"sharing_on", json_of(e.on)},
+               {"sharing_off", json_of(e.off)},
+               {"formula_speedup", e.formula},
+               {"predicted_speedup", e.predicted_speedup()}});
   if (const std::optional<double> speedup = e.measured_speedup()) {
     json["measured_speedup"] = *speedup;
   }
   return json.dump(2);
 }
 
-}  // namespace relay::bench
+}  // namespace relay::measure

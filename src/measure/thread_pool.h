@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-namespace relay::bench {
+namespace relay::measure {
 
 /// All threads meet here; reusable. Spins for a while before it sleeps: operators are short.
 class Barrier {
@@ -79,4 +79,4 @@ class ThreadPool {
   std::vector<std::thread> workers_;
 };
 
-}  // namespace relay::bench
+}  // namespace relay::measure

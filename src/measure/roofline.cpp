@@ -1,4 +1,4 @@
-#include "bench/op/roofline.h"
+#include "measure/roofline.h"
 
 #include <algorithm>
 #include <atomic>
@@ -20,7 +20,7 @@
 #include "cpu/plan/cache_size.h"
 #include "relay/attention.h"
 
-namespace relay::bench {
+namespace relay::measure {
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -254,4 +254,4 @@ Roofline measure_roofline(ThreadPool& pool) {
   return roofline;
 }
 
-}  // namespace relay::bench
+}  // namespace relay::measure

@@ -1,4 +1,4 @@
-#include "bench/op/op_bench.h"
+#include "measure/operator.h"
 
 #include <algorithm>
 #include <chrono>
@@ -6,13 +6,12 @@
 #include <random>
 #include <span>
 
-#include "bench/op/kv_buffer.h"
 #include "cpu/plan/cache_size.h"
 #include "cpu/plan/plan.h"
 #include "cpu/plan/schedule.h"
-#include "relay/forest.h"
+#include "measure/kv_buffer.h"
 
-namespace relay::bench {
+namespace relay::measure {
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -152,7 +151,7 @@ OpMeasurement measurement_of(const OpProblem& p, const Way& way) {
   m.build_seconds = quantile(way.build_seconds, 0.5);
   m.plan_seconds = quantile(way.plan_seconds, 0.5);
   m.idle_share = quantile(way.idle_shares, 0.5);
-  m.foretold_idle_share = foretell(*way.plan).idle_share();
+  m.predicted_idle_share = foretell(*way.plan).idle_share();
   m.plan = summarize(*way.plan);
   m.flops = m.plan.flops;
   m.bytes_read = static_cast<double>(m.plan.kv_slots_read) * static_cast<double>(slot_bytes(p));
@@ -162,19 +161,12 @@ OpMeasurement measurement_of(const OpProblem& p, const Way& way) {
 }  // namespace
 
 void check(const OpProblem& p) {
-  if (p.batch < 1 || p.prefix < 0 || p.context < 0 || p.prefix + p.context < 1) {
-    throw Error("needs a batch of at least 1 and at least one slot to attend");
-  }
+  check_batch(p);
   check_options({.shape = p.shape,
                  .k_type = p.kv_type,
                  .v_type = p.kv_type,
                  .layout = p.layout,
                  .threads = 1});
-}
-
-int64_t slot_bytes(const OpProblem& p) {
-  return p.shape.kv_heads *
-         (row_bytes(p.kv_type, p.shape.qk_dim) + row_bytes(p.kv_type, p.shape.v_dim));
 }
 
 void build_batch(const OpProblem& p, Sharing sharing, Forest& forest) {
@@ -206,8 +198,7 @@ OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds) {
   result.ideal_bytes = static_cast<double>((p.prefix + p.context * p.batch) * slot_bytes(p));
   result.layers = static_cast<int>(
       std::clamp<int64_t>(4 * last_level_cache_bytes() / (k_bytes + v_bytes) + 1, 2, 2048));
-  result.predicted =
-      relay_speedup(p.batch, static_cast<double>(p.prefix), static_cast<double>(p.context));
+  result.predicted = relay_speedup(p);
 
   std::vector<float> q(static_cast<int64_t>(p.batch) * p.shape.q_heads * p.shape.qk_dim);
   std::mt19937_64 random(1);
@@ -269,4 +260,4 @@ OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds) {
   return result;
 }
 
-}  // namespace relay::bench
+}  // namespace relay::measure

@@ -9,46 +9,25 @@
 #include <string>
 #include <vector>
 
-#include "bench/op/roofline.h"
-#include "bench/op/thread_pool.h"
 #include "cpu/kernels/kernels.h"
+#include "measure/problem.h"
+#include "measure/roofline.h"
+#include "measure/thread_pool.h"
+#include "measure/timing.h"
 #include "relay/attention.h"
+#include "relay/forest.h"
 
-namespace relay::bench {
+namespace relay::measure {
 
-struct OpProblem {
-  HeadShape shape;
-  DType kv_type = DType::kF16;
-  int64_t prefix = 4096;  ///< shared slots
-  int64_t context = 128;  ///< slots of each request's own
-  int32_t batch = 32;     ///< requests, one row each
-  KvLayout layout = KvLayout::kRows;
-};
-
-/// Throws Error for a problem without a request or a slot, or that no plan can be made for.
+/// Throws Error for a problem that no plan can be made for.
 void check(const OpProblem& problem);
-/// Bytes of one slot's K and V, of all KV heads.
-int64_t slot_bytes(const OpProblem& problem);
 /// Whether kernel set `isa` multiplies it by instructions for bf16: which of the peaks counts.
 inline bool uses_bf16(const OpProblem& problem, const std::string& isa) {
   return kernels::product_layout(isa, problem.kv_type, problem.kv_type) !=
          kernels::QueryLayout::kF32;
 }
-/// The paper's speed-up of b requests over s shared slots and c of their own:
-/// b (s + c) / (s + b c).
-inline double relay_speedup(double batch, double prefix, double context) {
-  return batch * (prefix + context) / (prefix + batch * context);
-}
 /// The batch as a prefix tree: slots [0, prefix) shared, then the contexts one after the other.
 void build_batch(const OpProblem& problem, Sharing sharing, Forest& forest);
-
-/// Seconds of one operator over the rounds.
-struct Timing {
-  double median = 0;
-  double low = 0;  ///< quartiles
-  double high = 0;
-  double best = 0;
-};
 
 /// One way of running a problem, sharing on or off.
 struct OpMeasurement {
@@ -58,7 +37,7 @@ struct OpMeasurement {
   double flops = 0;
   double bytes_read = 0;  ///< of KV, by the plan
   double idle_share = 0;  ///< of the threads' time, until the last has finished: median of layers
-  double foretold_idle_share = 0;  ///< the same, by the plan's cost model
+  double predicted_idle_share = 0;  ///< the same, by the plan's cost model
   PlanSummary plan;
 };
 
@@ -81,12 +60,12 @@ OpResult run_op(const OpProblem& problem, ThreadPool& pool, int rounds);
 struct OpReport {
   Roofline roofline;
   std::string isa;
-  double load =
-      0;  ///< the system's load average before measuring: others at work spoil all numbers
+  /// The system's load average before measuring: others at work spoil all numbers.
+  double load = 0;
   std::vector<OpResult> results;
 };
 
 std::string to_table(const OpReport& report);
 std::string to_json(const OpReport& report);
 
-}  // namespace relay::bench
+}  // namespace relay::measure

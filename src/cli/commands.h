@@ -19,6 +19,6 @@ void add_serve(CLI::App& app);     ///< relay serve: the OpenAI-compatible serve
 void add_synth(CLI::App& app);     ///< relay synth: GGUF models with random weights
 void add_bench_op(CLI::App& app);  ///< relay bench op: `app` is the subcommand "bench"
 void add_explain(CLI::App& app);   ///< relay explain: what sharing a prompt saves here
-void add_isa(CLI::App& app);       ///< relay isa: the kernel sets of this CPU
+void add_isa(CLI::App& app);       ///< relay isa: the kernels of this CPU and GPU
 
 }  // namespace relay::cli

@@ -31,6 +31,20 @@ StepCost cost_of(const ExplainProblem& problem, const Roofline& roofline, bool b
 
 }  // namespace
 
+void check_layers(const ExplainProblem& problem) {
+  if (problem.layers < 1) throw Error("explain: needs at least one layer");
+}
+
+KvStored kv_stored(const ExplainProblem& problem) {
+  const OpProblem& op = problem.op;
+  const double batch = op.batch;
+  const auto prefix = static_cast<double>(op.prefix);
+  const auto context = static_cast<double>(op.context);
+  const double bytes_of_slot = problem.layers * static_cast<double>(slot_bytes(op));
+  return {.shared = (prefix + batch * context) * bytes_of_slot,
+          .apart = batch * (prefix + context) * bytes_of_slot};
+}
+
 std::optional<double> StepCost::error() const {
   if (!measured) return std::nullopt;
   return (predicted - *measured) / *measured;
@@ -54,18 +68,13 @@ Roofline scaled_to(const Roofline& roofline, int32_t threads) {
 Explanation explain(const ExplainProblem& problem, const Roofline& roofline) {
   const OpProblem& op = problem.op;
   check(op);
-  if (problem.layers < 1) throw Error("explain: needs at least one layer");
+  check_layers(problem);
   if (problem.threads < 1) throw Error("explain: needs at least one thread");
   Explanation e;
   e.problem = problem;
   e.roofline = roofline;
   e.isa = current_isa();
-  const auto batch = static_cast<double>(op.batch);
-  const auto prefix = static_cast<double>(op.prefix);
-  const auto context = static_cast<double>(op.context);
-  const double bytes_of_slot = problem.layers * static_cast<double>(slot_bytes(op));
-  e.stored_shared = (prefix + batch * context) * bytes_of_slot;
-  e.stored_apart = batch * (prefix + context) * bytes_of_slot;
+  e.stored = kv_stored(problem);
   e.formula = relay_speedup(op);
   const bool bf16 = uses_bf16(op, e.isa);
   e.on = cost_of(problem, roofline, bf16, Sharing::kOn);

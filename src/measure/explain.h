@@ -25,6 +25,16 @@ struct ExplainProblem {
   int32_t threads = 1;
 };
 
+/// Throws Error for a problem without a layer.
+void check_layers(const ExplainProblem& problem);
+
+/// Bytes of KV in memory, of all layers.
+struct KvStored {
+  double shared = 0;  ///< each slot once
+  double apart = 0;   ///< the prefix once per request
+};
+KvStored kv_stored(const ExplainProblem& problem);
+
 /// One decode step of all layers, sharing on or off.
 struct StepCost {
   double slots_read = 0;  ///< by the plan, of one layer
@@ -45,8 +55,7 @@ struct Explanation {
   ExplainProblem problem;
   Roofline roofline;
   std::string isa;
-  double stored_shared = 0;  ///< bytes of KV in memory, each slot once
-  double stored_apart = 0;   ///< the prefix once per request
+  KvStored stored;
   StepCost on;
   StepCost off;
   double formula = 1;  ///< the paper's b (s + c) / (s + b c)

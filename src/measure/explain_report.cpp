@@ -4,16 +4,10 @@
 #include "measure/explain.h"
 #include "measure/format.h"
 #include "measure/problem_json.h"
+#include "measure/step_table.h"
 
 namespace relay::measure {
 namespace {
-
-std::string line(const char* name, const std::string& on, const std::string& off, double ratio) {
-  return format("  %-24s %13s %13s %9.2fx\n", name, on.c_str(), off.c_str(), ratio);
-}
-std::string line(const char* name, const std::string& on, const std::string& off) {
-  return format("  %-24s %13s %13s\n", name, on.c_str(), off.c_str());
-}
 
 std::string percent(double share) { return format("%.1f %%", 100 * share); }
 
@@ -44,44 +38,35 @@ nlohmann::json json_of(const StepCost& cost) {
 std::string to_table(const Explanation& e) {
   const ExplainProblem& p = e.problem;
   const OpProblem& op = p.op;
-  std::string text;
-  if (!p.name.empty()) text += p.name + ": ";
-  text += to_string(op.shape);
-  text +=
-      format(", %d layer%s, %s KV\n", p.layers, p.layers == 1 ? "" : "s", to_string(op.kv_type));
-  text += format("%d request%s behind a prefix of %lld tokens, each with %lld of its own\n",
-                 op.batch, op.batch == 1 ? "" : "s", static_cast<long long>(op.prefix),
-                 static_cast<long long>(op.context));
+  std::string text = step_heading(p);
   text += format("%s, %d threads, kernels %s: f32 %.0f GFLOP/s", cpu_model().c_str(), p.threads,
                  e.isa.c_str(), e.roofline.f32_flops * 1e-9);
   if (e.roofline.bf16_flops > 0) text += format(", bf16 %.0f", e.roofline.bf16_flops * 1e-9);
   text += format(", read %.1f GB/s\n\n", e.roofline.read_bytes * 1e-9);
 
+  text += step_columns();
+  text += step_line("KV stored", bytes(e.stored.shared), bytes(e.stored.apart),
+                    e.stored.apart / e.stored.shared);
+  text += step_line("KV read", bytes(e.on.bytes_read), bytes(e.off.bytes_read),
+                    e.off.bytes_read / e.on.bytes_read);
+  text += step_line("arithmetic", format("%.2f GFLOP", e.on.flops * 1e-9),
+                    format("%.2f GFLOP", e.off.flops * 1e-9), e.off.flops / e.on.flops);
+  text += step_line("reading takes at least", duration(e.on.read_floor), duration(e.off.read_floor),
+                    e.off.read_floor / e.on.read_floor);
   text +=
-      format("  %-24s %13s %13s %10s\n", "attention of one step", "sharing", "without", "ratio");
-  text += line("KV stored", bytes(e.stored_shared), bytes(e.stored_apart),
-               e.stored_apart / e.stored_shared);
-  text += line("KV read", bytes(e.on.bytes_read), bytes(e.off.bytes_read),
-               e.off.bytes_read / e.on.bytes_read);
-  text += line("arithmetic", format("%.2f GFLOP", e.on.flops * 1e-9),
-               format("%.2f GFLOP", e.off.flops * 1e-9), e.off.flops / e.on.flops);
-  text += line("reading takes at least", duration(e.on.read_floor), duration(e.off.read_floor),
-               e.off.read_floor / e.on.read_floor);
-  text += line("arithmetic at least", duration(e.on.arithmetic_floor),
-               duration(e.off.arithmetic_floor), e.off.arithmetic_floor / e.on.arithmetic_floor);
-  text += line("bound by", bound(e.on), bound(e.off));
-  text +=
-      line("predicted", duration(e.on.predicted), duration(e.off.predicted), e.predicted_speedup());
-  text += line("threads idle", percent(e.on.idle_share), percent(e.off.idle_share));
+      step_line("arithmetic at least", duration(e.on.arithmetic_floor),
+                duration(e.off.arithmetic_floor), e.off.arithmetic_floor / e.on.arithmetic_floor);
+  text += step_line("bound by", bound(e.on), bound(e.off));
+  text += step_line("predicted", duration(e.on.predicted), duration(e.off.predicted),
+                    e.predicted_speedup());
+  text += step_line("threads idle", percent(e.on.idle_share), percent(e.off.idle_share));
   if (e.on.measured && e.off.measured) {
-    text += line("measured", duration(*e.on.measured), duration(*e.off.measured),
-                 *e.measured_speedup());
-    text += line("prediction was off by", signed_percent(*e.on.error()),
-                 signed_percent(*e.off.error()));
+    text += step_line("measured", duration(*e.on.measured), duration(*e.off.measured),
+                      *e.measured_speedup());
+    text += step_line("prediction was off by", signed_percent(*e.on.error()),
+                      signed_percent(*e.off.error()));
   }
-  text += format(
-      "\nThe paper's formula, b(s + c) / (s + bc): %.2fx, where reading KV is all that counts.\n",
-      e.formula);
+  text += formula_line(e.formula);
   if (op.batch == 1) {
     text += "One request shares with nobody: both are planned alike.\n";
   } else if (!e.on.bound_by_reading() && e.off.bound_by_reading()) {
@@ -103,8 +88,8 @@ std::string to_json(const Explanation& e) {
                 {{"f32_flops_per_second", e.roofline.f32_flops},
                  {"bf16_flops_per_second", e.roofline.bf16_flops},
                  {"read_bytes_per_second", e.roofline.read_bytes}}},
-               {"kv_bytes_stored_shared", e.stored_shared},
-               {"kv_bytes_stored_apart", e.stored_apart},
+               {"kv_bytes_stored_shared", e.stored.shared},
+               {"kv_bytes_stored_apart", e.stored.apart},
                {"sharing_on", json_of(e.on)},
                {"sharing_off", json_of(e.off)},
                {"formula_speedup", e.formula},

@@ -33,8 +33,8 @@ Roofline machine() {
 TEST(Explain, CountsBytesAndFlops) {
   const Explanation e = explain(problem(32), machine());
   const double slot = 16 * 8 * (64 + 64) * 2;  // bytes of all layers
-  EXPECT_DOUBLE_EQ(e.stored_shared, (4096 + 32 * 128) * slot);
-  EXPECT_DOUBLE_EQ(e.stored_apart, 32 * (4096 + 128) * slot);
+  EXPECT_DOUBLE_EQ(e.stored.shared, (4096 + 32 * 128) * slot);
+  EXPECT_DOUBLE_EQ(e.stored.apart, 32 * (4096 + 128) * slot);
   EXPECT_DOUBLE_EQ(e.on.bytes_read, (4096 + 32 * 128) * slot);
   EXPECT_DOUBLE_EQ(e.off.bytes_read, 32 * (4096 + 128) * slot);
   EXPECT_DOUBLE_EQ(e.on.flops, 16.0 * 2 * 32 * (4096 + 128) * 32 * (64 + 64));

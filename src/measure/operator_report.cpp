@@ -31,10 +31,9 @@ Shares shares_of(const OpReport& report, const OpResult& result, const OpMeasure
 std::string row(const OpReport& report, const OpResult& result, const OpMeasurement& m,
                 const char* name) {
   const Shares shares = shares_of(report, result, m);
-  const double spread = (m.time.high - m.time.low) / m.time.median;
   return format(
       "  %-8s %11s %5.1f%% %8.1f %7.2f %9.1f %6.2fx %7.0f%% %7.0f%% %7.0f%% %6.1f%%   %s\n", name,
-      duration(m.time.median).c_str(), 100 * spread, shares.gflops, shares.gbytes,
+      duration(m.time.median).c_str(), 100 * m.time.spread(), shares.gflops, shares.gbytes,
       m.bytes_read / 1048576, m.bytes_read / result.ideal_bytes, 100 * shares.compute,
       100 * shares.memory, 100 * shares.floor, 100 * m.idle_share,
       duration(m.build_seconds + m.plan_seconds).c_str());

@@ -1,14 +1,23 @@
 #include "measure/problem.h"
 
+#include <vector>
+
 #include "measure/format.h"
 
 namespace relay::measure {
 
-DType parse_kv_type(const std::string& name) {
-  for (DType type : {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0}) {
+DType parse_kv_type(const std::string& name, Device device) {
+  const std::vector<DType> types =
+      device == Device::kCpu ? std::vector{DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0}
+                             : std::vector{DType::kF16, DType::kBF16, DType::kF8E4M3};
+  std::string names;
+  for (DType type : types) {
     if (name == to_string(type)) return type;
+    names += names.empty() ? "" : ", ";
+    names += to_string(type);
   }
-  throw Error("--kv-type is one of f32, f16, bf16, q8_0, not '" + name + "'");
+  throw Error("--kv-type is one of " + names + (device == Device::kCuda ? " on a GPU" : "") +
+              ", not '" + name + "'");
 }
 
 void check_batch(const OpProblem& p) {
@@ -33,6 +42,11 @@ std::string to_string(const HeadShape& shape) {
   std::string text = format("%d/%d heads of %d", shape.q_heads, shape.kv_heads, shape.qk_dim);
   if (shape.v_dim != shape.qk_dim) text += format("/%d", shape.v_dim);
   return text;
+}
+
+std::string to_string(const OpProblem& p) {
+  return format("%s, prefix %lld, context %lld, batch %d", to_string(p.kv_type),
+                static_cast<long long>(p.prefix), static_cast<long long>(p.context), p.batch);
 }
 
 }  // namespace relay::measure

@@ -17,8 +17,10 @@ struct OpProblem {
   KvLayout layout = KvLayout::kRows;
 };
 
-/// The type of a --kv-type; throws Error for a name that is none.
-DType parse_kv_type(const std::string& name);
+enum class Device : uint8_t { kCpu, kCuda };
+
+/// The type of a --kv-type; throws Error for a name of none that the device's kernels serve.
+DType parse_kv_type(const std::string& name, Device device = Device::kCpu);
 /// Throws Error for a batch without a request or without a slot.
 void check_batch(const OpProblem& problem);
 /// Bytes of one slot's K and V, of all KV heads.
@@ -28,5 +30,7 @@ int64_t slot_bytes(const OpProblem& problem);
 double relay_speedup(const OpProblem& problem);
 /// "32/8 heads of 128".
 std::string to_string(const HeadShape& shape);
+/// "f16, prefix 4096, context 128, batch 32".
+std::string to_string(const OpProblem& problem);
 
 }  // namespace relay::measure

@@ -14,6 +14,9 @@ struct Timing {
   double low = 0;  ///< quartiles
   double high = 0;
   double best = 0;
+
+  /// Distance of the quartiles over the median.
+  double spread() const { return (high - low) / median; }
 };
 Timing timing_of(const std::vector<double>& seconds);
 

@@ -36,8 +36,6 @@ if(TARGET relay)
 endif()
 
 if(TARGET relay_cuda)
-  set_target_properties(relay_cuda PROPERTIES
-    VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
   install(TARGETS relay_cuda LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}")
 endif()
 

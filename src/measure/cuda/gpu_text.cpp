@@ -1,5 +1,7 @@
 // What `relay isa` says of a GPU.
-#include <algorithm>
+#include <functional>
+#include <map>
+#include <string>
 
 #include "measure/cuda/gpu.h"
 #include "measure/format.h"
@@ -7,22 +9,23 @@
 namespace relay::measure {
 
 std::string to_text(const Gpu& gpu, int index) {
-  std::string text = format("GPU %d: %s\n", index, gpu.name.c_str());
-  std::vector<std::string> lines;
+  std::map<std::string, std::string, std::greater<>> types_of;  // wgmma before mma
+  std::string obstacles;
   for (const GpuPath& one : gpu.paths) {
-    const std::string begin = "  " + (one.path.empty() ? "none" : one.path) + " for KV in ";
-    const std::string end = one.path.empty() ? ": " + one.obstacle : "";
-    const auto same = std::find_if(lines.begin(), lines.end(), [&](const std::string& line) {
-      return !one.path.empty() && line.starts_with(begin);
-    });
-    if (same != lines.end()) {
-      *same += std::string(", ") + to_string(one.kv_type);
+    const char* type = to_string(one.kv_type);
+    if (one.path.empty()) {
+      obstacles += format("  none for KV in %s: %s\n", type, one.obstacle.c_str());
     } else {
-      lines.push_back(begin + to_string(one.kv_type) + end);
+      std::string& types = types_of[one.path];
+      if (!types.empty()) types += ", ";
+      types += type;
     }
   }
-  for (const std::string& line : lines) text += line + "\n";
-  return text;
+  std::string text = format("GPU %d: %s\n", index, gpu.name.c_str());
+  for (const auto& [path, types] : types_of) {
+    text += format("  %s for KV in %s\n", path.c_str(), types.c_str());
+  }
+  return text + obstacles;
 }
 
 }  // namespace relay::measure

@@ -132,7 +132,7 @@ void add_explain(CLI::App& app) {
       "Attention alone, of one decode step; the rest of a step costs the same either way.\n"
       "--device cuda tells how the GPU plans the batch, which takes a GPU, and predicts no time "
       "but\n"
-      "the least that reading takes.\n"
+      "that of reading KV from memory.\n"
       "Example: relay explain --shape llama-3.2-1b --prefix 4096 --context 128 --batch 32");
   explain->callback([explain, options] {
     if (device_of(options->device) == measure::Device::kCpu) return run_on_cpu(*options);

@@ -31,7 +31,7 @@ GpuExplanation explain_on_gpu(const ExplainProblem& problem, int rounds) {
     const double state_bytes = 4.0 * (op.shape.v_dim + 2);
     cost.partial_bytes =
         problem.layers * 2 * static_cast<double>(cost.plan.partial_rows) * state_bytes;
-    cost.read_floor = cost.bytes_read / e.limits.read_bytes;
+    cost.read_seconds = cost.bytes_read / e.limits.read_bytes;
     return cost;
   };
   e.on = cost_of(Sharing::kOn);

@@ -14,9 +14,11 @@ namespace relay::measure {
 /// One decode step of all layers, sharing on or off.
 struct GpuStepCost {
   cuda::PlanSummary plan;
-  double bytes_read = 0;           ///< of KV, by the plan
-  double partial_bytes = 0;        ///< of partial states, written once and read once
-  double read_floor = 0;           ///< seconds of reading KV alone, at the measured bandwidth
+  double bytes_read = 0;     ///< of KV, by the plan
+  double partial_bytes = 0;  ///< of partial states, written once and read once
+  /// Seconds of reading that, all from memory. What several requests read at the same time comes in
+  /// part from the L2 cache, so that without sharing it may take less.
+  double read_seconds = 0;
   std::optional<double> measured;  ///< seconds
 };
 

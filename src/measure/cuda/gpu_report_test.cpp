@@ -95,12 +95,12 @@ GpuExplanation explanation() {
   e.on = {.plan = plan(8192, 1),
           .bytes_read = 16 * 8192 * 4096.0,
           .partial_bytes = 1 << 20,
-          .read_floor = 179e-6,
+          .read_seconds = 179e-6,
           .measured = {}};
   e.off = {.plan = plan(135168, 0),
            .bytes_read = 16 * 135168 * 4096.0,
            .partial_bytes = 0,
-           .read_floor = 2953e-6,
+           .read_seconds = 2953e-6,
            .measured = {}};
   return e;
 }

@@ -75,7 +75,8 @@ std::string to_table(const GpuOpReport& report) {
       "\n"
       "iqr: quartile distance over median. KV MiB: what the plan reads of the cache, reads: over\n"
       "one read of every slot.\n"
-      "memory: share of the measured bandwidth; ideal: the same, had every slot been read once.\n"
+      "memory: share of the measured bandwidth, more than all of it where requests that read the\n"
+      "same KV find it in the L2 cache; ideal: the same, had every slot been read once.\n"
       "plan: finding the sharing and planning, once per step of a model.\n";
   return text;
 }

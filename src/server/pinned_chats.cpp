@@ -126,6 +126,8 @@ bool PinnedChats::refresh(Entry& entry) {
   } catch (const engine::EngineError& error) {
     if (error.kind() == engine::ErrorKind::kShuttingDown) return true;
     spdlog::error("the prompt {} could not be pinned anew: {}", name, error.what());
+  } catch (const std::exception& error) {  // nobody above catches it: this is a timer's work
+    spdlog::error("the prompt {} could not be pinned anew: {}", name, error.what());
   }
   return true;
 }

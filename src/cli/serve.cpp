@@ -17,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/utf8.h"
 #include "cli/commands.h"
 #include "engine/engine.h"
 #include "relay/types.h"
@@ -159,7 +160,7 @@ engine::ChatRequest read_prompt_file(const std::string& path) {
       throw Error("the prompt file '" + path + "': " + error.what());
     }
   }
-  if (!server::is_valid_utf8(text)) throw Error("the prompt file '" + path + "' is not UTF-8 text");
+  if (!is_valid_utf8(text)) throw Error("the prompt file '" + path + "' is not UTF-8 text");
   engine::ChatRequest chat;
   chat.messages_json = server::dump(server::Json::array({{{"role", "system"}, {"content", text}}}));
   return chat;

@@ -3,19 +3,14 @@
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
-#include <chrono>
 #include <optional>
 #include <utility>
+
+#include "base/unix_time.h"
 
 namespace relay::server {
 
 namespace {
-
-int64_t unix_now() {
-  return std::chrono::duration_cast<std::chrono::seconds>(
-             std::chrono::system_clock::now().time_since_epoch())
-      .count();
-}
 
 engine::EngineError not_found(const std::string& id) {
   return {engine::ErrorKind::kNotFound, "There is no cached prompt '" + id + "'.", "id"};

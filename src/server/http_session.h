@@ -71,10 +71,11 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   Awaitable<void> write_answer(Answer answer, Exchange& exchange);
   Awaitable<void> write_stream_header(Exchange& exchange);
   Awaitable<void> write_frames(const std::string& frames, bool last, const Exchange& exchange);
-  /// The client has a time for taking `bytes`; a write that fails means that it is gone.
+  /// Starts the time that the client has for taking `bytes`.
   void begin_write(size_t bytes);
+  /// Ends that time; after a failed write the client counts as gone.
   void end_write(const boost::system::error_code& error);
-  /// Says goodbye so that a client still sending gets to read the answer.
+  /// Ends our side but reads on for a while: a client that is still sending can read the answer.
   Awaitable<void> linger();
 
   /// Runs `work` on `pool`. The coroutine itself goes there and comes back to the strand, so what

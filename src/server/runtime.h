@@ -65,8 +65,8 @@ class Runtime {
   std::atomic<bool> stopping{false};
   std::atomic<int> busy{0};  ///< connections between the header of a request and its answer's end
 
-  // Last, so destroyed first: what waits in them holds connections, which use all of the above when
-  // they end.
+  // Last, so destroyed first: connections wait in them, and use all of the above when they are
+  // destroyed.
   boost::asio::io_context io;
   boost::asio::thread_pool workers;  ///< computes: parsing, templates, tokens, grammars
   boost::asio::thread_pool waiters;  ///< waits for the engine: pinning

@@ -180,7 +180,7 @@ void Server::shutdown(std::chrono::milliseconds grace) {
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
   for (const auto& session : runtime.sessions()) session->close(/*at_once=*/true);
-  // Work under way refers to sessions, so it ends before the loop that owns them.
+  // Coroutines that are at work on the pools come back to the loop, so the pools end first.
   runtime.workers.join();
   runtime.waiters.join();
   state.work.reset();

@@ -1,6 +1,11 @@
 #include "server/http_response.h"
 
+#include <boost/beast/core/buffers_to_string.hpp>
+#include <boost/beast/http/chunk_encode.hpp>
+#include <boost/beast/http/empty_body.hpp>
+#include <boost/beast/http/write.hpp>
 #include <ctime>
+#include <sstream>
 #include <utility>
 
 namespace relay::server {
@@ -40,14 +45,21 @@ http::response<http::string_body> whole_response(Answer answer, const std::strin
   return response;
 }
 
-http::response<http::empty_body> stream_response(const std::string& request_id, bool keep_alive,
-                                                 bool chunked) {
+std::string stream_head(const std::string& request_id, bool keep_alive, bool chunked) {
   http::response<http::empty_body> response;
   set_common_fields(response, "text/event-stream; charset=utf-8", request_id, keep_alive);
   response.set(http::field::cache_control, "no-cache");
   response.set("X-Accel-Buffering", "no");  // nginx would gather the events otherwise
   if (chunked) response.chunked(true);
-  return response;
+  std::ostringstream head;
+  head << response.base();
+  return head.str();
 }
+
+std::string chunk(const std::string& data) {
+  return boost::beast::buffers_to_string(http::make_chunk(boost::asio::buffer(data)));
+}
+
+std::string last_chunk() { return boost::beast::buffers_to_string(http::make_chunk_last()); }
 
 }  // namespace relay::server

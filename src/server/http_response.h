@@ -1,7 +1,6 @@
 // What answers look like on the wire: Beast's messages with the header fields that all share.
 #pragma once
 
-#include <boost/beast/http/empty_body.hpp>
 #include <boost/beast/http/message.hpp>
 #include <boost/beast/http/string_body.hpp>
 #include <string>
@@ -13,8 +12,11 @@ namespace relay::server {
 boost::beast::http::response<boost::beast::http::string_body> whole_response(
     Answer answer, const std::string& request_id, bool keep_alive);
 
-/// The header before a stream of events; an unchunked one ends with the connection (HTTP/1.0).
-boost::beast::http::response<boost::beast::http::empty_body> stream_response(
-    const std::string& request_id, bool keep_alive, bool chunked);
+// Pieces of a stream of events, as bytes: a header goes out together with the first events.
+
+/// The header; a stream that is not chunked ends with the connection (HTTP/1.0).
+std::string stream_head(const std::string& request_id, bool keep_alive, bool chunked);
+std::string chunk(const std::string& data);
+std::string last_chunk();
 
 }  // namespace relay::server

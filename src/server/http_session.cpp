@@ -9,7 +9,7 @@
 #include <boost/asio/post.hpp>
 #include <boost/asio/use_awaitable.hpp>
 #include <boost/asio/write.hpp>
-#include <boost/beast/http/chunk_encode.hpp>
+#include <boost/beast/http/empty_body.hpp>
 #include <boost/beast/http/error.hpp>
 #include <boost/beast/http/read.hpp>
 #include <boost/beast/http/write.hpp>
@@ -329,13 +329,7 @@ HttpSession::Awaitable<void> HttpSession::answer_generation(Endpoint endpoint, s
     net::post(executor, [weak] {
       const auto self = weak.lock();
       if (self == nullptr) return;
-      // A reader that has fallen too far behind is cut off: the write it does not take would wait
-      // for ever, and the engine must not.
-      if (self->generation_ != nullptr && self->generation_->overflowed()) {
-        spdlog::warn("a client reads too slowly; its stream is cut off");
-        self->on_gone();
-        self->close_socket();
-      }
+      self->cut_off_slow_reader();
       self->notify();
     });
   };
@@ -352,6 +346,7 @@ HttpSession::Awaitable<void> HttpSession::answer_generation(Endpoint endpoint, s
     ~Current() { slot = nullptr; }
   } current{generation_};
   generation_ = generation.get();
+  cut_off_slow_reader();  // the one wake that tells of an overflow may have come before
   co_await follow(*generation, exchange);
 }
 
@@ -393,44 +388,24 @@ HttpSession::Awaitable<void> HttpSession::follow_stream(Generation& generation,
       }
       frames = kKeepAliveFrame;
     }
-    if (!exchange.header_sent) co_await write_stream_header(exchange);
-    if (!gone_) co_await write_frames(frames, /*last=*/!running, exchange);
+    std::string out;
+    if (!exchange.header_sent) out = stream_header(exchange);
+    out += exchange.http_1_0 ? frames : chunk(frames);
+    if (!running && !exchange.http_1_0) out += last_chunk();
+    begin_write(out.size());
+    const auto bytes = net::buffer(out);
+    const auto [error, count] = co_await net::async_write(socket_, bytes, kUse);
+    end_write(error);
     if (!running || gone_) co_return;
     next_sign = Clock::now() + options_.keep_alive_interval;
   }
 }
 
-HttpSession::Awaitable<void> HttpSession::write_stream_header(Exchange& exchange) {
+std::string HttpSession::stream_header(Exchange& exchange) {
   exchange.header_sent = true;
   exchange.status = 200;
   if (exchange.http_1_0 || runtime_.service.draining()) exchange.keep_alive = false;
-  const auto response =
-      stream_response(exchange.request_id, exchange.keep_alive, /*chunked=*/!exchange.http_1_0);
-  http::response_serializer<http::empty_body> serializer(response);
-  begin_write(0);
-  const auto [error, count] = co_await http::async_write_header(socket_, serializer, kUse);
-  end_write(error);
-}
-
-HttpSession::Awaitable<void> HttpSession::write_frames(const std::string& frames, bool last,
-                                                       const Exchange& exchange) {
-  begin_write(frames.size());
-  error_code failure;
-  if (exchange.http_1_0) {
-    const auto bytes = net::buffer(frames);
-    const auto [error, count] = co_await net::async_write(socket_, bytes, kUse);
-    failure = error;
-  } else {
-    const auto chunk = http::make_chunk(net::buffer(frames));
-    const auto [error, count] = co_await net::async_write(socket_, chunk, kUse);
-    failure = error;
-    if (last && !failure) {
-      const auto end = http::make_chunk_last();
-      const auto [end_error, end_count] = co_await net::async_write(socket_, end, kUse);
-      failure = end_error;
-    }
-  }
-  end_write(failure);
+  return stream_head(exchange.request_id, exchange.keep_alive, /*chunked=*/!exchange.http_1_0);
 }
 
 HttpSession::Awaitable<void> HttpSession::write_answer(Answer answer, Exchange& exchange) {
@@ -501,6 +476,15 @@ HttpSession::Awaitable<void> HttpSession::stop_watching() {
     watch_cancel_.emit(net::cancellation_type::total);
     co_await wait_for_notice();
   }
+}
+
+// A reader that has fallen too far behind is cut off: the write it does not take would wait for
+// ever, and the engine must not.
+void HttpSession::cut_off_slow_reader() {
+  if (generation_ == nullptr || !generation_->overflowed()) return;
+  spdlog::warn("a client reads too slowly; its stream is cut off");
+  on_gone();
+  close_socket();
 }
 
 void HttpSession::on_gone() {

@@ -69,8 +69,7 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   Awaitable<void> follow_stream(Generation& generation, Exchange& exchange);
 
   Awaitable<void> write_answer(Answer answer, Exchange& exchange);
-  Awaitable<void> write_stream_header(Exchange& exchange);
-  Awaitable<void> write_frames(const std::string& frames, bool last, const Exchange& exchange);
+  std::string stream_header(Exchange& exchange);
   /// Starts the time that the client has for taking `bytes`.
   void begin_write(size_t bytes);
   /// Ends that time; after a failed write the client counts as gone.
@@ -89,6 +88,7 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   void watch();
   Awaitable<void> stop_watching();
   void on_gone();
+  void cut_off_slow_reader();
 
   // Waking the coroutine: notices come from the engine and the watch.
   void notify();

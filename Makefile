@@ -28,7 +28,7 @@ build: setup-build
 	cmake --build --preset release --target relay-programs
 
 demo: build
-	@.venv/bin/python scripts/demo.py
+	@.venv/bin/python scripts/demo
 
 test: setup
 	@scripts/test.sh

@@ -11,7 +11,7 @@
 #include <random>
 #include <vector>
 
-#include "cpu/execution/workspace.h"
+#include "base/aligned_buffer.h"
 #include "cpu/kernels/kernels.h"
 #include "measure/kv_buffer.h"
 #include "measure/roofline.h"
@@ -49,7 +49,7 @@ void attend(benchmark::State& state, DType type, Path path) {
     v_rows[s] = v.data() + s * vector_bytes;
   }
   const int stride = kernels::query_words(layout, dim);
-  FloatBuffer q, o, max, sum, scratch;
+  AlignedBuffer<float> q, o, max, sum, scratch;
   q.reserve(int64_t{rows} * stride);
   o.reserve(int64_t{rows} * kernels::padded_dim(dim));
   max.reserve(rows);

@@ -15,7 +15,7 @@ StepCost cost_of(const ExplainProblem& problem, const Roofline& roofline, bool b
   build_batch(op, sharing, forest);
   // Planned as an engine would, priced as measured.
   const PlanPtr plan = make_plan(forest, options);
-  const Schedule schedule = foretell(*plan, measured_costs(options, roofline.read_bytes));
+  const Schedule schedule = simulate(*plan, measured_costs(options, roofline.read_bytes));
   const PlanSummary summary = summarize(*plan);
   const double layers = problem.layers;
   StepCost cost;

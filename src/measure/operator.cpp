@@ -151,7 +151,7 @@ OpMeasurement measurement_of(const OpProblem& p, const Way& way) {
   m.build_seconds = quantile(way.build_seconds, 0.5);
   m.plan_seconds = quantile(way.plan_seconds, 0.5);
   m.idle_share = quantile(way.idle_shares, 0.5);
-  m.predicted_idle_share = foretell(*way.plan).idle_share();
+  m.predicted_idle_share = simulate(*way.plan).idle_share();
   m.plan = summarize(*way.plan);
   m.flops = m.plan.flops;
   m.bytes_read = static_cast<double>(m.plan.kv_slots_read) * static_cast<double>(slot_bytes(p));

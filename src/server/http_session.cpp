@@ -276,6 +276,8 @@ HttpSession::Awaitable<void> HttpSession::handle(Parser& parser, Exchange& excha
         body = gunzip(body, options_.max_body_bytes);
       } catch (const ApiError& error) {
         failure = error;
+      } catch (const std::exception& error) {  // out of memory: nothing may leave a pool's thread
+        failure = from_engine(engine::ErrorKind::kInternal, error.what());
       }
     };
     co_await run_on(runtime_.workers, work);

@@ -4,15 +4,18 @@
 #include <gtest/gtest.h>
 #include <sys/socket.h>
 
+#include <atomic>
 #include <boost/asio/connect.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/read.hpp>
+#include <boost/asio/strand.hpp>
 #include <boost/asio/write.hpp>
 #include <thread>
 
 #include "relay/types.h"
 #include "server/fake_engine.h"
 #include "server/json.h"
+#include "server/runtime.h"
 #include "server/server.h"
 
 namespace relay::server {
@@ -583,6 +586,54 @@ TEST_F(HttpSessionTest, ShutdownEndsWhatDoesNotFinish) {
   engine_->stop();  // cancels: the stream ends with an error
   server_->shutdown(5s);
   EXPECT_NE(client.read_until("data: {\"error\""), "");
+}
+
+TEST_F(HttpSessionTest, ShutdownWhileClientsComeAndGo) {
+  // For the sanitizers above all: connections are accepted, work is on other threads and clients
+  // leave in the middle of it, all while the server ends.
+  for (int round = 0; round < 5; ++round) {
+    start(endless());
+    const uint16_t port = server_->port();
+    std::atomic<bool> over{false};
+    std::vector<std::thread> clients;
+    for (int i = 0; i < 6; ++i) {
+      clients.emplace_back([&, i] {
+        while (!over) {
+          net::io_context io;
+          net::ip::tcp::socket socket(io);
+          error_code error;
+          socket.connect({net::ip::address_v4::loopback(), port}, error);
+          if (error) continue;
+          const std::string body = chat(i % 2 == 0 ? R"(,"stream":true)" : R"(,"max_tokens":5)");
+          net::write(socket, net::buffer(Client::post_text(kChat, body)), error);
+          char byte = 0;
+          if (i % 3 == 0 && !error) net::read(socket, net::buffer(&byte, 1), error);
+        }
+      });
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(20 + 10 * round));
+    EXPECT_GT(engine_->running + engine_->cancelled, 0);
+    engine_->stop();
+    server_->shutdown(round % 2 == 0 ? 0ms : 100ms);
+    over = true;
+    for (std::thread& client : clients) client.join();
+    EXPECT_EQ(engine_->running, 0);
+    server_.reset();
+  }
+}
+
+TEST(Runtime, ConnectionsThatTheLoopStillHasMayLeaveLast) {
+  // Whoever destroys the loop destroys the coroutines in it, and with them their connections. ASan
+  // tells if those find their list gone.
+  const ServerOptions options;
+  Runtime runtime(options);
+  net::ip::tcp::acceptor acceptor(runtime.io, {net::ip::address_v4::loopback(), 0});
+  const Client client(acceptor.local_endpoint().port());
+  net::ip::tcp::socket socket(net::make_strand(runtime.io));
+  acceptor.accept(socket);
+  std::make_shared<HttpSession>(std::move(socket), runtime)->start();
+  runtime.io.poll();
+  EXPECT_EQ(runtime.connections(), 1u) << "waits for its first request";
 }
 
 TEST_F(HttpSessionTest, PortInUseSaysSo) {

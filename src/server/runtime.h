@@ -17,6 +17,12 @@ namespace relay::server {
 class HttpSession;
 
 class Runtime {
+  // Before `io`: a connection that is left in the loop when the loop is destroyed still takes
+  // leave.
+  std::atomic<size_t> body_bytes_{0};
+  mutable std::mutex mutex_;
+  std::unordered_map<HttpSession*, std::weak_ptr<HttpSession>> sessions_;
+
  public:
   explicit Runtime(const ServerOptions& options)
       : service(options),
@@ -62,11 +68,6 @@ class Runtime {
     }
     return alive;
   }
-
- private:
-  std::atomic<size_t> body_bytes_{0};
-  mutable std::mutex mutex_;
-  std::unordered_map<HttpSession*, std::weak_ptr<HttpSession>> sessions_;
 };
 
 }  // namespace relay::server

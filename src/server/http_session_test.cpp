@@ -8,14 +8,12 @@
 #include <boost/asio/connect.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/read.hpp>
-#include <boost/asio/strand.hpp>
 #include <boost/asio/write.hpp>
 #include <thread>
 
 #include "relay/types.h"
 #include "server/fake_engine.h"
 #include "server/json.h"
-#include "server/runtime.h"
 #include "server/server.h"
 
 namespace relay::server {
@@ -622,20 +620,6 @@ TEST_F(HttpSessionTest, ShutdownWhileClientsComeAndGo) {
     EXPECT_TRUE(error) << "it still listens";
     server_.reset();
   }
-}
-
-TEST(Runtime, ConnectionsThatTheLoopStillHasMayLeaveLast) {
-  // Whoever destroys the loop destroys the coroutines in it, and with them their connections. ASan
-  // tells if those find their list gone.
-  const ServerOptions options;
-  Runtime runtime(options);
-  net::ip::tcp::acceptor acceptor(runtime.io, {net::ip::address_v4::loopback(), 0});
-  const Client client(acceptor.local_endpoint().port());
-  net::ip::tcp::socket socket(net::make_strand(runtime.io));
-  acceptor.accept(socket);
-  std::make_shared<HttpSession>(std::move(socket), runtime)->start();
-  runtime.io.poll();
-  EXPECT_EQ(runtime.connections(), 1u) << "waits for its first request";
 }
 
 TEST_F(HttpSessionTest, PortInUseSaysSo) {

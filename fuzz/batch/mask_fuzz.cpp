@@ -57,7 +57,8 @@ struct Mask {
     const int64_t element = batch.type == DType::kF16 ? 2 : 4;
     batch.row_stride = (batch.columns + in.take<uint8_t>() % 4) * element;
     batch.stream_stride = batch.rows_per_stream * batch.row_stride;
-    const auto rows = static_cast<size_t>(batch.rows_per_stream * batch.streams);
+    const auto rows =
+        static_cast<size_t>(batch.rows_per_stream) * static_cast<size_t>(batch.streams);
     cells.resize(rows * static_cast<size_t>(batch.columns));
     // Runs of like cells, or the row above once more: masks have rows that are much alike.
     const auto width = static_cast<size_t>(batch.columns);

@@ -115,7 +115,8 @@ void compare(const AccuracyCase& c, measure::ThreadPool& pool) {
   const double relay = exact.error_of(graph.relay()).rms;
   if (relay <= stock) return;
 
-  test::Arithmetic arithmetic = test::arithmetic_of(current_isa(), c.kv_type, c.kv_type);
+  test::Arithmetic arithmetic =
+      test::arithmetic_of(current_isa(), graph.shape(), c.kv_type, c.kv_type);
   double stock_square = stock * stock;
   const double rounding = std::max(arithmetic.query_rounding + arithmetic.key_rounding,
                                    std::sqrt(32.0) * arithmetic.byte_rounding);

@@ -1,4 +1,5 @@
-// Counts by hand, a machine that is made up: nothing here depends on a clock but `measure`.
+// Counts by hand, a machine that is made up. On a clock depend `measure`, and the kernels' costs,
+// so predictions are compared with one another.
 #include "measure/explain.h"
 
 #include <gtest/gtest.h>
@@ -50,15 +51,16 @@ TEST(Explain, ThePapersFormula) {
   EXPECT_DOUBLE_EQ(relay_speedup(problem(32, 0, 128).op), 1) << "nothing shared";
 }
 
-TEST(Explain, PredictsSharedNoSlowerThanApart) {
-  for (int32_t batch : {1, 2, 8, 32, 128}) {
-    for (int64_t prefix : {0, 512, 16384}) {
-      const Explanation e = explain(problem(batch, prefix), machine());
-      EXPECT_GT(e.on.predicted, 0);
-      EXPECT_GE(e.predicted_speedup(), 0.9) << batch << " over " << prefix;
-    }
+TEST(Explain, PredictsSharedFasterThanApart) {
+  const auto speedup = [](int32_t batch, int64_t prefix) {
+    return explain(problem(batch, prefix), machine()).predicted_speedup();
+  };
+  for (int32_t batch : {2, 8, 32, 128}) {
+    EXPECT_DOUBLE_EQ(speedup(batch, 0), 1) << batch << ": nothing is shared, the same plan";
+    EXPECT_GE(speedup(batch, 512), 1) << batch;
+    EXPECT_GE(speedup(batch, 16384), batch < 8 ? 1.0 : 1.2) << batch;
   }
-  EXPECT_DOUBLE_EQ(explain(problem(1), machine()).predicted_speedup(), 1) << "the same plan";
+  EXPECT_DOUBLE_EQ(speedup(1, 4096), 1) << "nobody to share with, the same plan";
 }
 
 TEST(Explain, ScalesWithLayers) {

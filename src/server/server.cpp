@@ -95,7 +95,9 @@ net::awaitable<void> Server::State::accept_loop() {
       refuse_connection(socket);
       continue;
     }
-    std::make_shared<HttpSession>(std::move(socket), runtime)->start();
+    const auto session = std::make_shared<HttpSession>(std::move(socket), runtime);
+    session->start();
+    if (runtime.stopping) session->close(/*at_once=*/true);  // shutdown() may have missed it
   }
 }
 

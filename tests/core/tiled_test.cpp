@@ -124,7 +124,9 @@ TEST_P(Tiled, RandomForestsOfBlockTables) {
       ASSERT_NO_THROW(validate(*plan, inputs));
       Workspace workspace(*plan);
       run_plan(*plan, inputs, workspace, threads, Threading::kReal, seed);
-      ASSERT_EQ(oracle.compare(op, op.out, arithmetic_of(isa, config.k_type, config.v_type)), "");
+      ASSERT_EQ(oracle.compare(op, op.out,
+                               arithmetic_of(isa, config.shape, config.k_type, config.v_type)),
+                "");
       ASSERT_EQ(op.out.broken_guards(), "");
     });
     if (HasFatalFailure()) return;

@@ -98,9 +98,10 @@ std::vector<Case> realistic_cases() {
   return cases;
 }
 
-/// The built-in costs, whatever machine this is.
+/// The built-in costs of a machine that multiplies bf16 by pairs, whatever machine this is.
 CostModel costs_of(const PlanOptions& options) {
-  CostModel costs = make_cost_model(fixed_costs(options.k_type, options.v_type, true), options,
+  const bool pairs = options.k_type == DType::kBF16 && options.v_type == DType::kBF16;
+  CostModel costs = make_cost_model(fixed_costs(options.k_type, options.v_type, pairs), options,
                                     guessed_read_bytes(options.threads));
   costs.cache_bytes = int64_t{1} << 20;
   if (options.layout == KvLayout::kRows) costs.few_rows = 8;
@@ -169,7 +170,7 @@ TEST(Balance, CuttingCostsLittleForOneToSixtyFourThreads) {
       const double seconds = schedule.seconds;
       EXPECT_GE(seconds, bare * (1 - 1e-9)) << c.name;
       const double uncut = in_tiles(c) ? tile_seconds(c, threads) : 0;
-      EXPECT_LT(seconds, (threads <= 8 ? 1.12 : 1.3) * bare + 20e-6 + uncut)
+      EXPECT_LT(seconds, (threads <= 8 ? 1.08 : 1.11) * bare + 20e-6 + uncut)
           << threads << " threads, " << c.name;
       sum += 1 - bare / seconds;
       idle += schedule.idle_share();
@@ -177,7 +178,7 @@ TEST(Balance, CuttingCostsLittleForOneToSixtyFourThreads) {
     }
     const auto all = static_cast<double>(cases.size());
     std::printf("%7d  %10.4f %6.3f %30.4f\n", threads, idle / all, worst_idle, sum / all);
-    EXPECT_LT(sum / all, 0.002 * threads + 0.02) << threads;
+    EXPECT_LT(sum / all, 0.001 * threads + 0.027) << threads;
   }
 }
 
@@ -207,8 +208,8 @@ TEST(Balance, SurvivesCostsThatAreWrong) {
       ++count;
     }
   }
-  EXPECT_LT(sum / count, 0.04);
-  EXPECT_LT(worst, 0.25);
+  EXPECT_LT(sum / count, 0.01);
+  EXPECT_LT(worst, 0.08);
 }
 
 TEST(Balance, OneThreadHasNothingToCut) {

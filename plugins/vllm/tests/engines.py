@@ -30,7 +30,7 @@ def engine(
     if relay is not False:
         plugin.register()
     else:
-        AttentionBackendEnum.CPU_ATTN.clear_override()
+        AttentionBackendEnum[plugin.find_device().replaces].clear_override()
     defaults = dict(
         dtype=dtype,
         skip_tokenizer_init=True,

@@ -1,0 +1,54 @@
+"""One vLLM engine on a GPU in a process of its own, so that each starts with a GPU of its own.
+
+Its arguments are a file with what remote.py asks, and the file that remote.py gets, both pickled.
+"""
+
+import pickle
+import sys
+import time
+from pathlib import Path
+
+import engines
+
+
+def _look(worker: object) -> tuple[int, int, int]:
+    """Plans that Relay made, and what the last ones read and attend, in KV slots."""
+    import torch
+
+    stream = torch.cuda.current_stream().cuda_stream
+    plans = [
+        plan
+        for groups in worker.model_runner.attn_groups
+        for group in groups
+        for builder in group.metadata_builders
+        for plan in (getattr(builder, "_plans", None) or {}).values()
+    ]
+    summaries = [plan.summary(stream) for plan in plans]
+    return (
+        sum(plan.made for plan in plans),
+        sum(s.kv_slots_read for s in summaries),
+        sum(s.kv_slots_attended for s in summaries),
+    )
+
+
+def main() -> None:
+    request = pickle.loads(Path(sys.argv[1]).read_bytes())
+    begin = time.perf_counter()
+    with engines.engine(request["model"], relay=request["relay"], **request["options"]) as llm:
+        print(f"engine: {time.perf_counter() - begin:.1f} s to start", flush=True)
+        served = engines.served_layers(llm)
+        answers = [
+            engines.generate(llm, prompts, tokens, **sampling)
+            for prompts, tokens, sampling in request["calls"]
+        ]
+        plans, read, attended = llm.collective_rpc(_look)[0]
+    Path(sys.argv[2]).write_bytes(
+        pickle.dumps(
+            dict(answers=answers, served=served, plans=plans, read=read, attended=attended)
+        )
+    )
+    print(f"engine: served {served}, {plans} plans, the last read {read} of {attended} KV slots")
+
+
+if __name__ == "__main__":
+    main()

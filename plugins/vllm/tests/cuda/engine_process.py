@@ -8,13 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import arrivals
 import engines
+import torch
 
 
 def _look(worker: object) -> tuple[int, int, int]:
     """Plans that Relay made, and what the last ones read and attend, in KV slots."""
-    import torch
-
     stream = torch.cuda.current_stream().cuda_stream
     plans = [
         plan
@@ -37,14 +37,27 @@ def main() -> None:
     with engines.engine(request["model"], relay=request["relay"], **request["options"]) as llm:
         print(f"engine: {time.perf_counter() - begin:.1f} s to start", flush=True)
         served = engines.served_layers(llm)
-        answers = [
-            engines.generate(llm, prompts, tokens, **sampling)
-            for prompts, tokens, sampling in request["calls"]
-        ]
+        if request["arrivals"]:
+            outcome = arrivals.run(llm, request["arrivals"], torch.cuda.memory_allocated)
+            answers, preempted, memory = [outcome.answers], outcome.preempted, outcome.memory
+        else:
+            preempted, memory = 0, []
+            answers = [
+                engines.generate(llm, prompts, tokens, **sampling)
+                for prompts, tokens, sampling in request["calls"]
+            ]
         plans, read, attended = llm.collective_rpc(_look)[0]
     Path(sys.argv[2]).write_bytes(
         pickle.dumps(
-            dict(answers=answers, served=served, plans=plans, read=read, attended=attended)
+            dict(
+                answers=answers,
+                served=served,
+                plans=plans,
+                read=read,
+                attended=attended,
+                preempted=preempted,
+                memory=memory,
+            )
         )
     )
     print(f"engine: served {served}, {plans} plans, the last read {read} of {attended} KV slots")

@@ -22,22 +22,26 @@ class Result:
     plans: int  # that Relay made
     read: int  # KV slots that the last ones read
     attended: int  # and would without sharing
+    preempted: int  # how often a request was, of arrivals
+    memory: list[int]  # bytes in use on the GPU, on the way
     log: str = field(repr=False, default="")
 
 
 def run(
     model: Path,
     calls: list[Call],
+    arrivals: list[tuple] | None = None,
     *,
     relay: bool | None,
     environment: dict[str, str] | None = None,
     timeout: float = 240,
     **options: object,
 ) -> Result:
-    """Answers of an engine over `model`. relay: None where Relay may leave layers to vLLM."""
+    """Answers of an engine over `model`, to `calls` or to what arrivals.schedule() made.
+    relay: None where Relay may leave layers to vLLM."""
     here = Path(__file__).parent
     options = dict(gpu_memory_utilization=0.2) | options  # several may run at once
-    request = dict(model=model, relay=relay, options=options, calls=calls)
+    request = dict(model=model, relay=relay, options=options, calls=calls, arrivals=arrivals)
     paths = [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),

@@ -22,11 +22,11 @@ import random
 import re
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from arguments import numbers
+from cuda_engine import ENVIRONMENT, Engine
 from shapes import SHAPES, VOCABULARY, write_config
 from turns import Comparison, Remote, in_turns
 
@@ -95,68 +95,6 @@ class Case:
         return made + [words(self.longest, shared) for _ in range(self.alone)]
 
 
-class Engine:
-    """One vLLM in this process; its methods are what the other process asks for."""
-
-    def __init__(self, model: str, max_len: int, kv_bytes: int, sizes: list[int], options: dict):
-        from vllm import LLM
-
-        begin = time.perf_counter()
-        self._llm = LLM(
-            model,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            max_model_len=max_len,
-            max_num_seqs=max(sizes),
-            kv_cache_memory_bytes=kv_bytes,
-            gpu_memory_utilization=0.45,
-            compilation_config=dict(cudagraph_capture_sizes=sizes),
-            **options,
-        )
-        self.start_seconds = time.perf_counter() - begin
-
-    def generate(self, case: Case, seed: int, tokens: int) -> float:
-        """Seconds that it takes."""
-        from vllm import SamplingParams
-
-        prompts = [dict(prompt_token_ids=p) for p in case.make(seed)]
-        count = case.requests if case.sampled else 1
-        parameters = SamplingParams(
-            max_tokens=tokens,
-            n=count,
-            temperature=1.0 if count > 1 else 0.0,
-            seed=seed,
-            ignore_eos=True,
-            detokenize=False,
-        )
-        begin = time.perf_counter()
-        self._llm.generate(prompts, parameters, use_tqdm=False)
-        return time.perf_counter() - begin
-
-    def step(self, case: Case, steps: int) -> float:
-        """Seconds of a decode step, the mean of `steps`."""
-        few = self.generate(case, 1, 8)
-        return (self.generate(case, 1, 8 + steps) - few) / steps
-
-    def kv_slots(self) -> tuple[int, int]:
-        """KV slots that the plans of the last step read, and that they attended."""
-        return self._llm.collective_rpc(_kv_slots)[0]
-
-
-def _kv_slots(worker: object) -> tuple[int, int]:
-    import torch
-
-    stream = torch.cuda.current_stream().cuda_stream
-    summaries = [
-        plan.summary(stream)
-        for groups in worker.model_runner.attn_groups
-        for group in groups
-        for builder in group.metadata_builders
-        for plan in (getattr(builder, "_plans", None) or {}).values()
-    ]
-    return sum(s.kv_slots_read for s in summaries), sum(s.kv_slots_attended for s in summaries)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -183,23 +121,30 @@ def main() -> None:
     kv_tokens = max(c.kv_tokens(generated) for c in cases.values())
     kv_bytes = kv_tokens * per_token // args.tensor_parallel + (512 << 20)
     sizes = args.sizes or sorted({c.batch for c in cases.values()})
-    options = dict(tensor_parallel_size=args.tensor_parallel, kv_cache_dtype=args.kv_cache_dtype)
-    environment = dict(VLLM_ALLOW_INSECURE_SERIALIZATION="1", VLLM_USE_FLASHINFER_SAMPLER="0")
+    options = dict(
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=max_len,
+        max_num_seqs=max(sizes),
+        kv_cache_memory_bytes=kv_bytes,
+        gpu_memory_utilization=0.45,
+        compilation_config=dict(cudagraph_capture_sizes=sizes),
+        tensor_parallel_size=args.tensor_parallel,
+        kv_cache_dtype=args.kv_cache_dtype,
+    )
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), max_len, shape)
-        engines = [
-            Remote(relay, Engine, folder, max_len, kv_bytes, sizes, options, **environment)
-            for relay in (False, True)
-        ]
+        engines = [Remote(relay, Engine, folder, options, **ENVIRONMENT) for relay in (False, True)]
         for engine in engines:
             engine.ready()
         print(f"{args.shape}; milliseconds a step, medians of {args.rounds} turns of {args.steps}")
         print("case               |       vLLM      Relay   ratio  (least to most)   KV slots read")
         rows = []
         for text, case in cases.items():
+            prompts, samples = case.make(1), case.requests if case.sampled else 1
             for engine in engines:
-                engine.call("generate", case, 1, 2)  # computes the prompts, warms up
-            found: Comparison = in_turns(engines, args.rounds, "step", case, args.steps)
+                engine.call("answer", prompts, 2, samples)  # computes the prompts, warms up
+            found: Comparison = in_turns(engines, args.rounds, "step", prompts, args.steps, samples)
             read, attended = engines[1].call("kv_slots")
             print(f"{text:18} | {found}   {read} of {attended}", flush=True)
             rows += [

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the pinned vLLM, and this package beside it, into a virtual environment outside the
-# checkout, so that all clones and CI runs share it. Without arguments the vLLM for CPUs (7 GB, once);
-# with --cuda the one for NVIDIA GPUs (12 GB, once; needs nvcc for the package).
+# checkout, so that all clones and CI runs share it: once. Without arguments the vLLM for CPUs (7 GB);
+# with --cuda the one for NVIDIA GPUs (needs nvcc for the package).
 # usage: plugins/vllm/setup_vllm.sh [--cuda]          (RELAY_VLLM_VENV says where)
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -11,11 +11,11 @@ fail() { echo "setup_vllm: $*" >&2; exit 1; }
 
 case "$*" in
   "")
-    vllm=0.32.0 name=vllm-0.32.0 size=7 room=12 requirements=requirements-vllm.txt
+    vllm=0.32.0 name=vllm-0.32.0 room=12 requirements=requirements-vllm.txt
     build=(-C cmake.define.RELAY_CUDA=OFF)  # a vLLM for CPUs has no use for it
     ;;
   --cuda)
-    vllm=0.33.0 name=vllm-cuda-0.33.0 size=12 room=25 requirements=requirements-vllm-cuda.txt
+    vllm=0.33.0 name=vllm-cuda-0.33.0 room=25 requirements=requirements-vllm-cuda.txt
     build=(-C cmake.define.RELAY_CUDA=ON)
     ;;
   *) fail "usage: setup_vllm.sh [--cuda]" ;;
@@ -32,7 +32,7 @@ want="$({ echo "$vllm"; cat "$requirements"; python3 --version; } | sha256sum | 
 if [ "$(cat "$venv/relay-stamp" 2>/dev/null)" != "$want" ]; then
   free=$(df -Pk "$(dirname "$venv")" | awk 'NR == 2 { print int($4 / 1048576) }')
   [ "$free" -ge "$room" ] ||
-    fail "vLLM needs $size GB, and $room GB while it is installed; $(dirname "$venv") has $free (RELAY_VLLM_VENV names another place)"
+    fail "vLLM needs $room GB while it is installed; $(dirname "$venv") has $free (RELAY_VLLM_VENV names another place)"
   say "installing vLLM $vllm into $venv (some minutes)"
   rm -rf "$venv"
   python3 -m venv "$venv"

@@ -31,8 +31,30 @@ def _look(worker: object) -> tuple[int, int, int]:
     )
 
 
+def _forbid_waiting() -> None:
+    """Whatever waits for the GPU in what Relay does to a step raises. (torch knows only of its own
+    calls; what the native library enqueues is captured in CUDA graphs, where waiting is an error.)"""
+    from relay_attention.cuda import backend
+
+    def forbid(function):
+        def wrapped(*args, **kwargs):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return function(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return wrapped
+
+    builder, impl = backend.RelayFlashAttentionMetadataBuilder, backend.RelayFlashAttentionImpl
+    builder.build = forbid(builder.build)
+    impl.forward = forbid(impl.forward)
+
+
 def main() -> None:
     request = pickle.loads(Path(sys.argv[1]).read_bytes())
+    if request["forbid_waiting"]:
+        _forbid_waiting()
     begin = time.perf_counter()
     with engines.engine(request["model"], relay=request["relay"], **request["options"]) as llm:
         print(f"engine: {time.perf_counter() - begin:.1f} s to start", flush=True)

@@ -33,6 +33,7 @@ def run(
     arrivals: list[tuple] | None = None,
     *,
     relay: bool | None,
+    forbid_waiting: bool = False,
     environment: dict[str, str] | None = None,
     timeout: float = 240,
     **options: object,
@@ -41,7 +42,14 @@ def run(
     relay: None where Relay may leave layers to vLLM."""
     here = Path(__file__).parent
     options = dict(gpu_memory_utilization=0.2) | options  # several may run at once
-    request = dict(model=model, relay=relay, options=options, calls=calls, arrivals=arrivals)
+    request = dict(
+        model=model,
+        relay=relay,
+        options=options,
+        calls=calls,
+        arrivals=arrivals,
+        forbid_waiting=forbid_waiting,
+    )
     paths = [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),

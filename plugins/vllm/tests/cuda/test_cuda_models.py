@@ -110,6 +110,11 @@ def test_several_answers_to_one_prompt(llama):
     assert relay_error.mean <= 1.25 * own_error.mean
 
 
+@pytest.mark.parametrize("options", [{}, GRAPHS], ids=["eager", "graphs"])
+def test_nothing_waits_for_the_gpu(options, llama):
+    run(llama, True, forbid_waiting=True, **options)
+
+
 def test_stands_aside_where_results_may_not_depend_on_the_batch(llama):
     result = remote.run(llama, CALLS, relay=None, environment={"VLLM_BATCH_INVARIANT": "1"})
     assert not any(map(any, result.served)) and result.plans == 0

@@ -32,8 +32,8 @@ def _look(worker: object) -> tuple[int, int, int]:
 
 
 def _forbid_waiting() -> None:
-    """Whatever waits for the GPU in what Relay does to a step raises. (torch knows only of its own
-    calls; what the native library enqueues is captured in CUDA graphs, where waiting is an error.)"""
+    """Whatever waits for the GPU in what Relay does to a step raises. torch knows of its own calls;
+    what the native library enqueues is captured in CUDA graphs, where waiting is an error."""
     from relay_attention.cuda import backend
 
     def forbid(function):

@@ -26,6 +26,10 @@ class Engine:
 
         self._llm = LLM(model, disable_log_stats=False, **options)
 
+    def close(self) -> None:
+        """Ends vLLM's own processes, for which this one would wait at its end."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     def answer(self, prompts: list[list[int]], tokens: int, samples: int = 1) -> Answers:
         from vllm import SamplingParams
 

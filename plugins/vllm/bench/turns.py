@@ -27,6 +27,8 @@ def _serve(
             traceback.print_exc()
             raise
         connection.send(result)
+    if hasattr(engine, "close"):
+        engine.close()
 
 
 class Remote:
@@ -60,7 +62,9 @@ class Remote:
 
     def close(self) -> None:
         self._connection.send(None)
-        self._process.join()
+        self._process.join(60)
+        if self._process.is_alive():
+            self._process.kill()
 
 
 @dataclass

@@ -22,7 +22,8 @@ PAIRS_PER_SPARED_READ = 120
 
 @dataclass(frozen=True)
 class Facts:
-    """A batch. `kv_lengths` may be upper bounds; `query_starts` [requests + 1] are exact."""
+    """A batch, padding included. `kv_lengths` may be upper bounds; `query_starts` [requests + 1]
+    are exact."""
 
     requests: int
     rows: int
@@ -48,6 +49,8 @@ class Policy:
         """Why vLLM's own kernel attends this batch; None if Relay does."""
         if not batch.causal:
             return "attention that is not causal"
+        if batch.requests < 2:
+            return "single requests, with nobody to share"
         if batch.requests > self.limits.requests:
             return f"more than {self.limits.requests} requests"
         if batch.rows > self.limits.rows:

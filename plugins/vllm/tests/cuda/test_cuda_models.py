@@ -1,5 +1,7 @@
 """Real vLLM on a GPU, with Relay and with its own attention, over small random-weight models."""
 
+import functools
+
 import engines
 import pytest
 import remote
@@ -9,6 +11,8 @@ import torch
 pytestmark = pytest.mark.gpu
 
 PREFIX = 700  # tokens that all prompts share; sharing needs 64
+# Less than this share of the KV slots is read. A window holds little of what is shared.
+READ = dict(mistral=1.0)
 TOKENS = 24
 GRAPHS = dict(enforce_eager=False, compilation_config=dict(cudagraph_capture_sizes=[1, 4, 8]))
 
@@ -22,7 +26,7 @@ def prompts(count: int = 7) -> list[engines.Prompt]:
 
     prefix = words(PREFIX)
     return [
-        prefix[: PREFIX // 2 if i % 3 == 2 else PREFIX] + words(5 + 29 * i) for i in range(count)
+        prefix[: PREFIX // 2 if i % 3 == 2 else PREFIX] + words(5 + 9 * i) for i in range(count)
     ]
 
 
@@ -50,7 +54,7 @@ def test_as_near_to_float32_as_flash_attention(name, how, model_folder):
     options = GRAPHS if how == "graphs" else {}
     own = run(model, False, **options)
     relay = run(model, True, **options)
-    assert relay.read < 0.7 * relay.attended, "nothing was shared"
+    assert relay.read < READ.get(name, 0.7) * relay.attended, "nothing was shared"
     truth = remote.Truth(model)
     asked = CALLS[1][0]
     own_error = truth.error(asked, own.answers[1])
@@ -79,12 +83,17 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(scope="module")
+def own_of(llama):
+    """FlashAttention's answers in a dtype, computed once."""
+    return functools.cache(lambda dtype: run(llama, False, dtype=dtype).answers[1])
+
+
 @pytest.mark.parametrize("name", OPTIONS)
-def test_as_near_to_float32_with(name, llama):
+def test_as_near_to_float32_with(name, llama, own_of):
     truth = remote.Truth(llama)
     asked = CALLS[1][0]
-    dtype = dict(dtype=OPTIONS[name].get("dtype", "bfloat16"))
-    own_error = truth.error(asked, run(llama, False, **dtype).answers[1])
+    own_error = truth.error(asked, own_of(OPTIONS[name].get("dtype", "bfloat16")))
     relay_error = truth.error(asked, run(llama, True, **OPTIONS[name]).answers[1])
     print(f"\n{name}: vLLM's own {own_error}; with Relay {relay_error}")
     assert relay_error.mean <= 1.25 * own_error.mean

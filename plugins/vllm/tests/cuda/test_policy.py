@@ -26,19 +26,24 @@ def batch(rows: list[int], lengths: list[int], causal: bool = True) -> Facts:
 @pytest.mark.parametrize(
     "rows, lengths",
     [
-        ([1], [10]),
+        ([1] * 2, [10] * 2),
         ([1] * 64, [16384] * 64),
         ([5] * 8, [100] * 8),  # verifies drafts
         ([1] * 4 + [0] * 4, [100] * 4 + [0] * 4),  # padding
-        ([DECODE_ROWS], [DECODE_ROWS]),
+        ([DECODE_ROWS] * 2, [DECODE_ROWS] * 2),
     ],
 )
 def test_decoding_is_attended(rows, lengths):
     assert policy().refusal(batch(rows, lengths)) is None
 
 
+def test_a_single_request_has_nobody_to_share_with():
+    for rows in (1, 4, 2048):
+        assert "single" in policy(graph_rows=512).refusal(batch([rows], [4096]))
+
+
 def test_prompts_alone_are_left_to_flash_attention():
-    assert "prompts" in policy().refusal(batch([2048], [2048]))
+    assert "prompts" in policy().refusal(batch([2048] * 2, [2048] * 2))
     assert "prompts" in policy().refusal(batch([512] * 4, [16384] * 4))
 
 
@@ -59,8 +64,8 @@ def test_what_a_full_graph_may_replay_does_not_depend_on_what_is_in_it():
     """Captured over requests of one token each, replayed over prompts."""
     full = policy(graph_rows=512)
     assert full.refusal(batch([1] * 256, [1] * 256)) is None
-    assert full.refusal(batch([512], [512])) is None
-    assert full.refusal(batch([513], [513])) is not None
+    assert full.refusal(batch([256] * 2, [256] * 2)) is None
+    assert full.refusal(batch([257] * 2, [257] * 2)) is not None
 
 
 def test_drafts_are_no_prompts():
@@ -72,7 +77,7 @@ def test_drafts_are_no_prompts():
 @pytest.mark.parametrize(
     "facts, reason",
     [
-        (batch([1], [10], causal=False), "not causal"),
+        (batch([1] * 2, [10] * 2, causal=False), "not causal"),
         (batch([1] * 257, [10] * 257), "256 requests"),
         (batch([1] * 8 + [8192], [10] * 8 + [8192]), "8192 tokens"),
     ],

@@ -25,6 +25,7 @@ class Engine:
         from vllm import LLM
 
         self._llm = LLM(model, disable_log_stats=False, **options)
+        self._made = 0
 
     def close(self) -> None:
         """Ends vLLM's own processes, for which this one would wait at its end."""
@@ -57,10 +58,12 @@ class Engine:
         """Bytes of one token's KV in all layers of one GPU."""
         return self._llm.collective_rpc(_kv_bytes)[0]
 
-    def kv_slots(self) -> tuple[int, int]:
+    def kv_slots(self) -> tuple[int, int] | None:
         """KV slots of a layer that the plans of the last step read, and would read if nothing were
-        shared, summed over kinds of layers."""
-        return self._llm.collective_rpc(_kv_slots)[0]
+        shared, summed over kinds of layers. None if Relay attended nothing since the last call."""
+        made, read, attended = self._llm.collective_rpc(_kv_slots)[0]
+        before, self._made = self._made, made
+        return (read, attended) if made > before else None
 
 
 def _kv_bytes(worker: object) -> int:
@@ -68,15 +71,21 @@ def _kv_bytes(worker: object) -> int:
     return sum(x.shape[1] * x.shape[3] * x.element_size() for x in worker.model_runner.kv_caches)
 
 
-def _kv_slots(worker: object) -> tuple[int, int]:
+def _kv_slots(worker: object) -> tuple[int, int, int]:
+    """Plans made so far, and what the last ones read and attend."""
     import torch
 
     stream = torch.cuda.current_stream().cuda_stream
-    summaries = [
-        plan.summary(stream)
+    plans = [
+        plan
         for groups in worker.model_runner.attn_groups
         for group in groups
         for builder in group.metadata_builders
         for plan in (getattr(builder, "_plans", None) or {}).values()
     ]
-    return sum(s.kv_slots_read for s in summaries), sum(s.kv_slots_attended for s in summaries)
+    summaries = [plan.summary(stream) for plan in plans]
+    return (
+        sum(plan.made for plan in plans),
+        sum(s.kv_slots_read for s in summaries),
+        sum(s.kv_slots_attended for s in summaries),
+    )

@@ -145,8 +145,10 @@ def main() -> None:
             for engine in engines:
                 engine.call("answer", prompts, 2, samples)  # computes the prompts, warms up
             found: Comparison = in_turns(engines, args.rounds, "step", prompts, args.steps, samples)
-            read, attended = engines[1].call("kv_slots")
-            print(f"{text:18} | {found}   {read} of {attended}", flush=True)
+            slots = engines[1].call("kv_slots")
+            read, attended = slots or ("", "")
+            note = f"{read} of {attended}" if slots else "left to vLLM's own kernel"
+            print(f"{text:18} | {found}   {note}", flush=True)
             rows += [
                 dict(
                     shape=args.shape,

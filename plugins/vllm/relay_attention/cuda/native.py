@@ -109,8 +109,9 @@ def library() -> ctypes.CDLL:
     """The loaded library; loading touches no GPU. Raises RelayError if there is none."""
     if not Path(binding.__file__).with_name(LIBRARY).exists():
         raise RelayError(
-            "this package was built without CUDA, as no nvcc was found then; put nvcc 12.4 or "
-            "newer on PATH (or name it in CUDACXX) and reinstall: pip install plugins/vllm"
+            "this package was built without CUDA: no nvcc was found then, or RELAY_CUDA was OFF; "
+            "put nvcc 12.4 or newer on PATH (or name it in CUDACXX) and reinstall: "
+            "pip install plugins/vllm"
         )
     return binding.load(LIBRARY, _SIGNATURES)
 

@@ -5,7 +5,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from relay_attention import layout, native, openmp, settings
+from relay_attention import settings
+from relay_attention.cpu import layout, native, openmp
 from relay_attention.errors import RelayError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from relay_attention import native
+from relay_attention.cpu import native
 from relay_attention.errors import RelayError
 
 _ENTRY_POINTS = {

@@ -2,8 +2,8 @@
 
 import time
 
+from relay_attention.cpu.plan import PlanningCost
 from relay_attention.log import logger
-from relay_attention.plan import PlanningCost
 
 
 class Report:

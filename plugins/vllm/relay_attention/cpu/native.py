@@ -1,4 +1,4 @@
-"""ctypes bindings of the native library: the C ABI of librelay and `native/openmp.h`.
+"""ctypes bindings of the CPU's library: the C ABI of librelay and `native/openmp.h`.
 
 Names and fields are those of the C headers, which describe them. All strides are in bytes.
 """
@@ -6,22 +6,17 @@ Names and fields are those of the C headers, which describe them. All strides ar
 import ctypes
 import functools
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_size_t, c_void_p
-from pathlib import Path
 
+from relay_attention import binding
+from relay_attention.binding import BF16, F16, F32, Kv, Sized
 from relay_attention.errors import RelayError
 
-F32, F16, BF16 = 0, 1, 2  # relay_dtype
+__all__ = ["BF16", "F16", "F32", "Kv"]  # they are used as this module's
+
 ROWS, TILES = 0, 1  # relay_layout
 
 
-class _Sized(ctypes.Structure):
-    """A struct whose first field is its size."""
-
-    def __init__(self, **fields: object) -> None:
-        super().__init__(size=ctypes.sizeof(self), **fields)
-
-
-class Batch(_Sized):
+class Batch(Sized):
     _fields_ = [
         ("size", c_size_t),
         ("requests", c_int32),
@@ -35,7 +30,7 @@ class Batch(_Sized):
     ]
 
 
-class PlanOptions(_Sized):
+class PlanOptions(Sized):
     _fields_ = [
         ("size", c_size_t),
         ("q_heads", c_int32),
@@ -50,16 +45,7 @@ class PlanOptions(_Sized):
     ]
 
 
-class Kv(ctypes.Structure):
-    _fields_ = [
-        ("data", c_void_p),
-        ("block_stride", c_int64),
-        ("slot_stride", c_int64),
-        ("head_stride", c_int64),
-    ]
-
-
-class Inputs(_Sized):
+class Inputs(Sized):
     _fields_ = [
         ("size", c_size_t),
         ("q_type", c_int32),
@@ -81,7 +67,7 @@ class Inputs(_Sized):
     ]
 
 
-class OpenMp(_Sized):
+class OpenMp(Sized):
     _fields_ = [
         ("size", c_size_t),
         ("parallel", c_void_p),
@@ -91,7 +77,7 @@ class OpenMp(_Sized):
     ]
 
 
-class KvWrite(_Sized):
+class KvWrite(Sized):
     _fields_ = [
         ("size", c_size_t),
         ("kv_heads", c_int32),
@@ -136,18 +122,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 @functools.cache
 def library() -> ctypes.CDLL:
     """The loaded library. Raises RelayError if it is missing or does not load."""
-    path = Path(__file__).with_name("librelay_vllm.so")
-    try:
-        loaded = ctypes.CDLL(str(path))
-    except OSError as e:
-        raise RelayError(
-            f"the native library does not load ({e}); reinstall: pip install plugins/vllm"
-        ) from e
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.restype = result
-        function.argtypes = arguments
-    return loaded
+    return binding.load("librelay_vllm.so", _SIGNATURES)
 
 
 def check(status: int) -> None:

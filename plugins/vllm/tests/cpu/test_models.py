@@ -4,7 +4,7 @@ import engines
 import pytest
 import tiny_models
 import torch
-from relay_attention import served
+from relay_attention.cpu import served
 
 PREFIX = torch.randint(
     3, tiny_models.VOCABULARY, (300,), generator=torch.Generator().manual_seed(1)
@@ -26,7 +26,7 @@ def answers(model, relay, tokens=16, **options):
         return engines.generate(llm, prompts(), tokens)
 
 
-@pytest.mark.parametrize("name", tiny_models.CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.CPU)
 def test_same_tokens(name, model_folder):
     """In f32 the tokens are equal. In bf16, where rounding decides near ties, Relay may be as far
     from the f32 answers as vLLM's own attention is; printed beside vLLM at another batch size."""

@@ -19,11 +19,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from relay_attention import served, settings
+from relay_attention import settings
+from relay_attention.cpu import served
+from relay_attention.cpu.operator import Operator
+from relay_attention.cpu.plan import Planner, Step
+from relay_attention.cpu.report import Report
 from relay_attention.log import logger
-from relay_attention.operator import Operator
-from relay_attention.plan import Planner, Step
-from relay_attention.report import Report
 
 
 class RelayAttentionBackend(CPUAttentionBackend):

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from relay_attention.operator import Operator
-from relay_attention.plan import Step
+from relay_attention.cpu.operator import Operator
+from relay_attention.cpu.plan import Step
 
 
 @dataclass

@@ -8,7 +8,7 @@ that, one vector after the other.
 
 from typing import TYPE_CHECKING
 
-from relay_attention import native
+from relay_attention.cpu import native
 from relay_attention.errors import RelayError
 
 if TYPE_CHECKING:

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from relay_attention import layout, native
+from relay_attention.cpu import layout, native
+from relay_attention.cpu.plan import Planner, Shape, Step, dtype_of
 from relay_attention.errors import RelayError
-from relay_attention.plan import Planner, Shape, Step, dtype_of
 
 if TYPE_CHECKING:
     import torch

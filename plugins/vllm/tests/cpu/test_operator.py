@@ -5,9 +5,9 @@ import dense
 import pytest
 import torch
 from batches import Request
+from relay_attention.cpu.operator import Operator
+from relay_attention.cpu.plan import Planner
 from relay_attention.errors import RelayError
-from relay_attention.operator import Operator
-from relay_attention.plan import Planner
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -6,10 +6,11 @@ SHELL := /bin/bash
 # Paths relative to the sources: every clone of the repository shares the compiler cache.
 export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
-.PHONY: help setup setup-build build demo test bench format lint clean
+.PHONY: help setup setup-build build demo demo-gpu test bench format lint clean
 
 help:
 	@echo 'make demo    set up, build, and compare relay serve with llama-server on a long prompt'
+	@echo 'make demo-gpu    set up vLLM for NVIDIA GPUs, and compare it with and without Relay there'
 	@echo 'make test    set up, and run everything that CI checks (scripts/test.sh --list)'
 	@echo 'make bench   set up, build, and run the benches'
 	@echo 'make build   set up, and build all programs and libraries into build/release'
@@ -28,7 +29,10 @@ build: setup-build
 	cmake --build --preset release --target relay-programs
 
 demo: build
-	@.venv/bin/python scripts/demo.py
+	@.venv/bin/python scripts/demo
+
+demo-gpu:
+	@scripts/demo_gpu.sh
 
 test: setup
 	@scripts/test.sh

@@ -9,11 +9,6 @@ if(RELAY_WERROR)
 endif()
 
 if(RELAY_SANITIZE)
-  if(RELAY_BUILD_LLAMA)
-    message(FATAL_ERROR
-      "RELAY_SANITIZE needs -DRELAY_BUILD_LLAMA=OFF: sanitizers check the core alone "
-      "(use the presets asan and tsan).")
-  endif()
   add_compile_options(-fsanitize=${RELAY_SANITIZE} -fno-omit-frame-pointer
                       -fno-sanitize-recover=all)
   add_link_options(-fsanitize=${RELAY_SANITIZE})

@@ -1,5 +1,6 @@
 # The installed prefix:
 #   bin/relay, bin/libggml-cpu.so  the program, and the CPU module that ggml looks for beside it
+#   lib/librelay-cuda.so           the CUDA operator, where it was built
 #   lib/librelay.*, include/relay, lib/cmake/relay, lib/pkgconfig   the library for other programs
 #   lib/libggml-relay.so           the drop-in for any llama.cpp
 #   lib/relay/                     our private libllama and libggml, out of the way of others
@@ -32,6 +33,10 @@ if(TARGET relay)
   string(REGEX REPLACE "/$" "" RELAY_PC_TO_PREFIX "${RELAY_PC_TO_PREFIX}")
   configure_file(cmake/relay.pc.in "${CMAKE_BINARY_DIR}/relay.pc" @ONLY)
   install(FILES "${CMAKE_BINARY_DIR}/relay.pc" DESTINATION "${CMAKE_INSTALL_LIBDIR}/pkgconfig")
+endif()
+
+if(TARGET relay_cuda)
+  install(TARGETS relay_cuda LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}")
 endif()
 
 install(FILES LICENSE THIRD_PARTY.md DESTINATION "${CMAKE_INSTALL_DOCDIR}")

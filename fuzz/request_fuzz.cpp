@@ -10,6 +10,7 @@
 #include <string>
 #include <string_view>
 
+#include "base/utf8.h"
 #include "server/auth.h"
 #include "server/errors.h"
 #include "server/json.h"
@@ -111,7 +112,7 @@ void run(uint8_t which, const std::string& input) {
     }
     case 7: {
       const Json value = parse_json(input);
-      require(is_valid_utf8(input), "what parses is UTF-8");
+      require(relay::is_valid_utf8(input), "what parses is UTF-8");
       require(parse_json(dump(value)) == value, "what is written reads the same");
       break;
     }

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# clang-tidy over our own translation units, as build/release compiles them; those of src/cuda as
-# build/cuda does, if it is there. CUDA's own language (.cu) is left to nvcc's warnings.
+# clang-tidy over our own translation units, as build/release compiles them; those that it leaves out
+# and that are CUDA's as build/cuda does, if it is there. CUDA's own language (.cu) is left to nvcc's
+# warnings.
 # usage: scripts/lint.sh [file.cpp...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -26,17 +27,18 @@ PY
   }
   mapfile -t files < <(
     sources "$database" src/ plugins/ bench/
-    if [ -f "$cuda_database" ]; then sources "$cuda_database" src/cuda/; fi
+    if [ -f "$cuda_database" ]; then sources "$cuda_database" src/cuda/ src/measure/cuda/; fi
   )
+  mapfile -t files < <(printf '%s\n' "${files[@]}" | sort -u)
   [ -f "$cuda_database" ] ||
-    echo "lint: src/cuda is left out: no $cuda_database; run cmake --preset cuda"
+    echo "lint: src/cuda and src/measure/cuda are left out: no $cuda_database; run cmake --preset cuda"
 fi
 [ -n "${files[0]:-}" ] || { echo "lint: $database names none of our sources" >&2; exit 1; }
 echo "lint: ${#files[@]} files"
 
 one() {
   local output build=build/release
-  case "$1" in src/cuda/*) build=build/cuda ;; esac
+  grep -q "/$1\"" "$build/compile_commands.json" || [ ! -f "$cuda_database" ] || build=build/cuda
   if output="$(.venv/bin/clang-tidy -p "$build" --quiet --extra-arg=-Wno-unknown-warning-option "$1" 2>&1)"
   then
     echo "lint: ok $1"
@@ -46,5 +48,6 @@ one() {
   fi
 }
 export -f one
+export cuda_database
 printf '%s\0' "${files[@]}" | xargs -0 -n 1 -P "$(nproc)" bash -c 'one "$1"' _ ||
   { echo "lint: faults found, see above" >&2; exit 1; }

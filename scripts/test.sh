@@ -3,15 +3,16 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-stages=(format build cuda lint unit asan tsan aarch64 ggml-ops install e2e vllm)
+stages=(format build cuda lint unit asan tsan fuzz aarch64 ggml-ops install e2e vllm)
 declare -A about=(
   [format]="sources are in the pinned format, Python is lint-free"
   [build]="release build, warnings in our code are errors"
   [cuda]="the CUDA operator compiled, warnings are errors; its tests as far as there is a GPU"
   [lint]="clang-tidy over our sources"
   [unit]="unit tests, once for every ISA of this CPU"
-  [asan]="the core's unit tests under ASan and UBSan"
-  [tsan]="the core's unit tests under TSan"
+  [asan]="unit tests of core, server and engine (without llama.cpp) under ASan and UBSan"
+  [tsan]="the same under TSan"
+  [fuzz]="each libFuzzer target for a while, where there is clang"
   [aarch64]="the core's unit tests for 64-bit Arm, under qemu"
   [ggml-ops]="ggml's own suite for FLASH_ATTN_EXT through libggml-relay.so, and who served it"
   [install]="an installed prefix: relay runs, CMake and pkg-config consumers build"
@@ -54,10 +55,25 @@ stage_cuda() {
   return "$status"
 }
 
+# A green run says which kernels it has not seen. The second argument: all sets of the architecture.
+report_isas() {  # sets that are run, sets that there are
+  local isa lacking=""
+  for isa in $2; do [[ " $1 " == *" $isa "* ]] || lacking+=" $isa"; done
+  for isa in $1; do [[ " $2 " == *" $isa "* ]] || { echo "scripts/test.sh knows no kernel set $isa"; return 1; }; done
+  echo "kernel sets: run:" $1
+  echo "kernel sets: NOT run, this CPU lacks them:${lacking:- none}"
+}
+
 stage_unit() {
-  local isas isa status=0
-  isas="$(build/release/bin/relay isa | sed 's/^[* ]*//')" || return 1
+  local isas isa all status=0
+  isas="$(build/release/bin/relay isa --device cpu | sed 's/^[* ]*//')" || return 1
   [ -n "$isas" ] || { echo "relay isa lists no ISA"; return 1; }
+  case "$(uname -m)" in
+    x86_64) all="amx avx512bf16 avx512 avx2 plain" ;;
+    aarch64) all="sve256 neonbf16 neon plain" ;;
+    *) all="plain" ;;
+  esac
+  report_isas "$(echo $isas)" "$all" || return 1
   for isa in $isas; do
     echo "--- the core, RELAY_ISA=$isa"
     RELAY_ISA="$isa" run_tests release unit -R '^core_' || status=1
@@ -67,27 +83,44 @@ stage_unit() {
   return "$status"
 }
 
-core_under() {  # a preset that builds the core alone, ctest arguments
-  local preset="$1"
-  shift
-  cmake --preset "$preset" -DRELAY_WERROR=ON && cmake --build --preset "$preset" &&
-    run_tests "$preset" "$preset" "$@"
+tests_under() {  # a preset, stage, ctest arguments
+  cmake --preset "$1" -DRELAY_WERROR=ON && cmake --build --preset "$1" && run_tests "$@"
 }
 stage_asan() {
-  ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1 \
-    core_under asan
+  local -x ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1
+  local status=0
+  tests_under asan asan || status=1
+  tests_under asan-above asan || status=1
+  return "$status"
 }
 # The property test is about numbers, takes a quarter of an hour here, and its threads are those of
 # the plan and adversarial tests.
-stage_tsan() { TSAN_OPTIONS=halt_on_error=1 core_under tsan -E '^core_property_test$'; }
+stage_tsan() {
+  local -x TSAN_OPTIONS=halt_on_error=1
+  local status=0
+  tests_under tsan tsan -E '^core_property_test$' || status=1
+  tests_under tsan-above tsan || status=1
+  return "$status"
+}
+
+# For long, by hand: scripts/fuzz.sh.
+stage_fuzz() {
+  if ! command -v clang++ >/dev/null; then
+    echo "fuzz: skipped, there is no clang++ (the corpora were run by the unit tests)"
+    return 0
+  fi
+  scripts/fuzz.sh 20
+}
+
 # An emulated processor is slow: fewer random cases (tests/core/test_env.h). All kernel sets run in
 # one process, so that the reference, most of the time, is computed once for them. Other processors
 # show that each set is found only where it can run: by bf16, by SVE, by the length of its vectors.
 stage_aarch64() {
   local -x RELAY_TEST_SCALE="${RELAY_TEST_SCALE:-0.1}"
   local status=0
-  QEMU_CPU=max,sve256=on RELAY_TEST_ISAS="sve256 neonbf16 neon plain" core_under aarch64 -j 2 ||
+  QEMU_CPU=max,sve256=on RELAY_TEST_ISAS="sve256 neonbf16 neon plain" tests_under aarch64 aarch64 -j 2 ||
     return 1
+  report_isas "sve256 neonbf16 neon plain" "sve256 neonbf16 neon plain"
   on_cpu() {  # qemu's name, the sets it has, the tests to run
     echo "--- $1: $2"
     QEMU_CPU="$1" RELAY_TEST_ISAS="$2" run_tests aarch64 aarch64 -R "^core_($3)_test$" || status=1
@@ -122,11 +155,14 @@ measure() {
   case "$1" in
     unit | asan | tsan | aarch64)
       cat "build/test-logs/$1/"*.xml 2>/dev/null | sed -n 's/^<testsuites tests="\([0-9]*\)" failures="\([0-9]*\)".*/\1 \2/p' |
-        awk '{ all += $1; failed += $2 } END { if (all) print all " cases, " failed " failed" }' ;;
+        awk '{ all += $1; failed += $2 } END { if (all) printf "%d cases, %d failed", all, failed }'
+      sed -n 's/^kernel sets: NOT run, this CPU lacks them:/; kernel sets not run:/p' "$log" | tr -d '\n' ;;
     cuda)
       cat build/test-logs/cuda/*.xml 2>/dev/null |
         awk '/<testcase / { if (/result="skipped"/) ++skipped; else ++all } /<failure / { ++failed }
              END { print all + 0 " cases, " failed + 0 " failures, " skipped + 0 " skipped" }' ;;
+    fuzz) grep -E '^fuzz: (skipped|[a-z]+: Done)' "$log" | sed -E 's/^fuzz: //; s/: Done ([0-9]+) runs.*/ \1/' |
+      paste -sd ',' | sed 's/,/, /g' ;;
     ggml-ops) grep -oE '[0-9]+/[0-9]+ tests passed' "$log" | tail -n 1 ;;
     e2e | vllm) grep -E '[0-9]+ (passed|failed|error)' "$log" | tail -n 1 | tr -d '=' ;;
   esac

@@ -206,7 +206,7 @@ std::vector<AttendedSlot> all_slots(const AccuracyGraph& graph) {
   return slots;
 }
 
-ExactRows exact_rows(const AccuracyGraph& graph, int64_t limit, ThreadPool& pool) {
+ExactRows exact_rows(const AccuracyGraph& graph, int64_t limit, measure::ThreadPool& pool) {
   const int64_t rows = graph.rows();
   const int64_t count = std::min(limit, rows);
   const int64_t width = int64_t{graph.shape().q_heads} * graph.shape().v_dim;
@@ -240,7 +240,7 @@ OutputError ExactRows::error_of(std::span<const float> output) const {
   return {.rms = std::sqrt(error_squares / squares), .max = max / std::sqrt(squares / count)};
 }
 
-AccuracyResult measure_accuracy(const AccuracyCase& c, ThreadPool& pool) {
+AccuracyResult measure_accuracy(const AccuracyCase& c, measure::ThreadPool& pool) {
   AccuracyGraph graph(c, pool.size());
   const ExactRows exact = exact_rows(graph, kComparedRows, pool);
   AccuracyResult result{.problem = c,

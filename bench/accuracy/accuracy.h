@@ -16,8 +16,8 @@
 #include <string>
 #include <vector>
 
-#include "bench/op/thread_pool.h"
 #include "flash_attention.h"
+#include "measure/thread_pool.h"
 #include "relay/reference.h"
 
 namespace relay::bench {
@@ -97,7 +97,7 @@ struct ExactRows {
 /// Every slot; what a row does not see its mask hides.
 std::vector<AttendedSlot> all_slots(const AccuracyGraph& graph);
 /// Exact output of at most `limit` rows, spread evenly.
-ExactRows exact_rows(const AccuracyGraph& graph, int64_t limit, ThreadPool& pool);
+ExactRows exact_rows(const AccuracyGraph& graph, int64_t limit, measure::ThreadPool& pool);
 
 struct AccuracyResult {
   AccuracyCase problem;
@@ -106,7 +106,7 @@ struct AccuracyResult {
   OutputError relay;
 };
 
-AccuracyResult measure_accuracy(const AccuracyCase& c, ThreadPool& pool);
+AccuracyResult measure_accuracy(const AccuracyCase& c, measure::ThreadPool& pool);
 
 struct AccuracyReport {
   std::string isa;

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "bench/accuracy/accuracy.h"
-#include "cli/kv_type.h"
+#include "measure/problem.h"
 
 namespace {
 
@@ -54,7 +54,7 @@ std::vector<AccuracyCase> cases_of(const Options& options) {
     }
   };
   for (const std::string& kv_type : options.kv_types) {
-    c.kv_type = relay::cli::parse_kv_type(kv_type);
+    c.kv_type = relay::measure::parse_kv_type(kv_type);
     for (int32_t head_dim : options.head_dim) {
       c.head_dim = head_dim;
       for (int32_t group : options.group) {
@@ -73,7 +73,7 @@ std::vector<AccuracyCase> cases_of(const Options& options) {
 void run(const Options& options) {
   if (!options.isa.empty()) relay::select_isa(options.isa);
   const std::vector<AccuracyCase> cases = cases_of(options);
-  relay::bench::ThreadPool pool(options.threads);
+  relay::measure::ThreadPool pool(options.threads);
   relay::bench::AccuracyReport report{
       .isa = relay::current_isa(), .threads = options.threads, .results = {}};
   for (const AccuracyCase& c : cases) {

@@ -2,10 +2,14 @@
 #include <nlohmann/json.hpp>
 
 #include "bench/accuracy/accuracy.h"
-#include "bench/op/format.h"
-#include "bench/op/roofline.h"
+#include "measure/format.h"
+#include "measure/roofline.h"
 
 namespace relay::bench {
+
+using measure::cpu_model;
+using measure::format;
+
 namespace {
 
 std::string cell(const std::optional<OutputError>& error) {

@@ -108,14 +108,15 @@ double modelled_square(const AccuracyGraph& graph, const ExactRows& exact,
   return variance / squares;
 }
 
-void compare(const AccuracyCase& c, ThreadPool& pool) {
+void compare(const AccuracyCase& c, measure::ThreadPool& pool) {
   AccuracyGraph graph(c, kThreads);
   const ExactRows exact = exact_rows(graph, kRows, pool);
   const double stock = exact.error_of(graph.ggml_flash()).rms;
   const double relay = exact.error_of(graph.relay()).rms;
   if (relay <= stock) return;
 
-  test::Arithmetic arithmetic = test::arithmetic_of(current_isa(), c.kv_type, c.kv_type);
+  test::Arithmetic arithmetic =
+      test::arithmetic_of(current_isa(), graph.shape(), c.kv_type, c.kv_type);
   double stock_square = stock * stock;
   const double rounding = std::max(arithmetic.query_rounding + arithmetic.key_rounding,
                                    std::sqrt(32.0) * arithmetic.byte_rounding);
@@ -137,7 +138,7 @@ void compare(const AccuracyCase& c, ThreadPool& pool) {
 }
 
 void compare_all(DType kv_type) {
-  ThreadPool pool(kThreads);
+  measure::ThreadPool pool(kThreads);
   AccuracyCase c{.kv_type = kv_type, .slots = 1024};
   for (Values values : {Values::kRealistic, Values::kPeaked, Values::kFlat}) {
     c.values = values;

@@ -37,7 +37,7 @@ class Options(Structure):
 class Batch(Structure):
     _fields_ = (
         fields(c_size_t, "size")
-        + fields(c_int32, "requests reserved")
+        + fields(c_int32, "requests rows")
         + fields(c_void_p, "query_starts kv_lengths table")
         + fields(c_int64, "table_stride")
     )

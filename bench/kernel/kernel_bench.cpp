@@ -11,10 +11,10 @@
 #include <random>
 #include <vector>
 
-#include "bench/op/kv_buffer.h"
-#include "bench/op/roofline.h"
-#include "cpu/execution/workspace.h"
+#include "base/aligned_buffer.h"
 #include "cpu/kernels/kernels.h"
+#include "measure/kv_buffer.h"
+#include "measure/roofline.h"
 #include "relay/attention.h"
 #include "relay/types.h"
 
@@ -38,18 +38,18 @@ void attend(benchmark::State& state, DType type, Path path) {
       few ? set.few_layout(type, type) : set.many_layout(type, type, dim, dim);
   const int64_t slots = int64_t{kTiles} * kTileSlots;
   const int64_t vector_bytes = row_bytes(type, dim);
-  bench::KvBuffer k, v;
+  measure::KvBuffer k, v;
   k.resize(slots * vector_bytes);
   v.resize(slots * vector_bytes);
-  bench::fill_random(type, k, 1);
-  bench::fill_random(type, v, 2);
+  measure::fill_random(type, k, 1);
+  measure::fill_random(type, v, 2);
   std::vector<const uint8_t*> k_rows(slots), v_rows(slots);
   for (int64_t s = 0; s < slots; ++s) {
     k_rows[s] = k.data() + s * vector_bytes;
     v_rows[s] = v.data() + s * vector_bytes;
   }
   const int stride = kernels::query_words(layout, dim);
-  FloatBuffer q, o, max, sum, scratch;
+  AlignedBuffer<float> q, o, max, sum, scratch;
   q.reserve(int64_t{rows} * stride);
   o.reserve(int64_t{rows} * kernels::padded_dim(dim));
   max.reserve(rows);
@@ -98,9 +98,9 @@ void attend(benchmark::State& state, DType type, Path path) {
 
 /// The most that one thread does on registers.
 void peak(benchmark::State& state) {
-  bench::ThreadPool pool(1);
-  bench::Roofline roofline;
-  while (state.KeepRunning()) roofline = bench::measure_arithmetic(pool);
+  measure::ThreadPool pool(1);
+  measure::Roofline roofline;
+  while (state.KeepRunning()) roofline = measure::measure_arithmetic(pool);
   state.counters["f32"] = roofline.f32_flops;
   state.counters["bf16"] = roofline.bf16_flops;
 }

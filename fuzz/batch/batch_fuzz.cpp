@@ -10,11 +10,13 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <vector>
 
+#include "reader.h"
 #include "relay/relay.h"
+
+using relay::fuzz::Reader;
 
 namespace {
 
@@ -28,31 +30,6 @@ void require(bool holds, const char* what) {
   std::fprintf(stderr, "broken promise: %s (last error: %s)\n", what, relay_last_error());
   std::abort();
 }
-
-/// Numbers from the input; 0 once it has ended.
-class Reader {
- public:
-  Reader(const uint8_t* data, size_t size) : data_(data), size_(size) {}
-
-  template <typename T>
-  T take() {
-    T value{};
-    const size_t bytes = std::min(sizeof(T), size_);
-    if (bytes > 0) std::memcpy(&value, data_, bytes);  // data may be null
-    data_ += bytes;
-    size_ -= bytes;
-    return value;
-  }
-  /// Small numbers mostly: one byte, of which 255 says that all eight follow.
-  int64_t number() {
-    const auto byte = take<uint8_t>();
-    return byte == 255 ? take<int64_t>() : byte;
-  }
-
- private:
-  const uint8_t* data_;
-  size_t size_;
-};
 
 struct Batch {
   std::vector<int32_t> row_offsets{0};

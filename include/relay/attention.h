@@ -90,7 +90,6 @@ void attend_forest(const Forest& forest, const PlanOptions& options, const Atten
 void validate(const Plan& plan, const AttentionInputs& inputs);
 
 // --- Instruction sets
-// -----------------------------------------------------------------------------
 
 /// Names of the kernel sets this CPU can run, best first: amx, avx512bf16, avx512, avx2; sve256,
 /// neonbf16, neon; plain.

@@ -58,7 +58,11 @@ inline constexpr int32_t kMaxRequests = 1024;
 /// slot table[i * table_stride + t / block_size] * block_size + t % block_size.
 /// A request without rows is padding: its length and table are not read.
 struct Batch {
-  int32_t requests = 0;                   ///< at most max_requests
+  int32_t requests = 0;  ///< at most max_requests
+  /// No fewer than query_starts[requests], where the caller knows a bound below max_rows: fewer
+  /// thread blocks are launched. A graph serves batches of up to the rows that it was captured
+  /// with. 0: unknown.
+  int32_t rows = 0;
   const int32_t* query_starts = nullptr;  ///< [requests + 1]
   const int32_t* kv_lengths = nullptr;    ///< [requests]; at least the request's rows
   const int32_t* table = nullptr;         ///< [requests][table_stride]

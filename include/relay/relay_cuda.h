@@ -53,8 +53,9 @@ typedef struct {
  * table are not read. */
 typedef struct {
   size_t size;
-  int32_t requests;            /* at most max_requests */
-  int32_t reserved;            /* 0 */
+  int32_t requests; /* at most max_requests */
+  int32_t rows;     /* no fewer than query_starts[requests]; 0: unknown, max_rows. A graph
+                       serves batches of up to the rows that it was captured with. */
   const int32_t* query_starts; /* [requests + 1] */
   const int32_t* kv_lengths;   /* [requests] */
   const int32_t* table;        /* [requests][table_stride] */

@@ -1,18 +1,21 @@
-// relay bench op: the attention operator by itself, sharing on against off, with its rooflines.
+// relay bench op: the attention operator by itself, sharing on against off, beside what the machine
+// can do.
 #include <cstdio>
 #include <memory>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "bench/op/op_bench.h"
 #include "cli/commands.h"
-#include "cli/kv_type.h"
+#include "cli/device.h"
+#include "measure/cuda/operator.h"
+#include "measure/operator.h"
 
 namespace relay::cli {
 namespace {
 
 struct BenchOpOptions {
+  std::string device = "cpu";
   int32_t heads = 32;
   int32_t kv_heads = 8;
   int32_t head_dim = 128;
@@ -29,23 +32,25 @@ struct BenchOpOptions {
 };
 
 /// All combinations, each checked, so that a wrong one costs no measurement.
-std::vector<bench::OpProblem> problems_of(const BenchOpOptions& options) {
-  std::vector<bench::OpProblem> problems;
+std::vector<measure::OpProblem> problems_of(const BenchOpOptions& options) {
+  const measure::Device device = device_of(options.device);
+  std::vector<measure::OpProblem> problems;
   for (const std::string& kv_type : options.kv_types) {
     for (int64_t prefix : options.prefix) {
       for (int64_t context : options.context) {
         for (int32_t batch : options.batch) {
-          bench::OpProblem problem;
+          measure::OpProblem problem;
           problem.shape = {.q_heads = options.heads,
                            .kv_heads = options.kv_heads,
                            .qk_dim = options.head_dim,
                            .v_dim = options.v_head_dim > 0 ? options.v_head_dim : options.head_dim};
-          problem.kv_type = parse_kv_type(kv_type);
+          problem.kv_type = measure::parse_kv_type(kv_type, device);
           problem.prefix = prefix;
           problem.context = context;
           problem.batch = batch;
           problem.layout = options.layout == "tiles" ? KvLayout::kTiles : KvLayout::kRows;
-          bench::check(problem);
+          measure::check_batch(problem);
+          if (device == measure::Device::kCpu) measure::check(problem);
           problems.push_back(problem);
         }
       }
@@ -54,27 +59,33 @@ std::vector<bench::OpProblem> problems_of(const BenchOpOptions& options) {
   return problems;
 }
 
-void run(const BenchOpOptions& options) {
+void say(const BenchOpOptions& options, const std::string& what) {
+  if (!options.json) std::fprintf(stderr, "measuring %s ...\n", what.c_str());
+}
+
+void run_on_cpu(const BenchOpOptions& options) {
   if (!options.isa.empty()) select_isa(options.isa);
-  const std::vector<bench::OpProblem> problems = problems_of(options);
+  const std::vector<measure::OpProblem> problems = problems_of(options);
   const int32_t threads = options.threads > 0
                               ? options.threads
                               : static_cast<int32_t>(std::thread::hardware_concurrency());
-  bench::ThreadPool pool(threads);
-  bench::OpReport report;
+  measure::ThreadPool pool(threads);
+  measure::OpReport report;
   report.isa = current_isa();
-  report.load = bench::load_average();
-  if (!options.json) std::fprintf(stderr, "measuring the roofline ...\n");
-  report.roofline = bench::measure_roofline(pool);
-  for (const bench::OpProblem& problem : problems) {
-    if (!options.json) {
-      std::fprintf(stderr, "measuring %s, prefix %lld, context %lld, batch %d ...\n",
-                   to_string(problem.kv_type), static_cast<long long>(problem.prefix),
-                   static_cast<long long>(problem.context), problem.batch);
-    }
-    report.results.push_back(bench::run_op(problem, pool, options.rounds));
+  report.load = measure::load_average();
+  say(options, "the roofline");
+  report.roofline = measure::measure_roofline(pool);
+  for (const measure::OpProblem& problem : problems) {
+    say(options, measure::to_string(problem));
+    report.results.push_back(measure::run_op(problem, pool, options.rounds));
   }
-  std::puts((options.json ? bench::to_json(report) : bench::to_table(report)).c_str());
+  std::puts((options.json ? measure::to_json(report) : measure::to_table(report)).c_str());
+}
+
+void run_on_gpu(const BenchOpOptions& options) {
+  const measure::GpuOpReport report = measure::run_op_on_gpu(
+      problems_of(options), options.rounds, [&](const std::string& what) { say(options, what); });
+  std::puts((options.json ? measure::to_json(report) : measure::to_table(report)).c_str());
 }
 
 }  // namespace
@@ -83,6 +94,7 @@ void add_bench_op(CLI::App& app) {
   auto options = std::make_shared<BenchOpOptions>();
   CLI::App* op = app.add_subcommand(
       "op", "The attention operator: decode rows over one shared prefix, sharing on against off");
+  add_device(*op, options->device, "cpu, or cuda: an NVIDIA GPU")->capture_default_str();
   op->add_option("--heads", options->heads, "Query heads")->check(kPositive)->capture_default_str();
   op->add_option("--kv-heads", options->kv_heads, "KV heads")
       ->check(kPositive)
@@ -103,7 +115,8 @@ void add_bench_op(CLI::App& app) {
       ->delimiter(',')
       ->capture_default_str()
       ->option_text("N,...");
-  op->add_option("--kv-type", options->kv_types, "f32, f16, bf16, q8_0; several: a,b,c")
+  op->add_option("--kv-type", options->kv_types,
+                 "f32, f16, bf16, q8_0 (a GPU: f16, bf16, f8_e4m3); several: a,b,c")
       ->delimiter(',')
       ->capture_default_str()
       ->option_text("TYPE,...");
@@ -122,7 +135,11 @@ void add_bench_op(CLI::App& app) {
   op->footer(
       "KV comes from memory, as in a model. Shares are those of peaks measured in the same run.\n"
       "Example: relay bench op --heads 32 --kv-heads 8 --head-dim 64 --prefix 4096 --batch 32");
-  op->callback([options] { run(*options); });
+  op->callback([op, options] {
+    if (device_of(options->device) == measure::Device::kCpu) return run_on_cpu(*options);
+    refuse_on_gpu(*op, {"--layout", "--threads", "--isa"});
+    run_on_gpu(*options);
+  });
 }
 
 }  // namespace relay::cli

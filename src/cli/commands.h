@@ -1,5 +1,5 @@
-// The subcommands of `relay`: one file each, <name>.cpp, compiled in where the file and the
-// libraries that it needs are there (see CMakeLists.txt).
+// The subcommands of `relay`: one file each, <name>.cpp. serve and synth are there in a program
+// with llama.cpp (RELAY_BUILD_LLAMA).
 //
 // add_<name> registers the subcommand's options and its callback on `app`. A callback that fails
 // throws: any std::exception prints "relay: error: <what>" and exits with 1,
@@ -19,6 +19,6 @@ void add_serve(CLI::App& app);     ///< relay serve: the OpenAI-compatible serve
 void add_synth(CLI::App& app);     ///< relay synth: GGUF models with random weights
 void add_bench_op(CLI::App& app);  ///< relay bench op: `app` is the subcommand "bench"
 void add_explain(CLI::App& app);   ///< relay explain: what sharing a prompt saves here
-void add_isa(CLI::App& app);       ///< relay isa: the kernel sets of this CPU
+void add_isa(CLI::App& app);       ///< relay isa: the kernels of this CPU and GPU
 
 }  // namespace relay::cli

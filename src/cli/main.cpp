@@ -56,24 +56,16 @@ int main(int argc, char** argv) {
   app.footer("relay SUBCOMMAND --help says more about each.");
 
   try {
-#ifdef RELAY_CLI_SERVE
+#ifdef RELAY_CLI_WITH_LLAMA
     relay::cli::add_serve(app);
-#endif
-#ifdef RELAY_CLI_SYNTH
     relay::cli::add_synth(app);
 #endif
-#ifdef RELAY_CLI_BENCH_OP
     CLI::App* bench = app.add_subcommand("bench", "Measures parts of Relay on this machine");
     bench->require_subcommand(1);
     bench->footer("relay bench SUBCOMMAND --help says more about each.");
     relay::cli::add_bench_op(*bench);
-#endif
-#ifdef RELAY_CLI_EXPLAIN
     relay::cli::add_explain(app);
-#endif
-#ifdef RELAY_CLI_ISA
     relay::cli::add_isa(app);
-#endif
     std::vector<std::string> args = arguments(argc, argv);
     if (args.empty()) args.emplace_back("--help");
     std::reverse(args.begin(), args.end());  // as CLI11 wants them

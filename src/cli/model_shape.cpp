@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "synth/shapes.h"
+
 namespace relay::cli {
 namespace {
 
@@ -88,6 +90,16 @@ ModelShape read_model_shape(const std::string& path) {
     throw std::runtime_error(path + " does not say how large its attention heads are");
   }
   return shape;
+}
+
+ModelShape find_model_shape(const std::string& name) {
+  const synth::Shape& shape = synth::find_shape(name);
+  return {.name = shape.name,
+          .layers = static_cast<int32_t>(shape.layers),
+          .heads = static_cast<int32_t>(shape.heads),
+          .kv_heads = static_cast<int32_t>(shape.kv_heads),
+          .k_dim = static_cast<int32_t>(shape.head_dim),
+          .v_dim = static_cast<int32_t>(shape.head_dim)};
 }
 
 }  // namespace relay::cli

@@ -141,8 +141,8 @@ cuda::PlanOptions convert(const relay_cuda_plan_options* given) {
 
 cuda::Batch convert(const relay_cuda_batch* given) {
   const relay_cuda_batch in = known_part(given, "relay_cuda_batch");
-  require_zero(in.reserved, "relay_cuda_batch");
   return {.requests = in.requests,
+          .rows = in.rows,
           .query_starts = in.query_starts,
           .kv_lengths = in.kv_lengths,
           .table = in.table,

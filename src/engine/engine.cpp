@@ -265,17 +265,13 @@ std::optional<Refusal> ThreadedEngine::check(const GenerateRequest& request) con
   const auto prompt = static_cast<int64_t>(request.prompt.size());
   const int64_t wanted = std::max(1, request.max_tokens);
   if (prompt + wanted > info.context_length) {
-    Refusal r = refusal(
+    return refusal(
         ErrorKind::kContextLengthExceeded,
         "This model's maximum context length is " + std::to_string(info.context_length) +
             " tokens. However, you requested " + std::to_string(prompt + wanted) + " tokens (" +
             std::to_string(prompt) + " in the prompt, " + std::to_string(wanted) +
             " in the completion). Please reduce the length of the prompt or the completion.",
         "prompt");
-    r.prompt_tokens = static_cast<int32_t>(std::min<int64_t>(prompt, INT32_MAX));
-    r.max_tokens = request.max_tokens;
-    r.context_length = info.context_length;
-    return r;
   }
   return std::nullopt;
 }

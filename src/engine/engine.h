@@ -251,9 +251,6 @@ struct Refusal {
   ErrorKind kind = ErrorKind::kInvalidRequest;
   std::string message;
   std::string param;                ///< as EngineError::param()
-  int32_t prompt_tokens = 0;        ///< set for kContextLengthExceeded …
-  int32_t max_tokens = 0;           ///< … as asked; -1: unset
-  int32_t context_length = 0;       ///< … and the limit
   int32_t retry_after_seconds = 0;  ///< set for kQueueFull: when a place is likely
 };
 

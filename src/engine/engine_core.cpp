@@ -2,11 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <stdexcept>
 #include <utility>
-
-#include "engine/sha256.h"
 
 namespace relay::engine {
 
@@ -16,27 +13,6 @@ double seconds_between(Clock::time_point a, Clock::time_point b) {
   return std::chrono::duration<double>(b - a).count();
 }
 
-int64_t unix_now() {
-  return std::chrono::duration_cast<std::chrono::seconds>(
-             std::chrono::system_clock::now().time_since_epoch())
-      .count();
-}
-
-std::string token_bytes(const std::vector<Token>& tokens) {
-  std::string bytes;
-  bytes.reserve(4 * tokens.size());
-  for (const Token t : tokens) {
-    for (int shift = 0; shift < 32; shift += 8) {
-      bytes += static_cast<char>((static_cast<uint32_t>(t) >> shift) & 0xFF);
-    }
-  }
-  return bytes;
-}
-
-std::string sha256_of(const std::string& bytes) {
-  return sha256_hex({reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size()});
-}
-
 }  // namespace
 
 EngineCore::EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOptions& options)
@@ -44,7 +20,11 @@ EngineCore::EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOpt
       vocabulary_(vocabulary),
       options_(options),
       kv_(model, options.prefix_caching),
-      scheduler_(kv_, options.scheduler) {}
+      scheduler_(kv_, options.scheduler),
+      pins_(kv_, scheduler_,
+            {.budget = options.pin_budget,
+             .prompts = std::min(model.max_sequences(), kMaxSequences) - options.scheduler.parallel,
+             .kv_bytes_per_token = options.kv_bytes_per_token}) {}
 
 EngineCore::~EngineCore() = default;
 
@@ -107,137 +87,29 @@ void EngineCore::cancel_all() {
   std::vector<RequestId> ids;
   for (const auto& [id, r] : requests_) ids.push_back(id);
   for (const RequestId id : ids) cancel(id);
-  for (auto& job : pin_jobs_) {
-    scheduler_.remove(&job->sequence, Scheduler::Keep::kNothing);
-    job->callbacks.failed(ErrorKind::kShuttingDown, "The engine is stopping.");
-  }
-  pin_jobs_.clear();
+  pins_.fail_all(ErrorKind::kShuttingDown, "The engine is stopping.");
 }
 
 void EngineCore::fail_all(ErrorKind kind, const std::string& message) {
   while (!requests_.empty()) {
     fail_request(*requests_.begin()->second, kind, message, Scheduler::Keep::kNothing);
   }
-  for (auto& job : pin_jobs_) {
-    scheduler_.remove(&job->sequence, Scheduler::Keep::kNothing);
-    job->callbacks.failed(kind, message);
-  }
-  pin_jobs_.clear();
+  pins_.fail_all(kind, message);
 }
 
 // --- pinned prompts
 
 void EngineCore::pin(const PinRequest& request, PinCallbacks callbacks) {
-  const std::string bytes = token_bytes(request.tokens);
-  const std::string id = "cp_" + sha256_of(request.cache_salt + '\0' + bytes).substr(0, 24);
-  if (const auto it = pins_.find(id); it != pins_.end()) {
-    PinnedPrompt& prompt = it->second.prompt;
-    prompt.name = request.name;
-    prompt.expires_at = request.ttl_seconds > 0 ? unix_now() + request.ttl_seconds : 0;
-    if (before_end_) before_end_();
-    callbacks.done(prompt);
-    return;
-  }
-  const auto count = static_cast<int32_t>(request.tokens.size());
-  const Salt salt = request.cache_salt.empty() ? nullptr : kv_.salt(request.cache_salt);
-  const auto budget = static_cast<int32_t>(options_.pin_budget * kv_.cells_total());
-  int32_t pinned = kv_.cells_pinned();
-  for (const auto& job : pin_jobs_) pinned += job->sequence.length();
-  const int32_t added = count - kv_.pinned_prefix(salt, request.tokens);
-  if (pinned + added > budget) {
-    callbacks.failed(ErrorKind::kPinBudgetExceeded,
-                     "Pinning " + std::to_string(added) + " tokens beside " +
-                         std::to_string(pinned) + " pinned ones passes the budget of " +
-                         std::to_string(budget) + " of " + std::to_string(kv_.cells_total()) +
-                         " KV cells.");
-    return;
-  }
-  const auto ids = std::min(model_.max_sequences(), kMaxSequences);
-  const auto jobs = static_cast<int32_t>(pin_jobs_.size());
-  if (kv_.pinned_sequences() + jobs >= ids - options_.scheduler.parallel) {
-    callbacks.failed(
-        ErrorKind::kPinBudgetExceeded,
-        "At most " + std::to_string(ids - options_.scheduler.parallel) + " prompts can be pinned.");
-    return;
-  }
-  auto job = std::make_unique<PinJob>();
-  job->request = request;
-  job->id = id;
-  job->sha256 = sha256_of(bytes);
-  job->callbacks = std::move(callbacks);
-  Sequence& s = job->sequence;
-  s.arrival = ++arrivals_;
-  s.priority = std::numeric_limits<int32_t>::min();  // an operator asked; everyone gains
-  s.salt = salt;
-  s.prompt_length = count;
-  s.generates = false;
-  s.tokens = request.tokens;
-  scheduler_.enqueue(&s);
-  pin_jobs_.push_back(std::move(job));
+  pins_.pin(request, ++arrivals_, std::move(callbacks));
 }
 
-void EngineCore::finish_pins() {
-  for (size_t i = 0; i < pin_jobs_.size();) {
-    PinJob& job = *pin_jobs_[i];
-    Sequence& s = job.sequence;
-    if (job.callbacks.progress) job.callbacks.progress(s.computed, s.length());
-    if (!s.running() || s.pending() > 0) {
-      ++i;
-      continue;
-    }
-    Pin pin;
-    pin.seq = scheduler_.remove_pinned(&s);
-    pin.prompt.id = job.id;
-    pin.prompt.name = job.request.name;
-    pin.prompt.sha256 = job.sha256;
-    pin.prompt.tokens = s.length();
-    pin.prompt.bytes = s.length() * options_.kv_bytes_per_token;
-    pin.prompt.created = unix_now();
-    if (job.request.ttl_seconds > 0) {
-      pin.prompt.expires_at = pin.prompt.created + job.request.ttl_seconds;
-    }
-    pin.prompt.cache_salt = job.request.cache_salt;
-    const auto seq = pin.seq;
-    const auto [it, inserted] = pins_.emplace(job.id, std::move(pin));
-    if (!inserted) kv_.unpin(seq);  // the same prompt was asked for twice at once
-    if (before_end_) before_end_();
-    job.callbacks.done(it->second.prompt);
-    pin_jobs_.erase(pin_jobs_.begin() + static_cast<std::ptrdiff_t>(i));
-  }
-}
-
-std::vector<PinnedPrompt> EngineCore::pinned() const {
-  std::vector<PinnedPrompt> list;
-  for (const auto& [id, pin] : pins_) list.push_back(pin.prompt);
-  return list;
-}
+std::vector<PinnedPrompt> EngineCore::pinned() const { return pins_.list(); }
 
 PinnedPrompt EngineCore::set_pin_ttl(const std::string& id, int64_t ttl_seconds) {
-  const auto it = pins_.find(id);
-  if (it == pins_.end()) throw EngineError(ErrorKind::kNotFound, "No pinned prompt " + id + ".");
-  it->second.prompt.expires_at = ttl_seconds > 0 ? unix_now() + ttl_seconds : 0;
-  return it->second.prompt;
+  return pins_.set_ttl(id, ttl_seconds);
 }
 
-void EngineCore::unpin(const std::string& id) {
-  const auto it = pins_.find(id);
-  if (it == pins_.end()) throw EngineError(ErrorKind::kNotFound, "No pinned prompt " + id + ".");
-  kv_.unpin(it->second.seq);
-  pins_.erase(it);
-}
-
-void EngineCore::expire_pins() {
-  const int64_t now = unix_now();
-  for (auto it = pins_.begin(); it != pins_.end();) {
-    const int64_t expires = it->second.prompt.expires_at;
-    if (expires != 0 && expires <= now) {
-      kv_.unpin(it->second.seq);
-      it = pins_.erase(it);
-    } else {
-      ++it;
-    }
-  }
-}
+void EngineCore::unpin(const std::string& id) { pins_.unpin(id); }
 
 // --- steps
 
@@ -261,17 +133,17 @@ void EngineCore::note_speed(const StepPlan& plan, double seconds) {
 }
 
 bool EngineCore::step() {
-  if (!pins_.empty()) expire_pins();
+  pins_.expire();
   const StepPlan plan = scheduler_.plan(prefill_rows());
   const auto now = Clock::now();
   note_admissions(plan, now);
   for (Sequence* s : plan.exhausted) end_exhausted(*s);
   if (plan.slices.empty()) {
-    finish_pins();
+    pins_.finish();
     return !plan.exhausted.empty() || !plan.admitted.empty();
   }
   compute(plan);
-  finish_pins();
+  pins_.finish();
   return true;
 }
 
@@ -305,8 +177,8 @@ void EngineCore::compute(const StepPlan& plan) {
   const double seconds = seconds_between(start, Clock::now());
   counters_.seconds_computing += seconds;
   if (status == DecodeStatus::kNoCells) {
-    // The books said there is room. Whoever is youngest gives way; a sequence that does not even
-    // fit alone ends.
+    // By our own count there was room. The youngest sequence gives way; one that does not even fit
+    // alone ends.
     if (!scheduler_.preempt_youngest()) {
       fail_sequence(*plan.slices.front().sequence, ErrorKind::kInternal,
                     "The model found no KV cells for this request.", Scheduler::Keep::kNothing);
@@ -486,11 +358,7 @@ void EngineCore::fail_sequence(Sequence& sequence, ErrorKind kind, const std::st
     fail_request(*sequence.request, kind, message, keep);
     return;
   }
-  const auto job = std::find_if(pin_jobs_.begin(), pin_jobs_.end(),
-                                [&](const auto& j) { return &j->sequence == &sequence; });
-  scheduler_.remove(&sequence, keep);
-  (*job)->callbacks.failed(kind, message);
-  pin_jobs_.erase(job);
+  pins_.fail(sequence, kind, message, keep);
 }
 
 void EngineCore::end_exhausted(Sequence& s) {

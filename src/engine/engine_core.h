@@ -5,7 +5,6 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
-#include <map>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -15,6 +14,7 @@
 #include "engine/engine.h"
 #include "engine/kv_memory.h"
 #include "engine/model.h"
+#include "engine/pins.h"
 #include "engine/scheduler.h"
 #include "engine/sequence.h"
 
@@ -57,13 +57,6 @@ struct Request {
   Clock::time_point last_token_at{};
 };
 
-/// Called by the core while a prompt is pinned; each from within step() or pin().
-struct PinCallbacks {
-  std::function<void(int32_t done, int32_t total)> progress;
-  std::function<void(const PinnedPrompt&)> done;
-  std::function<void(ErrorKind, const std::string&)> failed;
-};
-
 class EngineCore {
  public:
   EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOptions& options);
@@ -84,29 +77,20 @@ class EngineCore {
 
   /// Computes one step. False: there was nothing to do.
   bool step();
-  bool idle() const { return requests_.empty() && pin_jobs_.empty(); }
+  bool idle() const { return requests_.empty() && !pins_.computing(); }
 
   void set_observer(std::shared_ptr<Observer> observer) { observer_ = std::move(observer); }
   EngineStats stats() const;
-  /// Called before a request's last sink call, when the books already show it gone, and before a
+  /// Called before a request's last sink call, when the counts already show it gone, and before a
   /// pin's.
-  void set_before_end(std::function<void()> hook) { before_end_ = std::move(hook); }
+  void set_before_end(const std::function<void()>& hook) {
+    before_end_ = hook;
+    pins_.set_before_done(hook);
+  }
   KvMemory& kv() { return kv_; }
   const Scheduler& scheduler() const { return scheduler_; }
 
  private:
-  struct PinJob {
-    PinRequest request;
-    std::string id;
-    std::string sha256;
-    PinCallbacks callbacks;
-    Sequence sequence;
-  };
-  struct Pin {
-    PinnedPrompt prompt;
-    SeqId seq = -1;
-  };
-
   int32_t prefill_rows() const;
   void note_speed(const StepPlan& plan, double seconds);
   void note_admissions(const StepPlan& plan, Clock::time_point now);
@@ -121,8 +105,6 @@ class EngineCore {
   void fail_sequence(Sequence& sequence, ErrorKind kind, const std::string& message,
                      Scheduler::Keep keep);
   void end_exhausted(Sequence& sequence);
-  void finish_pins();
-  void expire_pins();
   int32_t cells_for(const Salt& salt, std::span<const Token> tokens) const;
   GeneratedToken describe(const Request& request, Token token, int32_t row);
 
@@ -132,8 +114,7 @@ class EngineCore {
   KvMemory kv_;
   Scheduler scheduler_;
   std::unordered_map<RequestId, std::unique_ptr<Request>> requests_;
-  std::vector<std::unique_ptr<PinJob>> pin_jobs_;
-  std::map<std::string, Pin> pins_;
+  Pins pins_;
   std::shared_ptr<Observer> observer_;
   std::function<void()> before_end_;
   EngineStats counters_;  // its gauges are made in stats()

@@ -9,6 +9,8 @@
 #include <set>
 
 #include "engine/fake_model.h"
+#include "engine/kv_memory.h"
+#include "engine/scheduler.h"
 
 namespace relay::engine {
 namespace {
@@ -380,6 +382,20 @@ TEST(EngineCore, PreemptionLosesAndRepeatsNothing) {
   bench.expect_no_leak();
 }
 
+TEST(EngineCore, TheYoungestGivesWay) {
+  Bench bench(128, small_steps());
+  const auto oldest = bench.submit(sequence_of(40, 41), 60);
+  const auto youngest = bench.submit(sequence_of(40, 42), 60);
+  bench.step();
+  for (size_t made = oldest->tokens[0].size(); !oldest->done; ++made) {
+    ASSERT_EQ(oldest->tokens[0].size(), made) << "a step without a token of its own";
+    ASSERT_TRUE(bench.step());
+  }
+  EXPECT_GT(bench.core.stats().preemptions, 0);
+  bench.run();
+  EXPECT_TRUE(youngest->done);
+}
+
 TEST(EngineCore, TwoLongPrefillsThatBlockEachOtherResolve) {
   Bench bench(100, small_steps(64, 16));
   const auto a = bench.submit(sequence_of(80, 17), 5);
@@ -387,6 +403,68 @@ TEST(EngineCore, TwoLongPrefillsThatBlockEachOtherResolve) {
   bench.run();
   expect_alone(bench, *a, sequence_of(80, 17), 5);
   expect_alone(bench, *b, sequence_of(90, 18), 5);
+}
+
+TEST(EngineCore, WhatWasUsedLongestAgoIsEvictedFirst) {
+  Bench bench(256);
+  const Tokens a = sequence_of(70, 31);
+  const Tokens b = sequence_of(70, 32);
+  const Tokens c = sequence_of(70, 33);
+  const auto cached = [&](const Tokens& prompt) {
+    const auto out = bench.submit(prompt, 1);
+    bench.run();
+    return out->usage.cached_tokens;
+  };
+  for (const Tokens& prompt : {a, b, c}) EXPECT_EQ(cached(prompt), 0);
+  EXPECT_EQ(cached(a), 69) << "the oldest, now used again";
+  EXPECT_EQ(cached(sequence_of(80, 34)), 0) << "needs room";
+  EXPECT_EQ(cached(a), 69);
+  EXPECT_EQ(cached(c), 69);
+  EXPECT_LT(cached(b), 10);
+}
+
+TEST(EngineCore, ASmallRequestDoesNotOvertakeALargeOneThatWaitsForRoom) {
+  Bench bench(128, small_steps());
+  const auto running = bench.submit(sequence_of(60, 35), 40);
+  bench.step();
+  const auto large = bench.submit(sequence_of(100, 36), 5);
+  const auto small = bench.submit(sequence_of(5, 37), 2);
+  bench.step();
+  ASSERT_FALSE(running->done);
+  ASSERT_TRUE(large->tokens.empty()) << "there is no room for it yet";
+  while (small->tokens.empty()) ASSERT_TRUE(bench.step());
+  EXPECT_FALSE(large->tokens.empty()) << "it was asked first";
+  bench.run();
+  EXPECT_TRUE(running->done && large->done && small->done);
+  bench.expect_no_leak();
+}
+
+TEST(Scheduler, PrefillKeepsToItsRowsBesideDecoding) {
+  FakeModel model(1024);
+  KvMemory kv(model, true);
+  Scheduler scheduler(kv, {.parallel = 8, .batch_tokens = 64});
+  std::vector<Sequence> sequences(3);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    Sequence& s = sequences[i];
+    s.arrival = i + 1;
+    s.tokens = sequence_of(i == 0 ? 1 : 100, static_cast<int32_t>(70 + i));
+    s.prompt_length = s.length();
+    s.max_tokens = 5;
+    scheduler.enqueue(&s);
+  }
+  StepPlan plan = scheduler.plan(16);
+  EXPECT_EQ(plan.rows, 16);
+  scheduler.commit(plan);
+  sequences[0].tokens.push_back(1);  // it decodes from here on
+  for (const int32_t allowed : {10, 0, 1000}) {
+    plan = scheduler.plan(allowed);
+    EXPECT_EQ(plan.prefill_rows, std::min(allowed, 63)) << "of a batch of 64, one row decodes";
+    EXPECT_EQ(plan.rows, plan.prefill_rows + 1);
+    scheduler.commit(plan);
+    sequences[0].tokens.push_back(1);
+  }
+  for (Sequence& s : sequences) scheduler.remove(&s, Scheduler::Keep::kNothing);
+  EXPECT_EQ(kv.cells_used(), 0);
 }
 
 TEST(EngineCore, WhatCanNeverFitIsRefused) {
@@ -481,6 +559,26 @@ TEST(EngineCore, SharingOf64RequestsOver4096TokensCostsAtMostFivePercent) {
   EXPECT_GT(peak, 4096 + 64 * 16) << "all 64 ran at once";
   EXPECT_LE(peak, 1.05 * (4096 + 64 * 32));
   EXPECT_EQ(bench.core.stats().kv_cells_total, 8192);
+}
+
+TEST(EngineCore, RowsOverOnePrefixLieTogetherInTheBatch) {
+  Bench bench(1024, small_steps());
+  const Tokens prefixes[2] = {Tokens{1} + sequence_of(40, 51), Tokens{2} + sequence_of(40, 52)};
+  for (int32_t i = 0; i < 8; ++i) bench.submit(prefixes[i % 2] + sequence_of(3, 60 + i), 10);
+  int batches = 0;
+  bench.model.on_decode = [&](const Batch& batch) {
+    if (batch.size() != 8) return DecodeStatus::kOk;  // all decode
+    ++batches;
+    int changes = 0;
+    for (size_t i = 1; i < 8; ++i) {
+      changes +=
+          bench.model.tokens_of(batch.seq[i])[0] != bench.model.tokens_of(batch.seq[i - 1])[0];
+    }
+    EXPECT_EQ(changes, 1) << "first the one prefix, then the other";
+    return DecodeStatus::kOk;
+  };
+  bench.run();
+  EXPECT_GT(batches, 3);
 }
 
 TEST(EngineCore, StatisticsOfSharing) {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <map>
 
+#include "base/utf8.h"
+
 namespace relay::engine {
 
 namespace {
@@ -319,8 +321,7 @@ class GrammarParser {
   /// One character, escapes read.
   uint32_t character() {
     if (at_end()) fail("an unexpected end");
-    const auto byte = static_cast<unsigned char>(peek());
-    if (byte == '\\') {
+    if (peek() == '\\') {
       const char kind = peek(1);
       at_ += 2;
       switch (kind) {
@@ -346,15 +347,10 @@ class GrammarParser {
           fail("an unknown escape");
       }
     }
-    ++at_;
-    if (byte < 0x80) return byte;
-    const int more = byte >= 0xF0 ? 3 : byte >= 0xE0 ? 2 : 1;
-    uint32_t value = byte & (0x3Fu >> more);
-    for (int i = 0; i < more; ++i, ++at_) {
-      const auto next = static_cast<unsigned char>(peek());
-      if ((next & 0xC0) != 0x80) fail("text that is not UTF-8");
-      value = value << 6 | (next & 0x3Fu);
-    }
+    const int length = utf8_length(text_, at_);
+    if (length <= 0) fail("text that is not UTF-8");
+    const uint32_t value = utf8_code_point(text_, at_, length);
+    at_ += static_cast<size_t>(length);
     return value;
   }
 
@@ -706,7 +702,7 @@ bool GrammarMatcher::step(Position& at, uint8_t byte) {
     at.length = at.missing = byte >= 0xF0 ? 3 : byte >= 0xE0 ? 2 : 1;
     at.partial = byte & (0x3Fu >> at.missing);
   } else {
-    if ((byte & 0xC0) != 0x80) return false;
+    if (!continues_utf8(static_cast<char>(byte))) return false;
     at.partial = at.partial << 6 | (byte & 0x3Fu);
     --at.missing;
   }

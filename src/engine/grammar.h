@@ -1,7 +1,7 @@
-// Grammars (GBNF): which tokens may come next. llama.cpp's own matcher follows every way a token
-// can be derived, one after another, which takes time exponential in the token's length for some
-// grammars of a line; and nothing can stop it. Here the ways are followed together, as a set, what
-// was found out is remembered, and every step is counted against a budget.
+// Grammars (GBNF): which tokens may come next. llama.cpp's own matcher follows each derivation of a
+// token by itself. For some grammars of one line that takes time exponential in the token's length,
+// and nothing can stop it. Here all derivations are followed together, as a set; results are
+// remembered, and every step is counted against a budget.
 //
 // The language is llama.cpp's (its grammars/README.md).
 #pragma once
@@ -44,7 +44,7 @@ class TokenTexts {
   std::vector<Entry> sorted_;
 };
 
-/// Whoever compiles or follows a grammar that is too large or too ambiguous gets this.
+/// Thrown for a grammar that is too large or too ambiguous to be compiled or followed.
 class GrammarTooCostly : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -82,7 +82,7 @@ class Grammar {
   uint32_t root_ = 0;
 };
 
-/// What has been found out about a grammar while following it: shared by the choices of a request,
+/// Follows texts through a grammar and remembers what it finds: shared by the choices of a request,
 /// and used by one thread at a time.
 class GrammarMatcher {
  public:

@@ -101,6 +101,8 @@ TEST(Grammar, ErrorsSayWhatAndWhere) {
       {"root ::= \"a\"{99999999999999999999}", "repetitions are not supported"},
       {"root ::= \"\\q\"", "unknown escape"},
       {"root ::= \"\\u12\"", "hexadecimal"},
+      {"root ::= \"\x80\x80\"", "text that is not UTF-8"},
+      {"root ::= \"\xE2\x82\"", "text that is not UTF-8"},
       {"root ::= <|none|>", "a token that the vocabulary does not have"},
       {"root ::= <[99999]>", "the number of a token"},
       {"root ::= root \"a\" | \"a\"", "the rule root begins with itself"},

@@ -1,8 +1,8 @@
 // JSON schemas as grammars, by llama.cpp's converter.
 //
-// The converter passes over what it cannot express, takes some forms for others, and recurses for
-// ever on some. So a schema is first written in plain words: references that lead to content, no
-// allOf, each keyword where the converter reads it. What that cannot say is an error.
+// The converter ignores what it cannot express, misreads some forms, and recurses for ever on some.
+// So a schema is first rewritten: references are resolved as far as they must be, allOf is merged,
+// each keyword stands where the converter reads it. What cannot be rewritten so is an error.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct SchemaBudget {
 // All throw EngineError (kInvalidGrammar) that says why, with `param`, the field the schema came
 // from. They recurse: call them on a thread with a large stack (large_stack.h).
 
-/// The schema in words that the converter keeps to the letter. An answer is bound to the whole
+/// The schema, rewritten so that the converter keeps all of it. An answer is bound to the whole
 /// schema or to none: what no grammar can keep (a lower bound of a number, say) is an error.
 std::string plain_schema(const std::string& schema, const std::string& param);
 

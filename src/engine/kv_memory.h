@@ -6,7 +6,7 @@
 //   cached    a path kept for later requests, evicted least recently used first, from its end
 //   pinned    a path kept until unpinned
 // and the cells in use are those of the tree (each node once) plus the private ones. llama.cpp
-// keeps the same cells; nothing here ever asks it, so tests compare the two.
+// keeps the same cells, but nothing here asks it; tests compare the two.
 #pragma once
 
 #include <cstdint>
@@ -75,7 +75,7 @@ class KvMemory {
   int64_t evicted_tokens() const { return evicted_; }
 
   const PrefixTree& tree() const { return tree_; }
-  /// Throws std::logic_error if the books do not balance. For tests.
+  /// Throws std::logic_error if the counts do not add up. For tests.
   void validate() const;
 
  private:

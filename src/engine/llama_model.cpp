@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <array>
-#include <ctime>
 #include <filesystem>
 #include <map>
 
+#include "base/unix_time.h"
 #include "common.h"
 #include "engine/backend.h"
 #include "llama.h"
@@ -111,7 +111,7 @@ void LlamaModel::open(const EngineOptions& options, const ProgressFn& progress) 
 
   info_.path = path;
   info_.name = options.model_alias.empty() ? fs::path(path).stem().string() : options.model_alias;
-  info_.created = static_cast<int64_t>(std::time(nullptr));
+  info_.created = unix_now();
   info_.size_bytes = static_cast<int64_t>(llama_model_size(model_));
   info_.parameters = static_cast<int64_t>(llama_model_n_params(model_));
   info_.train_context = llama_model_n_ctx_train(model_);

@@ -47,7 +47,7 @@ class LlamaModel : public Model, public Vocabulary {
   std::vector<Token> excluded_tokens(bool ends) const;
 
   /// Cells that llama.cpp itself holds, worked out from the size of its saved state. Slow; for
-  /// tests of the books.
+  /// tests of KvMemory's counts.
   int32_t count_cells() const;
 
   ModelInfo& info() { return info_; }

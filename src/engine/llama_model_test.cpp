@@ -50,6 +50,14 @@ EngineOptions small_options(const std::string& shape, int32_t cells) {
   return o;
 }
 
+/// Weights and KV in f32, for answers to be compared.
+EngineOptions exact_options(const std::string& shape, int32_t cells) {
+  EngineOptions o = small_options(shape, cells);
+  o.model_path = test_model(shape, "f32");
+  o.cache_type_k = o.cache_type_v = "f32";
+  return o;
+}
+
 class Bench {
  public:
   Bench(const EngineOptions& options, bool prefix_caching) {
@@ -108,9 +116,10 @@ Tokens operator+(Tokens a, const Tokens& b) {
   return a;
 }
 
-// Batches of another size sum in another order. Where two outputs part, both tokens must have been
-// as good as equal; what follows is then another text. Before that, log probabilities must agree.
-constexpr float kClose = 0.05f;
+// Batches of another size sum in another order, and keys and values are rounded to f16 for
+// attention. Where two outputs part, both tokens must have been as good as equal; what follows is
+// then another text. Before that, log probabilities must agree.
+constexpr float kClose = 2e-3f;
 
 void expect_same(const Output& a, const Output& b, int& identical) {
   ASSERT_EQ(a.tokens.size(), b.tokens.size());
@@ -134,8 +143,8 @@ void expect_same(const Output& a, const Output& b, int& identical) {
 class Shapes : public testing::TestWithParam<const char*> {};
 
 TEST_P(Shapes, ConcurrentRequestsAnswerAsIfAlone) {
-  Bench shared(small_options(GetParam(), 2048), true);
-  Bench alone(small_options(GetParam(), 2048), false);
+  Bench shared(exact_options(GetParam(), 2048), true);
+  Bench alone(exact_options(GetParam(), 2048), false);
   const Tokens system = random_tokens(*shared.model, 400, 1);
   std::vector<Tokens> prompts;
   std::vector<std::shared_ptr<Output>> outs;
@@ -163,7 +172,7 @@ TEST_P(Shapes, ConcurrentRequestsAnswerAsIfAlone) {
     if (HasFatalFailure()) return;
   }
   RecordProperty("identical", identical);
-  EXPECT_GE(identical, static_cast<int>(prompts.size()) * 3 / 4);
+  EXPECT_GE(identical, static_cast<int>(prompts.size()) - 2) << "ties are rare";
   EXPECT_LT(shared.core->stats().computed_prompt_tokens, 24 * 100);
 }
 

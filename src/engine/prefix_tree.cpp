@@ -137,7 +137,7 @@ void PrefixTree::extend(SeqId seq, const Salt& salt, std::span<const Token> toke
 }
 
 void PrefixTree::merge_with_child(Node* node) {
-  // Undoes a split once nobody needs the border: without it a long-lived prefix would crumble.
+  // Undoes a split that nobody needs any more: else a long-lived prefix would end in small pieces.
   if (node == root_.get() || node->children.size() != 1) return;
   std::unique_ptr<Node>& slot = node->children.begin()->second;
   if (slot->members != node->members || slot->salt != node->salt) return;

@@ -1,6 +1,6 @@
 // A vocabulary in the order of falling probability, without sorting it: only the neighbourhood of
 // the places that are asked for is sorted. Sampling needs two such places (where the nucleus ends,
-// and where the dice fall), and sorting 128k tokens for them takes longer than many a model's step.
+// and the token drawn), and sorting 128k tokens for them takes longer than many a model's step.
 #pragma once
 
 #include <cstddef>

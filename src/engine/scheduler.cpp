@@ -118,8 +118,8 @@ int32_t Scheduler::promised_cells() const {
 }
 
 void Scheduler::plan_admissions(StepPlan& plan, int32_t& budget) {
-  // In order: a small one behind must not starve a large one. Those that find the door closed still
-  // notice whom they could follow, lest they miss most of it.
+  // In order, so that small ones behind do not starve a large one. Those that are not admitted
+  // still note whom they could follow, so as not to miss most of it.
   bool closed = false;
   for (size_t i = 0; i < waiting_.size();) {
     Sequence* s = waiting_[i];

@@ -48,14 +48,14 @@ class Scheduler {
   /// when it returns. May admit and preempt. No slices: nothing to do (or see exhausted).
   StepPlan plan(int32_t prefill_rows);
 
-  /// The plan's rows are in the cache: books them and publishes prompts.
+  /// The plan's rows are in the cache: records them and publishes prompts.
   void commit(const StepPlan& plan);
 
   enum class Keep { kAll, kPrompt, kNothing };
   /// The sequence leaves, from the queue or from running. keep: what stays in the cache of what it
   /// has computed.
   void remove(Sequence* sequence, Keep keep);
-  /// Takes the running sequence out of the books as a pinned path; returns its id.
+  /// Turns the running sequence into a pinned path; returns its id.
   SeqId remove_pinned(Sequence* sequence);
 
   /// The youngest running sequence gives up its cells and waits again with its tokens. False if

@@ -13,8 +13,9 @@
 
 namespace relay::engine {
 
-/// Path of a model of this shape ("tiny", "tiny-gemma2", …). RELAY_TEST_MODEL replaces "tiny".
-inline std::string test_model(const std::string& shape) {
+/// Path of a model of this shape ("tiny", "tiny-gemma2", …), its weights of this type.
+/// RELAY_TEST_MODEL replaces "tiny".
+inline std::string test_model(const std::string& shape, const std::string& type = "f16") {
   struct Folder {
     std::filesystem::path path = std::filesystem::temp_directory_path() /
                                  ("relay-engine-test-" + std::to_string(::getpid()));
@@ -29,12 +30,13 @@ inline std::string test_model(const std::string& shape) {
   if (const char* given = std::getenv("RELAY_TEST_MODEL"); given != nullptr && shape == "tiny") {
     return given;
   }
-  std::string& path = written[shape];
+  const std::string name = shape + "-" + type;
+  std::string& path = written[name];
   if (path.empty()) {
     synth::Request request;
     request.shape = synth::find_shape(shape);
-    request.output = folder.path / (shape + ".gguf");
-    request.type = "f16";
+    request.output = folder.path / (name + ".gguf");
+    request.type = type;
     synth::write_model(request);
     path = request.output.string();
   }

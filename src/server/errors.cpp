@@ -1,5 +1,6 @@
 #include "server/errors.h"
 
+#include "base/utf8.h"
 #include "server/json.h"
 
 namespace relay::server {
@@ -13,7 +14,7 @@ std::string cut(const std::string& text) {
   if (text.size() <= kMaxMessageBytes) return text;
   constexpr const char* kEllipsis = "...";
   size_t end = kMaxMessageBytes - 3;
-  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
+  while (end > 0 && continues_utf8(text[end])) --end;
   return text.substr(0, end) + kEllipsis;
 }
 
@@ -99,17 +100,9 @@ ApiError from_engine(engine::ErrorKind kind, const std::string& message, const s
 }
 
 ApiError from_refusal(const engine::Refusal& refusal) {
-  if (refusal.kind != engine::ErrorKind::kContextLengthExceeded) {
-    ApiError error = from_engine(refusal.kind, refusal.message, refusal.param);
-    if (refusal.retry_after_seconds > 0) error.retry_after(refusal.retry_after_seconds);
-    return error;
-  }
-  std::string message = "This model's context length is " + std::to_string(refusal.context_length) +
-                        " tokens, but the prompt has " + std::to_string(refusal.prompt_tokens);
-  message += refusal.max_tokens >= 0
-                 ? " and max_tokens asks for " + std::to_string(refusal.max_tokens) + " more."
-                 : " and leaves no room for an answer.";
-  return from_engine(refusal.kind, message, refusal.param);
+  ApiError error = from_engine(refusal.kind, refusal.message, refusal.param);
+  if (refusal.retry_after_seconds > 0) error.retry_after(refusal.retry_after_seconds);
+  return error;
 }
 
 }  // namespace relay::server

@@ -120,9 +120,8 @@ class FakeEngine : public engine::Engine {
     if (length + std::max(request.max_tokens, 1) > script_.context_length) {
       refusal.kind = engine::ErrorKind::kContextLengthExceeded;
       refusal.param = "prompt";
-      refusal.prompt_tokens = length;
-      refusal.max_tokens = request.max_tokens;
-      refusal.context_length = script_.context_length;
+      refusal.message = "The context has " + std::to_string(script_.context_length) +
+                        " tokens, max_tokens is " + std::to_string(request.max_tokens) + ".";
       return refusal;
     }
     if (!request.json_schema.empty() && request.json_schema.find("bad") != std::string::npos) {

@@ -1,20 +1,11 @@
 #include "server/generation.h"
 
 #include <algorithm>
-#include <chrono>
 #include <stdexcept>
 
+#include "base/unix_time.h"
+
 namespace relay::server {
-
-namespace {
-
-int64_t unix_seconds() {
-  return std::chrono::duration_cast<std::chrono::seconds>(
-             std::chrono::system_clock::now().time_since_epoch())
-      .count();
-}
-
-}  // namespace
 
 std::string effective_salt(const std::string& caller, const std::string& client) {
   return client.empty() ? caller : "salt/" + client;
@@ -26,7 +17,7 @@ Generation::Generation(Api api, CommonRequest common, GenerationContext context)
   head_.id = random_id(api == Api::kChat ? "chatcmpl-" : "cmpl-");
   head_.model = context_.model;
   head_.fingerprint = context_.fingerprint;
-  head_.created = unix_seconds();
+  head_.created = unix_now();
   common_.generate.cache_salt = effective_salt(context_.caller_salt, common_.generate.cache_salt);
   queue_ = std::make_shared<EventQueue>(context_.max_queued_bytes, std::move(context_.wake));
 }

@@ -4,19 +4,19 @@
 
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/bind_cancellation_slot.hpp>
+#include <boost/asio/bind_executor.hpp>
 #include <boost/asio/co_spawn.hpp>
-#include <boost/asio/detached.hpp>
 #include <boost/asio/post.hpp>
-#include <boost/asio/read.hpp>
 #include <boost/asio/use_awaitable.hpp>
 #include <boost/asio/write.hpp>
+#include <boost/beast/http/empty_body.hpp>
 #include <boost/beast/http/error.hpp>
 #include <boost/beast/http/read.hpp>
-#include <boost/beast/http/rfc7230.hpp>
-#include <ctime>
+#include <boost/beast/http/write.hpp>
 #include <optional>
 
 #include "server/gzip.h"
+#include "server/http_response.h"
 
 namespace relay::server {
 
@@ -36,37 +36,12 @@ constexpr size_t kMaxDiscarded = 64 * 1024 * 1024;
 constexpr std::chrono::milliseconds kLingerTime{3000};
 constexpr size_t kMaxRequestIdBytes = 256;
 
-const char* reason_phrase(int status) {
-  const auto known = http::int_to_status(static_cast<unsigned>(status));
-  return known == http::status::unknown ? "Error" : http::obsolete_reason(known).data();
-}
-
-std::string http_date() {
-  const std::time_t now = std::time(nullptr);
-  std::tm utc{};
-  gmtime_r(&now, &utc);
-  char text[64];
-  const size_t length = std::strftime(text, sizeof(text), "%a, %d %b %Y %H:%M:%S GMT", &utc);
-  return std::string(text, length);
-}
-
-std::string header_line(const std::string& name, const std::string& value) {
-  return name + ": " + value + "\r\n";
-}
-
 /// The client's id where it is fit for a header field, else one of ours.
 std::string request_id_of(std::string_view given) {
   bool fit = !given.empty() && given.size() <= kMaxRequestIdBytes;
   for (const char c : given) fit = fit && c > ' ' && c < 0x7f;
   return fit ? std::string(given) : random_id("req_");
 }
-
-std::string chunk(const std::string& data) {
-  char size[24];
-  const int length = std::snprintf(size, sizeof(size), "%zx\r\n", data.size());
-  return std::string(size, static_cast<size_t>(length)) + data + "\r\n";
-}
-constexpr const char* kLastChunk = "0\r\n\r\n";
 
 std::string_view view(boost::beast::string_view text) { return {text.data(), text.size()}; }
 
@@ -89,6 +64,24 @@ bool is_http_error(const error_code& error) {
 }
 
 }  // namespace
+
+template <typename Work>
+HttpSession::Awaitable<std::invoke_result_t<Work&>> HttpSession::run_on(net::thread_pool& pool,
+                                                                        Work& work) {
+  std::optional<std::invoke_result_t<Work&>> result;
+  std::exception_ptr failure;
+  auto strand = net::bind_executor(socket_.get_executor(), net::use_awaitable);
+  auto there = net::bind_executor(pool.get_executor(), net::use_awaitable);
+  co_await net::post(there);
+  try {
+    result.emplace(work());
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  co_await net::post(strand);
+  if (failure) std::rethrow_exception(failure);
+  co_return std::move(*result);
+}
 
 HttpSession::HttpSession(net::ip::tcp::socket socket, Runtime& runtime)
     : socket_(std::move(socket)),
@@ -167,8 +160,8 @@ HttpSession::Awaitable<bool> HttpSession::serve_one() {
   co_await stop_watching();
   if (body_unread_) exchange.keep_alive = false;
   if (failure && !gone_ && !exchange.header_sent) {
-    const Answer answer = answer_error(*failure);
-    co_await write_answer(answer, exchange);
+    Answer answer = answer_error(*failure);
+    co_await write_answer(std::move(answer), exchange);
   }
   const std::chrono::duration<double, std::milli> took = Clock::now() - exchange.begin;
   if (gone_) {
@@ -270,16 +263,8 @@ HttpSession::Awaitable<void> HttpSession::handle(Parser& parser, Exchange& excha
 
   std::string body = std::move(parser.get().body());
   if (compressed) {
-    std::optional<ApiError> failure;
-    const std::function<void()> work = [&] {
-      try {
-        body = gunzip(body, options_.max_body_bytes);
-      } catch (const ApiError& error) {
-        failure = error;
-      }
-    };
-    co_await run_on(runtime_.workers, work);
-    if (failure) throw *failure;
+    const auto unpack = [&] { return gunzip(body, options_.max_body_bytes); };
+    body = co_await run_on(runtime_.workers, unpack);
   }
   if (route.endpoint == Endpoint::kChatCompletions || route.endpoint == Endpoint::kCompletions) {
     co_await answer_generation(route.endpoint, body, caller, exchange);
@@ -297,8 +282,10 @@ HttpSession::Awaitable<void> HttpSession::read_body(Parser& parser, Exchange& ex
                      "Only Expect: 100-continue is understood.");
     }
     if (!exchange.http_1_0) {
-      std::string go_on = "HTTP/1.1 100 Continue\r\n\r\n";
-      co_await write(std::move(go_on));
+      const http::response<http::empty_body> go_on(http::status::continue_, 11);
+      begin_write(0);
+      const auto [error, count] = co_await http::async_write(socket_, go_on, kUse);
+      end_write(error);
       if (gone_) co_return;
     }
   }
@@ -329,20 +316,10 @@ HttpSession::Awaitable<void> HttpSession::answer_plain(const Route& route, const
     answer = runtime_.service.answer(route, body);
   } else {
     // Pinning computes for as long as the prompt is; it goes on if the client leaves.
-    std::optional<ApiError> failure;
-    const std::function<void()> work = [&] {
-      try {
-        answer = runtime_.service.answer(route, body);
-      } catch (const ApiError& error) {
-        failure = error;
-      } catch (const std::exception& error) {
-        failure = from_engine(engine::ErrorKind::kInternal, error.what());
-      }
-    };
-    co_await run_on(runtime_.waiters, work);
-    if (failure) throw *failure;
+    const auto work = [&] { return runtime_.service.answer(route, body); };
+    answer = co_await run_on(runtime_.waiters, work);
   }
-  co_await write_answer(answer, exchange);
+  co_await write_answer(std::move(answer), exchange);
 }
 
 HttpSession::Awaitable<void> HttpSession::answer_generation(Endpoint endpoint, std::string& body,
@@ -352,33 +329,16 @@ HttpSession::Awaitable<void> HttpSession::answer_generation(Endpoint endpoint, s
     net::post(executor, [weak] {
       const auto self = weak.lock();
       if (self == nullptr) return;
-      // A reader that has fallen too far behind is cut off: the write it does not take would wait
-      // for ever, and the engine must not.
-      if (self->generation_ != nullptr && self->generation_->overflowed()) {
-        spdlog::warn("a client reads too slowly; its stream is cut off");
-        self->on_gone();
-        self->close_socket();
-      }
+      self->cut_off_slow_reader();
       self->notify();
     });
   };
 
   start_watching();
-  std::unique_ptr<Generation> generation;
-  std::optional<ApiError> failure;
-  const std::function<void()> work = [&] {
-    try {
-      generation = runtime_.service.generate(endpoint, body, caller, wake);
-    } catch (const ApiError& error) {
-      failure = error;
-    } catch (const std::exception& error) {
-      failure = from_engine(engine::ErrorKind::kInternal, error.what());
-    }
-  };
-  co_await run_on(runtime_.workers, work);
+  const auto begin = [&] { return runtime_.service.generate(endpoint, body, caller, wake); };
+  const std::unique_ptr<Generation> generation = co_await run_on(runtime_.workers, begin);
   body.clear();
   body.shrink_to_fit();
-  if (failure) throw *failure;
   if (gone_) co_return;  // ~Generation cancels
 
   struct Current {
@@ -386,6 +346,7 @@ HttpSession::Awaitable<void> HttpSession::answer_generation(Endpoint endpoint, s
     ~Current() { slot = nullptr; }
   } current{generation_};
   generation_ = generation.get();
+  cut_off_slow_reader();  // the one wake that tells of an overflow may have come before
   co_await follow(*generation, exchange);
 }
 
@@ -404,14 +365,11 @@ HttpSession::Awaitable<void> HttpSession::follow(Generation& generation, Exchang
   }
   Answer answer;
   answer.body = generation.body();
-  co_await write_answer(answer, exchange);
+  co_await write_answer(std::move(answer), exchange);
 }
 
 HttpSession::Awaitable<void> HttpSession::follow_stream(Generation& generation,
                                                         Exchange& exchange) {
-  const auto frame = [&](const std::string& data) {
-    return exchange.http_1_0 ? data : chunk(data);
-  };
   Clock::time_point next_sign = Clock::now() + options_.first_byte_delay;
   for (;;) {
     std::string frames;
@@ -432,9 +390,12 @@ HttpSession::Awaitable<void> HttpSession::follow_stream(Generation& generation,
     }
     std::string out;
     if (!exchange.header_sent) out = stream_header(exchange);
-    out += frame(frames);
-    if (!running && !exchange.http_1_0) out += kLastChunk;
-    co_await write(std::move(out));
+    out += exchange.http_1_0 ? frames : chunk(frames);
+    if (!running && !exchange.http_1_0) out += last_chunk();
+    begin_write(out.size());
+    const auto bytes = net::buffer(out);
+    const auto [error, count] = co_await net::async_write(socket_, bytes, kUse);
+    end_write(error);
     if (!running || gone_) co_return;
     next_sign = Clock::now() + options_.keep_alive_interval;
   }
@@ -444,39 +405,33 @@ std::string HttpSession::stream_header(Exchange& exchange) {
   exchange.header_sent = true;
   exchange.status = 200;
   if (exchange.http_1_0 || runtime_.service.draining()) exchange.keep_alive = false;
-  std::string out = "HTTP/1.1 200 OK\r\n";
-  out += header_line("Server", "relay");
-  out += header_line("Date", http_date());
-  out += header_line("Content-Type", "text/event-stream; charset=utf-8");
-  out += header_line("Cache-Control", "no-cache");
-  out += header_line("X-Accel-Buffering", "no");  // nginx would gather the events otherwise
-  out += header_line("x-request-id", exchange.request_id);
-  if (!exchange.http_1_0) out += header_line("Transfer-Encoding", "chunked");
-  out += header_line("Connection", exchange.keep_alive ? "keep-alive" : "close");
-  return out + "\r\n";
+  return stream_head(exchange.request_id, exchange.keep_alive, /*chunked=*/!exchange.http_1_0);
 }
 
-HttpSession::Awaitable<void> HttpSession::write_answer(const Answer& answer, Exchange& exchange) {
+HttpSession::Awaitable<void> HttpSession::write_answer(Answer answer, Exchange& exchange) {
   exchange.header_sent = true;
   exchange.status = answer.status;
   if (body_unread_ || closing_ || runtime_.service.draining()) exchange.keep_alive = false;
-  std::string out =
-      "HTTP/1.1 " + std::to_string(answer.status) + " " + reason_phrase(answer.status) + "\r\n";
-  out += header_line("Server", "relay");
-  out += header_line("Date", http_date());
-  out += header_line("Content-Type", answer.content_type);
-  out += header_line("Content-Length", std::to_string(answer.body.size()));
-  out += header_line("x-request-id", exchange.request_id);
-  for (const auto& [name, value] : answer.headers) out += header_line(name, value);
-  out += header_line("Connection", exchange.keep_alive ? "keep-alive" : "close");
-  out += "\r\n";
-  if (exchange.method != "HEAD") out += answer.body;
-  co_await write(std::move(out));
+  const auto response = whole_response(std::move(answer), exchange.request_id, exchange.keep_alive);
+  http::response_serializer<http::string_body> serializer(response);
+  error_code failure;
+  if (exchange.method == "HEAD") {
+    begin_write(0);
+    const auto [error, count] = co_await http::async_write_header(socket_, serializer, kUse);
+    failure = error;
+  } else {
+    begin_write(response.body().size());
+    const auto [error, count] = co_await http::async_write(socket_, serializer, kUse);
+    failure = error;
+  }
+  end_write(failure);
 }
 
-HttpSession::Awaitable<void> HttpSession::write(std::string bytes) {
-  arm(with_rate(options_.write_timeout, bytes.size()), OnExpiry::kClose);
-  const auto [error, count] = co_await net::async_write(socket_, net::buffer(bytes), kUse);
+void HttpSession::begin_write(size_t bytes) {
+  arm(with_rate(options_.write_timeout, bytes), OnExpiry::kClose);
+}
+
+void HttpSession::end_write(const error_code& error) {
   disarm();
   if (error) on_gone();
 }
@@ -493,19 +448,6 @@ HttpSession::Awaitable<void> HttpSession::linger() {
     discarded += count;
   }
   disarm();
-}
-
-HttpSession::Awaitable<void> HttpSession::run_on(net::thread_pool& pool,
-                                                 const std::function<void()>& work) {
-  bool done = false;
-  net::post(pool, [self = shared_from_this(), &work, &done] {
-    work();
-    net::post(self->socket_.get_executor(), [self, &done] {
-      done = true;
-      self->notify();
-    });
-  });
-  while (!done) co_await wait_for_notice();
 }
 
 void HttpSession::start_watching() {
@@ -534,6 +476,15 @@ HttpSession::Awaitable<void> HttpSession::stop_watching() {
     watch_cancel_.emit(net::cancellation_type::total);
     co_await wait_for_notice();
   }
+}
+
+// A reader that has fallen too far behind is cut off: the write it does not take would wait for
+// ever, and the engine must not.
+void HttpSession::cut_off_slow_reader() {
+  if (generation_ == nullptr || !generation_->overflowed()) return;
+  spdlog::warn("a client reads too slowly; its stream is cut off");
+  on_gone();
+  close_socket();
 }
 
 void HttpSession::on_gone() {

@@ -1,20 +1,21 @@
 // One connection: reads requests, bounds them in size and time, answers them in order, and notices
-// when its client leaves. Everything runs on the connection's strand; the engine thread only posts
-// there.
+// when its client leaves. Everything runs on the connection's strand, apart from what run_on()
+// takes to a pool; the engine thread only posts to the strand.
 #pragma once
 
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/cancellation_signal.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/steady_timer.hpp>
+#include <boost/asio/thread_pool.hpp>
 #include <boost/beast/core/flat_buffer.hpp>
 #include <boost/beast/http/message.hpp>
 #include <boost/beast/http/parser.hpp>
 #include <boost/beast/http/string_body.hpp>
 #include <chrono>
-#include <functional>
 #include <memory>
 #include <string>
+#include <type_traits>
 
 #include "server/errors.h"
 #include "server/generation.h"
@@ -67,15 +68,19 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   Awaitable<void> follow(Generation& generation, Exchange& exchange);
   Awaitable<void> follow_stream(Generation& generation, Exchange& exchange);
 
-  Awaitable<void> write_answer(const Answer& answer, Exchange& exchange);
+  Awaitable<void> write_answer(Answer answer, Exchange& exchange);
   std::string stream_header(Exchange& exchange);
-  /// Writes all of it or marks the connection as broken.
-  Awaitable<void> write(std::string bytes);
-  /// Says goodbye so that a client still sending gets to read the answer.
+  /// Starts the time that the client has for taking `bytes`.
+  void begin_write(size_t bytes);
+  /// Ends that time; after a failed write the client counts as gone.
+  void end_write(const boost::system::error_code& error);
+  /// Ends our side but reads on for a while: a client that is still sending can read the answer.
   Awaitable<void> linger();
 
-  /// Runs `work` on `pool` and comes back to the strand.
-  Awaitable<void> run_on(boost::asio::thread_pool& pool, const std::function<void()>& work);
+  /// Runs `work` on `pool`. The coroutine itself goes there and comes back to the strand, so what
+  /// `work` refers to in its frames lives as long as `work` runs. Throws what `work` throws.
+  template <typename Work>
+  Awaitable<std::invoke_result_t<Work&>> run_on(boost::asio::thread_pool& pool, Work& work);
 
   // Watching for the client's leaving while it waits for an answer. What it sends meanwhile (the
   // next request) is kept in buffer_.
@@ -83,8 +88,9 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   void watch();
   Awaitable<void> stop_watching();
   void on_gone();
+  void cut_off_slow_reader();
 
-  // Waking the coroutine: notices come from the engine, the workers and the watch.
+  // Waking the coroutine: notices come from the engine and the watch.
   void notify();
   Awaitable<void> wait_for_notice(Clock::time_point until = Clock::time_point::max());
 

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <sys/socket.h>
 
+#include <atomic>
 #include <boost/asio/connect.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/read.hpp>
@@ -583,6 +584,42 @@ TEST_F(HttpSessionTest, ShutdownEndsWhatDoesNotFinish) {
   engine_->stop();  // cancels: the stream ends with an error
   server_->shutdown(5s);
   EXPECT_NE(client.read_until("data: {\"error\""), "");
+}
+
+TEST_F(HttpSessionTest, ShutdownWhileClientsComeAndGo) {
+  // For the sanitizers above all: connections are accepted, work is on other threads and clients
+  // leave in the middle of it, all while the server ends.
+  for (int round = 0; round < 5; ++round) {
+    start(endless());
+    const uint16_t port = server_->port();
+    std::atomic<bool> over{false};
+    std::vector<std::thread> clients;
+    for (int i = 0; i < 6; ++i) {
+      clients.emplace_back([&, i] {
+        while (!over) {
+          net::io_context io;
+          net::ip::tcp::socket socket(io);
+          error_code error;
+          socket.connect({net::ip::address_v4::loopback(), port}, error);
+          if (error) continue;
+          const std::string body = chat(i % 2 == 0 ? R"(,"stream":true)" : R"(,"max_tokens":5)");
+          net::write(socket, net::buffer(Client::post_text(kChat, body)), error);
+          char byte = 0;
+          if (i % 3 == 0 && !error) net::read(socket, net::buffer(&byte, 1), error);
+        }
+      });
+    }
+    while (engine_->cancelled < 5 * (round + 1)) std::this_thread::sleep_for(1ms);
+    engine_->stop();
+    server_->shutdown(round % 2 == 0 ? 0ms : 100ms);
+    over = true;
+    for (std::thread& client : clients) client.join();
+    net::io_context io;
+    error_code error;
+    net::ip::tcp::socket(io).connect({net::ip::address_v4::loopback(), port}, error);
+    EXPECT_TRUE(error) << "it still listens";
+    server_.reset();
+  }
 }
 
 TEST_F(HttpSessionTest, PortInUseSaysSo) {

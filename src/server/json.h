@@ -20,6 +20,4 @@ Json parse_json(std::string_view text);
 /// Compact text; invalid UTF-8 becomes U+FFFD.
 std::string dump(const Json& value);
 
-bool is_valid_utf8(std::string_view text);
-
 }  // namespace relay::server

@@ -455,7 +455,6 @@ engine::ChatRequest parse_chat_prompt(const JsonFields& body, const RequestLimit
 }
 
 // --- Text completions
-// -----------------------------------------------------------------------------
 
 bool is_token_list(const Json& value) {
   return value.is_array() && !value.empty() && value[0].is_number();

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <random>
 
+#include "base/utf8.h"
+
 namespace relay::server {
 
 namespace {
@@ -38,7 +40,7 @@ std::string printable(const std::string& bytes) {
 
 int64_t characters(const std::string& bytes) {
   int64_t count = 0;
-  for (const char c : bytes) count += (static_cast<unsigned char>(c) & 0xC0) != 0x80;
+  for (const char c : bytes) count += !continues_utf8(c);
   return count;
 }
 

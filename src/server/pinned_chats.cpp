@@ -3,19 +3,14 @@
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
-#include <chrono>
 #include <optional>
 #include <utility>
+
+#include "base/unix_time.h"
 
 namespace relay::server {
 
 namespace {
-
-int64_t unix_now() {
-  return std::chrono::duration_cast<std::chrono::seconds>(
-             std::chrono::system_clock::now().time_since_epoch())
-      .count();
-}
 
 engine::EngineError not_found(const std::string& id) {
   return {engine::ErrorKind::kNotFound, "There is no cached prompt '" + id + "'.", "id"};
@@ -125,6 +120,8 @@ bool PinnedChats::refresh(Entry& entry) {
     spdlog::info("pinned {}: {} tokens", name, entry.pinned.tokens);
   } catch (const engine::EngineError& error) {
     if (error.kind() == engine::ErrorKind::kShuttingDown) return true;
+    spdlog::error("the prompt {} could not be pinned anew: {}", name, error.what());
+  } catch (const std::exception& error) {  // nobody above catches it: this is a timer's work
     spdlog::error("the prompt {} could not be pinned anew: {}", name, error.what());
   }
   return true;

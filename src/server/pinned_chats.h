@@ -1,4 +1,4 @@
-// The prompts that are held, remembered as chats. A chat template may print today's date, and then
+// The pinned prompts, remembered as chats. A chat template may print today's date, and then
 // what was pinned yesterday begins no chat of today: refresh() notices, and pins the new rendering
 // in place of the old one. Clients know a prompt by the id of its first rendering.
 #pragma once

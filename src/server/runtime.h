@@ -24,14 +24,6 @@ class Runtime {
         workers(static_cast<size_t>(options.worker_threads)),
         waiters(1) {}
 
-  Service service;
-  boost::asio::io_context io;
-  boost::asio::thread_pool workers;  ///< computes: parsing, templates, tokens, grammars
-  boost::asio::thread_pool waiters;  ///< waits for the engine: pinning
-
-  std::atomic<bool> stopping{false};
-  std::atomic<int> busy{0};  ///< connections between the header of a request and its answer's end
-
   /// A share of the memory for bodies; false if there is none left.
   bool reserve_body(size_t bytes) {
     if (body_bytes_.fetch_add(bytes) + bytes <= service.options().max_buffered_body_bytes) {
@@ -67,6 +59,17 @@ class Runtime {
   std::atomic<size_t> body_bytes_{0};
   mutable std::mutex mutex_;
   std::unordered_map<HttpSession*, std::weak_ptr<HttpSession>> sessions_;
+
+ public:
+  Service service;
+  std::atomic<bool> stopping{false};
+  std::atomic<int> busy{0};  ///< connections between the header of a request and its answer's end
+
+  // Last, so destroyed first: connections wait in them, and use all of the above when they are
+  // destroyed.
+  boost::asio::io_context io;
+  boost::asio::thread_pool workers;  ///< computes: parsing, templates, tokens, grammars
+  boost::asio::thread_pool waiters;  ///< waits for the engine: pinning
 };
 
 }  // namespace relay::server

@@ -14,10 +14,12 @@
 #include <boost/asio/steady_timer.hpp>
 #include <boost/asio/strand.hpp>
 #include <boost/asio/use_awaitable.hpp>
+#include <boost/beast/http/write.hpp>
 #include <optional>
 #include <thread>
 
 #include "relay/types.h"
+#include "server/http_response.h"
 #include "server/http_session.h"
 #include "server/runtime.h"
 
@@ -44,16 +46,12 @@ void raise_file_limit(size_t wanted) {
 constexpr size_t kFilesBesidesConnections = 256;
 
 void refuse_connection(tcp::socket& socket) {
-  static const std::string kAnswer = [] {
-    const std::string body =
-        unavailable("too_many_connections", "Too many connections are open.", 1).body();
-    return "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-           "Retry-After: 1\r\nConnection: close\r\nContent-Length: " +
-           std::to_string(body.size()) + "\r\n\r\n" + body;
-  }();
+  const auto response = whole_response(
+      answer_error(unavailable("too_many_connections", "Too many connections are open.", 1)),
+      random_id("req_"), /*keep_alive=*/false);
   error_code ignored;
   socket.non_blocking(true, ignored);
-  socket.send(net::buffer(kAnswer), 0, ignored);
+  boost::beast::http::write(socket, response, ignored);
   socket.close(ignored);
 }
 
@@ -97,7 +95,9 @@ net::awaitable<void> Server::State::accept_loop() {
       refuse_connection(socket);
       continue;
     }
-    std::make_shared<HttpSession>(std::move(socket), runtime)->start();
+    const auto session = std::make_shared<HttpSession>(std::move(socket), runtime);
+    session->start();
+    if (runtime.stopping) session->close(/*at_once=*/true);  // shutdown() may have missed it
   }
 }
 
@@ -182,7 +182,7 @@ void Server::shutdown(std::chrono::milliseconds grace) {
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
   for (const auto& session : runtime.sessions()) session->close(/*at_once=*/true);
-  // Work under way refers to sessions, so it ends before the loop that owns them.
+  // Coroutines that are at work on the pools come back to the loop, so the pools end first.
   runtime.workers.join();
   runtime.waiters.join();
   state.work.reset();

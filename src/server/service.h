@@ -36,7 +36,6 @@ class Service {
   const ServerOptions& options() const { return options_; }
 
   // --- State: loading -> ready -> draining
-  // --------------------------------------------------------
   /// Shown by /health while loading.
   void set_progress(double fraction, const std::string& what);
   /// Ready: requests are taken from now on. `pinned` holds what was pinned before; null: nothing.
@@ -49,7 +48,6 @@ class Service {
   bool draining() const { return phase_ == Phase::kDraining; }
 
   // --- Requests
-  // -----------------------------------------------------------------------------------
   /// Throws ApiError 401, 403.
   Caller authorize(const Route& route, std::string_view authorization,
                    std::string_view x_api_key) const;

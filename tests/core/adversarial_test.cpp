@@ -58,9 +58,11 @@ void check(OperatorCase& op, const ForestCase& c, const Truth& truth, bool stati
       const PlanPtr plan = make_plan(forest, op.options(threads));
       Workspace workspace(*plan);
       run_plan(*plan, inputs, workspace, threads, Threading::kInTurn, c.seed);
-      ASSERT_EQ(oracle.compare(op, op.out, arithmetic_of(isa, op.config.k_type, op.config.v_type),
-                               statistics),
-                "");
+      ASSERT_EQ(
+          oracle.compare(op, op.out,
+                         arithmetic_of(isa, op.config.shape, op.config.k_type, op.config.v_type),
+                         statistics),
+          "");
       ASSERT_EQ(op.out.broken_guards(), "");
     });
     if (::testing::Test::HasFatalFailure()) return;

@@ -23,7 +23,7 @@ Truth truth_of(const Mask& mask) {
 std::vector<Arithmetic> arithmetics_for(const OperatorConfig& config) {
   std::vector<Arithmetic> result;
   for (const std::string& isa : isas()) {
-    const Arithmetic arithmetic = arithmetic_of(isa, config.k_type, config.v_type);
+    const Arithmetic arithmetic = arithmetic_of(isa, config.shape, config.k_type, config.v_type);
     if (std::find(result.begin(), result.end(), arithmetic) == result.end()) {
       result.push_back(arithmetic);
     }

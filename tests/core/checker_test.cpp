@@ -198,12 +198,15 @@ TEST(Guards, SeeOneByteAnywhere) {
     output.reset();
     data[3 * sizeof(uint16_t) - 1] = 0;  // the last byte of the first vector is no gap
     EXPECT_EQ(output.broken_guards(), "");
-    if (layout != RowsLayout::kDense) {
-      const MutableRows view = output.view();
-      const int64_t gap =
-          layout == RowsLayout::kBlocked ? view.head_stride - 1 : view.head_stride - 1;
-      data[gap] = 0;
-      EXPECT_NE(output.broken_guards(), "");
+    const MutableRows view = output.view();
+    std::vector<int64_t> ends_of_gaps;
+    if (layout == RowsLayout::kHeadMajor) ends_of_gaps = {view.head_stride};
+    if (layout == RowsLayout::kBlocked) {
+      ends_of_gaps = {view.head_stride, view.row_stride, view.block_stride};
+    }
+    for (int64_t end : ends_of_gaps) {
+      data[end - 1] = 0;
+      EXPECT_NE(output.broken_guards(), "") << end;
       output.reset();
     }
     output.lse()[-1] = 0;

@@ -61,7 +61,8 @@ void check_way(OperatorCase& op, const Oracle& oracle, const Way& way, uint64_t 
     ASSERT_NO_THROW(validate(*plan, inputs));
     Workspace workspace(*plan);
     run_plan(*plan, inputs, workspace, threads, threading, seed);
-    const Arithmetic arithmetic = arithmetic_of(isa, op.config.k_type, op.config.v_type);
+    const Arithmetic arithmetic =
+        arithmetic_of(isa, op.config.shape, op.config.k_type, op.config.v_type);
     ASSERT_EQ(oracle.compare(op, op.out, arithmetic), "");
     ASSERT_EQ(op.out.broken_guards(), "");
   });
@@ -369,7 +370,7 @@ void expect_seen(DType type, bool keys, int64_t prefix) {
   const auto verdict = [&](const std::string& isa) {
     op.out.reset();
     attend_forest(forest, op.options(2), op.inputs());
-    return oracle.compare(op, op.out, arithmetic_of(isa, type, type));
+    return oracle.compare(op, op.out, arithmetic_of(isa, config.shape, type, type));
   };
   for_each_isa([&](const std::string& isa) { EXPECT_EQ(verdict(isa), ""); });
   KvTensor& tensor = keys ? op.kv.k : op.kv.v;

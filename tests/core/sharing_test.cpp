@@ -219,10 +219,13 @@ TEST_F(ThreeRequests, SharingOffReadsEachRequestAlone) {
 TEST_F(ThreeRequests, PartialBlocksAreNotShared) {
   // Requests 0 and 1 hold equal ids in the third block, but 1 has written one token more.
   table_[6] = 0;
-  build_from_block_tables(batch_, Sharing::kOn, forest_);
-  validate(forest_);
-  EXPECT_EQ(attended_in(forest_, 0, 0, nullptr).size(), 11u);
-  EXPECT_EQ(attended_in(forest_, 1, 0, nullptr).size(), 12u);
+  for (bool causal : {true, false}) {  // without positions nothing else hides the block's rest
+    batch_.causal = causal;
+    build_from_block_tables(batch_, Sharing::kOn, forest_);
+    validate(forest_);
+    EXPECT_EQ(attended_in(forest_, 0, 0, nullptr).size(), 11u);
+    EXPECT_EQ(attended_in(forest_, 1, 0, nullptr).size(), 12u);
+  }
 }
 
 TEST_F(ThreeRequests, WindowLeavesThePrefixBehind) {

@@ -124,7 +124,9 @@ TEST_P(Tiled, RandomForestsOfBlockTables) {
       ASSERT_NO_THROW(validate(*plan, inputs));
       Workspace workspace(*plan);
       run_plan(*plan, inputs, workspace, threads, Threading::kReal, seed);
-      ASSERT_EQ(oracle.compare(op, op.out, arithmetic_of(isa, config.k_type, config.v_type)), "");
+      ASSERT_EQ(oracle.compare(op, op.out,
+                               arithmetic_of(isa, config.shape, config.k_type, config.v_type)),
+                "");
       ASSERT_EQ(op.out.broken_guards(), "");
     });
     if (HasFatalFailure()) return;
@@ -224,6 +226,16 @@ TEST(TiledErrors, WritingSaysWhatDoesNotFit) {
               tiled.write(op.kv.cache(), std::vector<bool>(64, true));
             }).find("cache's types"),
             std::string::npos);
+
+  KvCache cache = tiled.cache();
+  cache.k.slot_stride += 2;
+  std::vector<uint16_t> vector(32);
+  const ConstRows tokens{
+      .type = DType::kBF16, .data = vector.data(), .row_stride = 64, .head_stride = 64};
+  const std::vector<int64_t> slots = {0};
+  EXPECT_NE(
+      message_of([&] { write_kv(cache, shape, tokens, tokens, slots, 0, 1); }).find("slot strides"),
+      std::string::npos);
 }
 
 }  // namespace

@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 
-#include "cpu/kernels/kernels.h"
+#include "core/precision.h"
 
 namespace relay::test {
 namespace {
@@ -14,6 +15,7 @@ constexpr double kBF16Unit = 0x1p-8;  // 8 significant bits, one of them implici
 constexpr double kHalvesUnit = 3 * 0x1p-16;
 constexpr int kBlock = 32;  // elements of a block of q8_0
 constexpr double kTile = 64;
+constexpr double kByteUnit = 1.0 / 254;
 constexpr double kWeightUnit = 1.0 / 32767;
 constexpr double kExp = 8;
 constexpr double kCoarseExp = 1.1e-4;
@@ -45,25 +47,35 @@ double block_norm(std::span<const float> q) {
   return std::sqrt(sum);
 }
 
+Arithmetic arithmetic_of(Form form) {
+  switch (form) {
+    case Form::kF32:
+      return {};
+    case Form::kBF16:
+      return {.query_rounding = kBF16Unit, .weight_rounding = kBF16Unit + kCoarseExp};
+    case Form::kBF16Sums:
+      return {.query_rounding = kHalvesUnit, .weight_rounding = kHalvesUnit};
+    case Form::kBytes:
+      return {.byte_rounding = kByteUnit, .weight_unit = kWeightUnit};
+    case Form::kBF16Keys:
+      return {.query_rounding = kBF16Unit, .key_rounding = kBF16Unit, .weight_unit = kWeightUnit};
+  }
+  throw std::logic_error("no such form");
+}
+
 }  // namespace
 
-Arithmetic arithmetic_of(const std::string& isa, DType k_type, DType v_type) {
+Arithmetic arithmetic_of(const std::string& isa, const HeadShape& shape, DType k_type,
+                         DType v_type) {
+  const Precision precision = precision_of(isa, shape, k_type, v_type);
   Arithmetic a;
-  const kernels::QueryLayout many = kernels::product_layout(isa, k_type, v_type);
-  if (many == kernels::QueryLayout::kBF16Pairs) {
-    a.query_rounding = kBF16Unit;
-    if (k_type == DType::kQ8_0) {
-      a.key_rounding = kBF16Unit;
-      a.weight_unit = kWeightUnit;
-    } else {
-      a.weight_rounding = kBF16Unit + kCoarseExp;
-    }
-  } else if (many == kernels::QueryLayout::kBF16Halves) {
-    a.query_rounding = a.weight_rounding = kHalvesUnit;
-  }
-  if (kernels::few_product_layout(isa, k_type, v_type) == kernels::QueryLayout::kInt8) {
-    a.byte_rounding = 1.0 / 254;
-    a.weight_unit = kWeightUnit;
+  for (Form form : {precision.few, precision.many}) {
+    const Arithmetic other = arithmetic_of(form);
+    a.query_rounding = std::max(a.query_rounding, other.query_rounding);
+    a.key_rounding = std::max(a.key_rounding, other.key_rounding);
+    a.byte_rounding = std::max(a.byte_rounding, other.byte_rounding);
+    a.weight_rounding = std::max(a.weight_rounding, other.weight_rounding);
+    a.weight_unit = std::max(a.weight_unit, other.weight_unit);
   }
   return a;
 }

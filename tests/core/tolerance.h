@@ -86,8 +86,10 @@ struct Arithmetic {
   bool operator==(const Arithmetic&) const = default;
 };
 
-/// What kernel set `isa` is allowed to round for these KV types.
-Arithmetic arithmetic_of(const std::string& isa, DType k_type, DType v_type);
+/// What kernel set `isa` is allowed to round, by the table of precision.h: all that its kernels for
+/// few rows and for many may, as one row's slots may be dealt to both.
+Arithmetic arithmetic_of(const std::string& isa, const HeadShape& shape, DType k_type,
+                         DType v_type);
 
 /// Bounds of one row and head. Those of the output leave out the rounding of storing it.
 struct Bounds {

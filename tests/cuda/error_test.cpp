@@ -191,6 +191,8 @@ TEST(CudaErrors, Batches) {
   EXPECT_EQ(plan_with([](cuda::Batch& x) { x.table = nullptr; }), "");
   EXPECT_EQ(plan_with([](cuda::Batch& x) { x.requests = -1; }), "");
   EXPECT_EQ(plan_with([&](cuda::Batch& x) { x.requests = b.limits_.requests + 1; }), "");
+  EXPECT_EQ(plan_with([](cuda::Batch& x) { x.rows = -1; }), "");
+  EXPECT_EQ(plan_with([&](cuda::Batch& x) { x.rows = b.limits_.rows + 1; }), "");
   EXPECT_EQ(plan_with([&](cuda::Batch& x) { x.table_stride = b.limits_.blocks - 1; }), "");
   EXPECT_EQ(plan_with([](cuda::Batch& x) { x.table_stride = 0; }), "");
   stream.wait("refused batches");

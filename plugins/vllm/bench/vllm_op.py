@@ -14,9 +14,9 @@ import time
 
 import torch
 from arguments import numbers
-from relay_attention import native
-from relay_attention.operator import Operator
-from relay_attention.plan import Planner, Step
+from relay_attention.cpu import native
+from relay_attention.cpu.operator import Operator
+from relay_attention.cpu.plan import Planner, Step
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa

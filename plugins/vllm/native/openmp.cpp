@@ -1,7 +1,8 @@
 #include "openmp.h"
 
-#include <atomic>
+#include <mutex>
 #include <string>
+#include <utility>
 
 namespace {
 
@@ -11,10 +12,30 @@ thread_local std::string last_error;
 /// Fewer elements than this are written by the calling thread alone: waking the others costs more.
 constexpr int64_t kElementsWorthThreads = 16 * 1024;
 
-relay_status fail(relay_status status, const char* what) {
-  last_error = what;
+relay_status fail(relay_status status, std::string what) {
+  last_error = std::move(what);
   return status;
 }
+
+/// The first failure of a region's threads. The reason is a thread's own (relay_last_error), so it
+/// is taken down where it is known.
+class Outcome {
+ public:
+  void note(relay_status status) {
+    if (status == RELAY_OK) return;
+    const std::lock_guard lock(mutex_);
+    if (status_ != RELAY_OK) return;
+    status_ = status;
+    what_ = relay_last_error();
+  }
+  /// Once the region has ended.
+  relay_status report() { return status_ == RELAY_OK ? RELAY_OK : fail(status_, what_); }
+
+ private:
+  std::mutex mutex_;
+  relay_status status_ = RELAY_OK;
+  std::string what_;
+};
 
 /// Calls body(thread, threads) on each thread of a region of (at most) `threads`.
 template <typename Body>
@@ -31,12 +52,18 @@ extern "C" {
 const char* relay_openmp_error(void) { return last_error.c_str(); }
 
 relay_status relay_openmp_use(const relay_openmp* given) {
-  if (given == nullptr || given->size != sizeof(relay_openmp)) {
-    return fail(RELAY_INVALID, "relay_openmp.size is not its sizeof");
+  if (given == nullptr) return fail(RELAY_INVALID, "null argument");
+  if (given->size != sizeof(relay_openmp)) {
+    return fail(RELAY_INVALID, "relay_openmp.size is " + std::to_string(given->size) +
+                                   ", this library's is " + std::to_string(sizeof(relay_openmp)));
   }
-  if (given->parallel == nullptr || given->max_threads == nullptr || given->thread_num == nullptr ||
-      given->num_threads == nullptr) {
-    return fail(RELAY_INVALID, "the OpenMP runtime lacks one of the entry points");
+  const char* lacking = given->parallel == nullptr      ? "GOMP_parallel"
+                        : given->max_threads == nullptr ? "omp_get_max_threads"
+                        : given->thread_num == nullptr  ? "omp_get_thread_num"
+                        : given->num_threads == nullptr ? "omp_get_num_threads"
+                                                        : nullptr;
+  if (lacking != nullptr) {
+    return fail(RELAY_INVALID, std::string("the OpenMP runtime is given without ") + lacking);
   }
   runtime = *given;
   return RELAY_OK;
@@ -54,15 +81,13 @@ relay_status relay_openmp_attend(const relay_plan* plan, const relay_inputs* inp
   if (const relay_status status = relay_check(plan, inputs); status != RELAY_OK) {
     return fail(status, relay_last_error());
   }
-  std::atomic<relay_status> status{RELAY_OK};
+  Outcome outcome;
   parallel(threads, [&](int thread, int granted) {
     for (int32_t share = thread; share < threads; share += granted) {
-      const relay_status s = relay_attend(plan, inputs, workspace, share);
-      if (s != RELAY_OK) status.store(s, std::memory_order_relaxed);
+      outcome.note(relay_attend(plan, inputs, workspace, share));
     }
   });
-  if (status != RELAY_OK) return fail(status, "the workspace was not fitted to this plan");
-  return RELAY_OK;
+  return outcome.report();
 }
 
 relay_status relay_openmp_write(const relay_kv_write* write) {
@@ -72,14 +97,12 @@ relay_status relay_openmp_write(const relay_kv_write* write) {
     const relay_status status = relay_write_kv(write, 0, write->kv_heads);
     return status == RELAY_OK ? status : fail(status, relay_last_error());
   }
-  std::atomic<relay_status> status{RELAY_OK};
+  Outcome outcome;
   parallel(runtime.max_threads(), [&](int thread, int threads) {
-    const relay_status s = relay_write_kv(write, write->kv_heads * thread / threads,
-                                          write->kv_heads * (thread + 1) / threads);
-    if (s != RELAY_OK) status.store(s, std::memory_order_relaxed);
+    outcome.note(relay_write_kv(write, write->kv_heads * thread / threads,
+                                write->kv_heads * (thread + 1) / threads));
   });
-  if (status != RELAY_OK) return fail(status, "the new tokens do not fit the KV cache");
-  return RELAY_OK;
+  return outcome.report();
 }
 
 }  // extern "C"

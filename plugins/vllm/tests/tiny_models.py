@@ -22,12 +22,12 @@ def _llama() -> transformers.PretrainedConfig:
 
 
 def _qwen() -> transformers.PretrainedConfig:
-    return transformers.Qwen3Config(**_COMMON, num_key_value_heads=1, head_dim=32)
+    return transformers.Qwen3Config(**_COMMON, num_key_value_heads=1, head_dim=128)
 
 
 def _mistral() -> transformers.PretrainedConfig:
     return transformers.MistralConfig(
-        **_COMMON, num_key_value_heads=2, head_dim=32, sliding_window=160
+        **_COMMON, num_key_value_heads=2, head_dim=64, sliding_window=160
     )
 
 
@@ -35,11 +35,11 @@ def _gemma() -> transformers.PretrainedConfig:
     return transformers.Gemma2Config(
         **_COMMON,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=256,
         sliding_window=160,
         attn_logit_softcapping=20.0,
         final_logit_softcapping=30.0,
-        query_pre_attn_scalar=32,
+        query_pre_attn_scalar=256,
     )
 
 
@@ -64,6 +64,17 @@ def _bloom() -> transformers.PretrainedConfig:
     )
 
 
+def _gpt_oss() -> transformers.PretrainedConfig:
+    return transformers.GptOssConfig(
+        **_COMMON,
+        num_key_value_heads=2,
+        head_dim=64,
+        sliding_window=128,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+
+
 CONFIGS = {
     "llama": _llama,  # GQA
     "qwen": _qwen,  # MQA, normalised queries and keys
@@ -71,7 +82,12 @@ CONFIGS = {
     "gemma": _gemma,  # soft cap, window in every other layer
     "opt": _opt,  # MHA
     "bloom": _bloom,  # MHA, ALiBi
+    "gpt-oss": _gpt_oss,  # sinks, window in every other layer, experts
 }
+# What vLLM runs on each: its CPU kernel has no sinks in models of experts, FlashAttention 3 neither
+# ALiBi nor heads of 32.
+CPU = ("llama", "qwen", "mistral", "gemma", "opt", "bloom")
+CUDA = ("llama", "qwen", "mistral", "gemma", "gpt-oss")
 
 
 def write(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
@@ -84,10 +100,12 @@ def write(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: in
     config.torch_dtype = dtype
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter_name, parameter in model.named_parameters():
             # Wider than initialisation, so that attention and logits are far from uniform.
             if parameter.dim() > 1:
                 parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
+            elif parameter_name.endswith("sinks"):
+                parameter.normal_()
     unfinished = path.with_suffix(".unfinished")
     model.to(dtype).save_pretrained(unfinished)
     unfinished.rename(path)

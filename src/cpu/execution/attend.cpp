@@ -3,8 +3,7 @@
 // for each other, and the output does not depend on timing.
 #include <algorithm>
 #include <cstring>
-#include <string>
-#include <thread>
+#include <limits>
 
 #include "cpu/execution/workspace.h"
 #include "cpu/kernels/kernels.h"
@@ -115,17 +114,16 @@ class Runner {
     while (now_->slots > 0) {
       locate_tile(cursor, *next_);
       const bool last = next_->slots == 0;
-      if (last) foresee_item();
+      if (last) look_ahead();
       attend_tile(item, segment);
       if (last) break;
       std::swap(now_, next_);
     }
   }
 
-  /// Makes next_ the first tile of the item that this thread will probably do after this one. It is
-  /// looked at, not taken: a thread that took it while it is at work would keep it from the others,
-  /// who may be free first.
-  void foresee_item() {
+  /// Makes next_ the first tile of the item that this thread will probably take after this one, to
+  /// prefetch it. It does not take the item yet: another thread may be idle first.
+  void look_ahead() {
     const uint32_t i = ws_.next_item.load(std::memory_order_relaxed);
     if (i >= plan_.items.size() || plan_.items[i].segment == WorkItem::kNoSegment) return;
     const WorkItem& item = plan_.items[i];
@@ -203,7 +201,7 @@ class Runner {
       tile_.sum = sum_ + state;
       tile_.k_offset = h * in_.kv.k.head_stride;
       tile_.v_offset = h * in_.kv.v.head_stride;
-      foresee(item, h);
+      choose_prefetch(item, h);
       if (per_head) {
         fill_head_bias(item, first, last, h);
         bias_scale_[0] = kLog2e;
@@ -229,10 +227,10 @@ class Runner {
     }
   }
 
-  /// Tells the kernel what to fetch while it works on head h: a share of the next tile's slots, all
-  /// heads at once where they lie side by side, since memory is read fastest in long runs;
-  /// elsewhere the next head's vectors.
-  void foresee(const WorkItem& item, int32_t h) {
+  /// What the kernel prefetches while it works on head h. Where a slot's heads lie side by side: a
+  /// share of the next tile's slots, all heads at once, since long runs are read fastest.
+  /// Elsewhere: the vectors of the next head.
+  void choose_prefetch(const WorkItem& item, int32_t h) {
     const KvPlane& k = in_.kv.k;
     const KvPlane& v = in_.kv.v;
     tile_.next_slots = 0;
@@ -415,8 +413,8 @@ class Runner {
         const uint64_t further = heads & ~head_bits(0, h + 1, word);
         if (further != 0) {
           const int32_t next = 64 * word + std::countr_zero(further);
-          ask_for(first + left, next);
-          ask_for(first + right, next);
+          prefetch_partial(first + left, next);
+          prefetch_partial(first + right, next);
         }
         const bool own = (here >> (h % 64) & 1) != 0;
         const int64_t from = own ? state_of(item, i, h) : partial_of(first + right, h);
@@ -453,8 +451,8 @@ class Runner {
                 static_cast<size_t>(shape_.group() * o_stride_) * sizeof(float));
   }
 
-  /// Another core has probably written this partial: each line is a message between cores.
-  void ask_for(uint32_t partial, int32_t kv_head) const {
+  /// Another core has probably written this partial, so each cache line has to come from there.
+  void prefetch_partial(uint32_t partial, int32_t kv_head) const {
     const int64_t p = partial_of(partial, kv_head);
     __builtin_prefetch(&ws_.partial_states[p]);
     const float* vectors = ws_.partial_o.data() + p * o_stride_;
@@ -506,55 +504,6 @@ class Runner {
 
 }  // namespace
 
-void validate(const Plan& plan, const AttentionInputs& in) {
-  const auto fail = [](const std::string& what) { throw Error("attention: " + what); };
-  const auto vector_type = [](DType t) {
-    return t == DType::kF32 || t == DType::kF16 || t == DType::kBF16;
-  };
-  if (plan.forest.rows > 0 && (in.q.data == nullptr || in.out.data == nullptr)) {
-    fail("q or out is null");
-  }
-  if (!vector_type(in.q.type) || !vector_type(in.out.type)) fail("q and out are f32, f16 or bf16");
-  if (in.kv.k.type != plan.options.k_type || in.kv.v.type != plan.options.v_type) {
-    fail("K or V has another type than planned");
-  }
-  if (in.kv.layout != plan.options.layout) fail("K and V have another layout than planned");
-  if (const char* fault = fault_of(in.kv)) fail(fault);
-  if (in.kv.slots != 0 && plan.slots_end > in.kv.slots) {
-    fail("the batch attends slot " + std::to_string(plan.slots_end - 1) + ", the KV cache has " +
-         std::to_string(in.kv.slots) + " slots");
-  }
-  if (in.kv.layout == KvLayout::kTiles) {
-    if (in.kv.k.slot_stride != row_bytes(in.kv.k.type, plan.options.shape.qk_dim) ||
-        in.kv.v.slot_stride != row_bytes(in.kv.v.type, plan.options.shape.v_dim)) {
-      fail("tiled KV has slot strides of one vector");
-    }
-  }
-  if (!plan.forest.segments.empty() && (in.kv.k.data == nullptr || in.kv.v.data == nullptr)) {
-    fail("K or V is null");
-  }
-  if ((in.kv.k.type == DType::kCustom && in.kv.k.unpack == nullptr) ||
-      (in.kv.v.type == DType::kCustom && in.kv.v.unpack == nullptr)) {
-    fail("kCustom needs an unpack function");
-  }
-  if (in.q.rows_per_block < 1 || in.out.rows_per_block < 1 || in.bias.rows_per_block < 1) {
-    fail("rows_per_block must be positive");
-  }
-  if (in.window < 0) fail("window must not be negative");
-  if (!(in.softcap >= 0.0f)) fail("softcap must not be negative");
-  if (in.scale != in.scale) fail("scale is NaN");
-  bool biased = false;
-  for (const Segment& s : plan.forest.segments) biased |= s.visibility == Visibility::kBias;
-  if (biased && in.bias.data == nullptr) fail("the forest needs a bias matrix");
-  if (in.bias.data != nullptr && in.bias.type != DType::kF16 && in.bias.type != DType::kF32) {
-    fail("bias is f16 or f32");
-  }
-  if (in.slopes != nullptr && in.bias.data == nullptr && plan.forest.rows > 0 &&
-      plan.forest.positions.empty()) {
-    fail("ALiBi by distance needs the forest's positions");
-  }
-}
-
 void attend(const Plan& plan, const AttentionInputs& inputs, Workspace& workspace, int32_t thread) {
   Workspace::State& ws = workspace.state();
   if (ws.fitted_to != plan.serial) {
@@ -575,20 +524,6 @@ void attend(const Plan& plan, const AttentionInputs& inputs, Workspace& workspac
     ws.finished_threads.store(0, std::memory_order_relaxed);
     ws.next_item.store(0, std::memory_order_relaxed);
   }
-}
-
-void attend_forest(const Forest& forest, const PlanOptions& options,
-                   const AttentionInputs& inputs) {
-  validate(forest);
-  const PlanPtr plan = make_plan(forest, options);
-  validate(*plan, inputs);
-  Workspace workspace(*plan);
-  std::vector<std::thread> threads;
-  for (int32_t t = 1; t < options.threads; ++t) {
-    threads.emplace_back([&, t] { attend(*plan, inputs, workspace, t); });
-  }
-  attend(*plan, inputs, workspace, 0);
-  for (std::thread& t : threads) t.join();
 }
 
 }  // namespace relay

@@ -1,17 +1,6 @@
 #include "cpu/execution/workspace.h"
 
-#include <new>
-
 namespace relay {
-
-void FloatBuffer::reserve(int64_t floats) {
-  if (floats <= size_) return;
-  const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
-  float* grown = static_cast<float*>(std::aligned_alloc(64, bytes));
-  if (grown == nullptr) throw std::bad_alloc();
-  data_.reset(grown);
-  size_ = floats;
-}
 
 Workspace::Workspace() : state_(std::make_unique<State>()) {}
 Workspace::Workspace(const Plan& plan) : Workspace() { fit(plan); }

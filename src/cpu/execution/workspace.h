@@ -3,38 +3,24 @@
 
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <vector>
 
+#include "base/aligned_buffer.h"
 #include "cpu/plan/plan.h"
 #include "relay/attention.h"
 #include "relay/state.h"
 
 namespace relay {
 
-/// A growing block of floats on a cache line; grows with its contents lost.
-class FloatBuffer {
- public:
-  void reserve(int64_t floats);
-  float* data() { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> data_;
-  int64_t size_ = 0;
-};
-
 /// Counters and nodes reset themselves: whoever takes one to its end sets it back, so that the next
 /// layer starts clean without a barrier of its own.
 struct Workspace::State {
   WorkspaceLayout layout;
   uint64_t fitted_to = 0;                    ///< serial of the plan that all this is set up for
-  FloatBuffer partial_o;                     ///< [partials][q_heads][padded v_dim]
+  AlignedBuffer<float> partial_o;            ///< [partials][q_heads][padded v_dim]
   std::vector<SoftmaxState> partial_states;  ///< [partials][q_heads]
-  std::vector<FloatBuffer> threads;
+  std::vector<AlignedBuffer<float>> threads;
   /// [partials][head_words]: nodes of the rows' trees (cpu/plan/merge_tree.h). The bit of a KV head
   /// of which one half is there.
   std::unique_ptr<std::atomic<uint64_t>[]> half_there;

@@ -1,6 +1,7 @@
 #include <cstring>
 #include <string>
 
+#include "cpu/execution/operands.h"
 #include "relay/kv_cache.h"
 
 namespace relay {
@@ -42,18 +43,11 @@ void check(const KvCache& cache, const HeadShape& shape, const ConstRows& k, con
       v.data == nullptr) {
     fail("null data");
   }
-  if (const char* fault = fault_of(cache)) fail(fault);
   if (k.type != cache.k.type || v.type != cache.v.type) {
     fail("K and V must have the cache's types");
   }
-  const auto vector_type = [](DType t) {
-    return t == DType::kF32 || t == DType::kF16 || t == DType::kBF16;
-  };
-  if (!vector_type(k.type) || !vector_type(v.type)) fail("K and V are f32, f16 or bf16");
-  if (cache.layout == KvLayout::kTiles) {
-    const char* obstacle = obstacle_to_tiles(shape, k.type, v.type);
-    if (obstacle != nullptr) fail(obstacle);
-  }
+  if (!is_float_type(k.type) || !is_float_type(v.type)) fail("K and V are f32, f16 or bf16");
+  if (const char* fault = fault_of(cache, shape)) fail(fault);
   if (cache.slots == 0) return;
   for (const int64_t slot : slots) {
     if (slot >= cache.slots) {

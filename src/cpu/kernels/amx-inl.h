@@ -18,8 +18,8 @@ inline bool suits_amx(const Tile& t) {
   return t.slots == kTileSlots && suits_amx(t.qk_dim, t.v_dim);
 }
 
-/// Of the tiles, 0 and 1 are sums and 4 and 5 the first operand, of one row per query row, and 6
-/// and 7 the second, of 16; all rows have 64 bytes. As the instruction wants it told.
+/// AMX's tile registers, as its instruction wants them described: 0 and 1 hold sums, 4 and 5 the
+/// first operand (a row for each query row), 6 and 7 the second (16 rows). A row has 64 bytes.
 struct AmxConfig {
   uint8_t palette = 1;
   uint8_t start_row = 0;

@@ -147,10 +147,6 @@ QueryLayout product_layout(const std::string& isa, DType k_type, DType v_type) {
   return find(isa).many_layout(k_type, v_type, 64, 64);
 }
 
-QueryLayout few_product_layout(const std::string& isa, DType k_type, DType v_type) {
-  return find(isa).few_layout(k_type, v_type);
-}
-
 int64_t scratch_floats(int qk_dim, int v_dim) {
   return int64_t{kTileSlots} * (padded_dim(qk_dim) + kScoreRows) + packed_v_floats(v_dim);
 }

@@ -1,5 +1,5 @@
 // Few query rows over KV that the CPU multiplies in groups of 4 bytes: pairs of bf16, and the bytes
-// of q8_0. As few_rows-inl.h, nothing of K and V is kept, but a group is multiplied at once.
+// of q8_0. As in few_rows-inl.h no unpacked K or V is stored, but a group is multiplied at once.
 //
 // In S = Q K^T lanes are slots: kLanes vectors of K are transposed in registers, so that one holds
 // the same group of each slot, and a query row's group is broadcast. In O += P V slots go two by
@@ -174,7 +174,7 @@ class Q8Few {
 };
 #endif
 
-/// Every so many vectors of K the kernels ask for what comes next.
+/// Every so many vectors of K the kernels prefetch some of the next tile.
 inline constexpr int kStepVectors = 4;
 
 /// Calls f<kTail>(i) for the chunks of a vector of K.
@@ -251,7 +251,7 @@ inline void value_dots(const Tile& t, const Kv& kv, const uint32_t* weights, int
   }
   for (int slot = 0; slot < t.slots; slot += 2) {
     const uint8_t* a = t.v[slot] + t.v_offset;
-    // A slot without a partner is its own: the partner's weight is 0.
+    // The last of an odd number is paired with itself: that partner's weight is 0.
     const uint8_t* b = slot + 1 < t.slots ? t.v[slot + 1] + t.v_offset : a;
 #pragma GCC unroll 4
     for (int c = 0; c < C; c += 2) {

@@ -125,9 +125,8 @@ inline constexpr int query_words(QueryLayout layout, int n) {
   return layout == QueryLayout::kBF16Pairs ? padded_dim(n) / 2 : padded_dim(n);
 }
 
-/// In which form set `isa` multiplies queries and KV of these types in attend_many and attend_tiled
-/// (where head sizes allow), and in attend_few. Throw Error if no such set runs here.
+/// In which form set `isa` multiplies queries and KV of these types in attend_many and
+/// attend_tiled, where head sizes allow. Throws Error if no such set runs here.
 QueryLayout product_layout(const std::string& isa, DType k_type, DType v_type);
-QueryLayout few_product_layout(const std::string& isa, DType k_type, DType v_type);
 
 }  // namespace relay::kernels

@@ -12,12 +12,12 @@ inline int score_steps(const Tile& t) {
 }
 inline int row_blocks(int rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 
-/// Weights s[rows][kTileSlots] of the tile's query rows from `first` on; tells what becomes of
-/// their earlier o: kScaled by alpha[rows], or kKept.
+/// Weights s[rows][kTileSlots] of the tile's query rows from `first` on. Returns how the products
+/// of weights and values go into their o: kScaled by alpha[rows], or kYes.
 template <typename Product, Weights kWeights>
-inline Former product_weights(const Tile& t, int first, int rows,
-                              const typename Product::Element* keys, float* s, float* alpha,
-                              Prefetcher& prefetch) {
+inline Accumulate product_weights(const Tile& t, int first, int rows,
+                                  const typename Product::Element* keys, float* s, float* alpha,
+                                  Prefetcher& prefetch) {
   const auto scores = [&](const auto& finish) {
     product_scores<Product>(rows, (t.slots + kLanes - 1) / kLanes,
                             static_cast<const typename Product::Element*>(t.q) + first * t.q_stride,
@@ -27,11 +27,11 @@ inline Former product_weights(const Tile& t, int first, int rows,
   EarlyWeights<kWeights> early(t, first, rows);
   if (early.known()) {
     scores([&](int column) { return early.take(column, s); });
-    if (early.commit()) return Former::kKept;
+    if (early.commit()) return Accumulate::kYes;
   }
   scores([&](int column) { return StoreRows{s + column, kTileSlots}; });
   softmax<kWeights>(t, first, rows, s, alpha);
-  return Former::kScaled;
+  return Accumulate::kScaled;
 }
 
 /// All query rows of a tile over its operands.
@@ -50,10 +50,10 @@ inline void attend_operands(const Tile& t, const Operands<Product>& operands, fl
                           row_blocks(t.rows));
   for (int first = 0; first < t.rows; first += kScoreRows) {
     const int rows = t.rows - first < kScoreRows ? t.rows - first : kScoreRows;
-    const Former former = product_weights<Product, Product::kWeights>(t, first, rows, operands.keys,
-                                                                      s, alpha, prefetch);
+    const Accumulate accumulate = product_weights<Product, Product::kWeights>(
+        t, first, rows, operands.keys, s, alpha, prefetch);
     product_values<Product>(rows, value_vectors, s, operands, value_depth, t.o + first * t.o_stride,
-                            t.o_stride, former, alpha, prefetch);
+                            t.o_stride, accumulate, alpha, prefetch);
   }
 }
 
@@ -135,7 +135,7 @@ inline void unpack_q8_values(const Tile& t, uint32_t* out) {
   for (int block = 0; block < t.v_dim / kQ8Block; ++block, out += kPairs * kQ8Block) {
     const int64_t at = t.v_offset + block * kQ8BlockBytes + 2;
     for (int slot = 0; slot < t.slots; slot += 2) {
-      // A slot without a partner is its own: the partner's weight is 0.
+      // The last of an odd number is paired with itself: that partner's weight is 0.
       const int partner = slot + 1 < t.slots ? slot + 1 : slot;
       VecU low, high;
       zip_bytes(t.v[slot] + at, t.v[partner] + at, low, high);
@@ -193,9 +193,9 @@ inline void attend_q8(const Tile& t, const Scratch& scratch) {
                              row_blocks(t.rows));
   for (int first = 0; first < t.rows; first += kScoreRows) {
     const int rows = t.rows - first < kScoreRows ? t.rows - first : kScoreRows;
-    const Former former =
+    const Accumulate accumulate =
         product_weights<BF16Product, Weights::kF32>(t, first, rows, keys, s, alpha, prefetch);
-    if (former == Former::kKept) {
+    if (accumulate == Accumulate::kYes) {
       for (int r = 0; r < rows; ++r) alpha[r] = 1.0f;
     }
     for (int i = 0; i < t.v_dim; i += kQ8Block) {

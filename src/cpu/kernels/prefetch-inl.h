@@ -1,8 +1,8 @@
-// Asking for what comes next while working on what is here.
+// Prefetching the next tile while working on this one.
 //
 // A tile's vectors lie a whole slot apart, too far for the hardware's prefetchers, so the kernels
-// ask themselves, in the order of memory. They ask for one line at a time, evenly over the work: a
-// core has some twenty misses under way at most, and a burst beyond that stalls it.
+// prefetch by themselves, in the order of memory: one line at a time, evenly over the work. A core
+// has some twenty misses under way at most, and a burst beyond that stalls it.
 class Prefetcher {
  public:
   /// `steps`: how often step() will be called.

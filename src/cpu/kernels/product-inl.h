@@ -20,12 +20,12 @@ struct BF16Product {
 };
 #endif
 
-/// What becomes of the former contents of a product's result.
-enum class Former : uint8_t { kDropped, kScaled, kKept };
+/// Whether a product is added to what its result holds: c = ab, c = alpha c + ab, c = c + ab.
+enum class Accumulate : uint8_t { kNo, kScaled, kYes };
 
 /// Where a product's sums start: from 0, from c * alpha (by row) or from c.
 struct Start {
-  Former former;
+  Accumulate accumulate;
   const float* c;
   int64_t stride;
   const float* alpha;
@@ -51,16 +51,16 @@ RELAY_NOINLINE void product_block(const typename Product::Element* a, int64_t a_
     }
   };
   const float* c = start.c + row * start.stride;
-  switch (start.former) {
-    case Former::kDropped:
+  switch (start.accumulate) {
+    case Accumulate::kNo:
       begin([](int, int) { return splat(0.0f); });
       break;
-    case Former::kScaled:
+    case Accumulate::kScaled:
       begin([&](int i, int j) {
         return load(c + i * start.stride + j * kLanes) * splat(start.alpha[row + i]);
       });
       break;
-    case Former::kKept:
+    case Accumulate::kYes:
       begin([&](int i, int j) { return load(c + i * start.stride + j * kLanes); });
       break;
   }
@@ -194,7 +194,7 @@ inline void product_scores(int rows, int slot_vectors, const typename Product::E
   for (int i = 0; i < depth; i += kDepthBlock) {
     const int here = depth - i < kDepthBlock ? depth - i : kDepthBlock;
     for (int j = 0; j < slot_vectors * kLanes; j += kPanelColumns) {
-      const Start start{i == 0 ? Former::kDropped : Former::kKept, s + j, kTileSlots, nullptr};
+      const Start start{i == 0 ? Accumulate::kNo : Accumulate::kYes, s + j, kTileSlots, nullptr};
       auto panel = [&](const auto& rows_to) {
         product_panel<Product>(rows, slot_vectors - j / kLanes, q + i, q_stride,
                                k + i * kTileSlots + j, kTileSlots, here, start, rows_to, prefetch);
@@ -208,16 +208,16 @@ inline void product_scores(int rows, int slot_vectors, const typename Product::E
   }
 }
 
-/// o[rows] = former + p v, where p is [rows][kTileSlots] and depth counts Elements.
+/// o[rows] += p v, where p is [rows][kTileSlots] and depth counts Elements.
 template <typename Product>
 inline void product_values(int rows, int value_vectors, const float* p,
                            const Operands<Product>& operands, int depth, float* o, int64_t o_stride,
-                           Former former, const float* alpha, Prefetcher& prefetch) {
+                           Accumulate accumulate, const float* alpha, Prefetcher& prefetch) {
   for (int j = 0; j < value_vectors; j += kPanel) {
     float* column = o + j * kLanes;
     product_panel<Product>(
         rows, value_vectors - j, reinterpret_cast<const typename Product::Element*>(p), kTileSlots,
         operands.values + j / kPanel * operands.panel_stride, operands.row_stride, depth,
-        Start{former, column, o_stride, alpha}, StoreRows{column, o_stride}, prefetch);
+        Start{accumulate, column, o_stride, alpha}, StoreRows{column, o_stride}, prefetch);
   }
 }

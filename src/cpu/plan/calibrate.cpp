@@ -3,13 +3,12 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
-#include <memory>
-#include <new>
 #include <span>
+
+#include "base/aligned_buffer.h"
 
 namespace relay {
 namespace {
@@ -22,7 +21,7 @@ constexpr int kSmallDim = 64;
 constexpr int kLargeDim = 128;
 constexpr int kSomeRows = 16;  // more than few, and whole blocks of AMX
 constexpr int kMostRows = 48;  // a multiple of every register block
-/// Tiles in turn: together more than a first-level cache, as KV that was fetched ahead lies in the
+/// Tiles in turn: together more than a first-level cache, as KV that was prefetched lies in the
 /// second.
 constexpr int kTiles = 4;
 /// Everything is timed once in a round and the least of all rounds counts: a neighbour who takes
@@ -56,9 +55,8 @@ class Calibration {
       : kernels_(kernels),
         k_type_(kernel_type(k_type)),
         v_type_(kernel_type(v_type)),
-        memory_(allocate(kFloats + kernels::scratch_floats(kLargeDim, kLargeDim))) {
-    if (!memory_) throw std::bad_alloc();
-    std::fill_n(memory_.get(), kFloats, 0.0f);
+        memory_(kFloats + kernels::scratch_floats(kLargeDim, kLargeDim)) {
+    std::fill_n(memory_.data(), kFloats, 0.0f);
   }
 
   KernelCosts measure() {
@@ -104,18 +102,13 @@ class Calibration {
   static constexpr int64_t kStates = int64_t{kMostRows} * kLargeDim;
   static constexpr int64_t kFloats = 2 * kPlane + 2 * kStates + 2 * kMostRows;
 
-  static float* allocate(int64_t floats) {
-    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
-    return static_cast<float*>(std::aligned_alloc(64, bytes));
-  }
-
-  float* keys() { return memory_.get(); }
+  float* keys() { return memory_.data(); }
   float* values() { return keys() + kPlane; }
   float* queries() { return values() + kPlane; }
   float* outputs() { return queries() + kStates; }
   float* maxima() { return outputs() + kStates; }
   float* sums() { return maxima() + kMostRows; }
-  float* scratch() { return memory_.get() + kFloats; }
+  float* scratch() { return memory_.data() + kFloats; }
 
   using Corners = std::span<Probe, 4>;
 
@@ -178,10 +171,7 @@ class Calibration {
   const KernelSet& kernels_;
   const DType k_type_;
   const DType v_type_;
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> memory_;
+  AlignedBuffer<float> memory_;
 };
 
 }  // namespace

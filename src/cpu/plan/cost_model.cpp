@@ -15,13 +15,13 @@
 namespace relay {
 namespace {
 
-/// Taking an item from the common counter, setting up, and handing on: a cache line that other
-/// cores want, a few branches that nobody foresaw.
+/// Taking an item from the common counter, setting up, and delivering: a cache line that other
+/// cores want, a few mispredicted branches.
 constexpr double kItemSeconds = 0.4e-6;
 /// Looking up where a slot lies.
 constexpr double kLocateSeconds = 2e-9;
 
-/// What beginning a run of adjacent bytes costs: fetching ahead works best along long runs.
+/// What beginning a run of adjacent bytes costs: prefetching works best along long runs.
 constexpr double kRunBytes = 64;
 
 /// A slot of KvLayout::kTiles, whatever its size: its share of what is done once per tile.

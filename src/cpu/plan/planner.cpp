@@ -10,7 +10,7 @@
 //      block that is cut, its tail, is small and its heads are spread over the threads, as far as
 //      there are heads.
 //   4. There are several ways to choose the sizes (Way), and none is best for all batches: each is
-//      tried, and the one that is foretold to finish first is kept, even if one of its items takes
+//      tried, and the one that is predicted to finish first is kept, even if one of its items takes
 //      longer than it should.
 #include "cpu/plan/planner.h"
 
@@ -117,11 +117,11 @@ class Planner {
         block.row_begin = row;
         block.row_end = std::min<uint32_t>(segment.row_end, row + rows_each);
         block.slots = segment.slots;
-        if (segment.visibility == Visibility::kPositions) look_at_units(block);
+        if (segment.visibility == Visibility::kPositions) count_unit_rows(block);
         if (block.slots > 0) plan_.blocks.push_back(block);
       }
     }
-    count_company();
+    count_blocks_of_rows();
     total_ = 0;
     for (Block& block : plan_.blocks) {
       block.parts = least_parts(block);
@@ -139,7 +139,7 @@ class Planner {
 
   /// Notes how many query rows see something of each unit, if positions ascend (else all may).
   /// Slots after the last that any row sees are left out: no item will hold them.
-  void look_at_units(Block& block) {
+  void count_unit_rows(Block& block) {
     const auto position = [&](uint32_t row) {
       return plan_.forest.positions[plan_.row_index[row]];
     };
@@ -173,7 +173,7 @@ class Planner {
   /// Counts the rows of each block that other blocks list too: their results are always partial.
   /// And finds runs of rows that follow one another in the same blocks: what holds for the trees of
   /// one (schedule.cpp) holds for all.
-  void count_company() {
+  void count_blocks_of_rows() {
     const auto rows = static_cast<size_t>(plan_.forest.rows);
     plan_.blocks_of.assign(rows, 0);
     const auto each_row = [&](const Block& block, auto visit) {
@@ -237,7 +237,7 @@ class Planner {
 
   // --- Cutting -----------------------------------------------------------------------------------
 
-  /// Cuts and orders in the way whose threads are foretold to finish first.
+  /// Cuts and orders in the way whose threads are predicted to finish first.
   void cut_best() {
     Way best{1, 1};
     if (threads_ > 1 && !plan_.blocks.empty()) {  // else there is nothing to balance
@@ -250,7 +250,7 @@ class Planner {
           cut(way);
           // No order makes up for what this way costs, and more parts cost more.
           if (std::max(longest_, busy_ / threads_) >= least) break;
-          const double seconds = foretold_seconds();
+          const double seconds = predicted_seconds();
           if (seconds < least) {
             best = way;
             least = seconds;
@@ -264,9 +264,9 @@ class Planner {
     order_items();
   }
 
-  double foretold_seconds() {
+  double predicted_seconds() {
     order_items();
-    return foretell(plan_, plan_.order, plan_.schedule).worst;
+    return simulate(plan_, plan_.order, plan_.schedule).worst;
   }
 
   /// Longest first, with all that they may have to merge: what comes last is short, so threads

@@ -1,4 +1,4 @@
-// Plans by a fixed cost model, and what is foretold of them: no clock is read here.
+// Plans by a fixed cost model, and what is predicted of them: no clock is read here.
 #include "cpu/plan/planner.h"
 
 #include <gtest/gtest.h>
@@ -98,9 +98,10 @@ std::vector<Case> realistic_cases() {
   return cases;
 }
 
-/// The built-in costs, whatever machine this is.
+/// The built-in costs of a machine that multiplies bf16 by pairs, whatever machine this is.
 CostModel costs_of(const PlanOptions& options) {
-  CostModel costs = make_cost_model(fixed_costs(options.k_type, options.v_type, true), options,
+  const bool pairs = options.k_type == DType::kBF16 && options.v_type == DType::kBF16;
+  CostModel costs = make_cost_model(fixed_costs(options.k_type, options.v_type, pairs), options,
                                     guessed_read_bytes(options.threads));
   costs.cache_bytes = int64_t{1} << 20;
   if (options.layout == KvLayout::kRows) costs.few_rows = 8;
@@ -123,7 +124,7 @@ double bare_seconds(const Case& c, int32_t threads) {
   options.threads = 1;
   PlanPtr plan(new Plan);
   remake_plan(*plan, c.forest, options, costs);
-  return foretell(*plan).busy;
+  return simulate(*plan).busy;
 }
 
 bool in_tiles(const Case& c) { return c.options.layout == KvLayout::kTiles; }
@@ -136,7 +137,7 @@ TEST(Balance, EightThreadsIdleUnderFivePercent) {
   double sum = 0;
   const std::vector<Case> cases = realistic_cases();
   for (const Case& c : cases) {
-    const Schedule schedule = foretell(*plan_of(c, 8));
+    const Schedule schedule = simulate(*plan_of(c, 8));
     sum += schedule.idle_share();
     if (is_tiny(schedule)) continue;
     EXPECT_LT(schedule.idle_share(), 0.05) << c.name << ": " << schedule.seconds * 1e6 << " us";
@@ -165,11 +166,11 @@ TEST(Balance, CuttingCostsLittleForOneToSixtyFourThreads) {
     double worst_idle = 0;
     for (const Case& c : cases) {
       const double bare = bare_seconds(c, threads) / threads;
-      const Schedule schedule = foretell(*plan_of(c, threads));
+      const Schedule schedule = simulate(*plan_of(c, threads));
       const double seconds = schedule.seconds;
       EXPECT_GE(seconds, bare * (1 - 1e-9)) << c.name;
       const double uncut = in_tiles(c) ? tile_seconds(c, threads) : 0;
-      EXPECT_LT(seconds, (threads <= 8 ? 1.12 : 1.3) * bare + 20e-6 + uncut)
+      EXPECT_LT(seconds, (threads <= 8 ? 1.08 : 1.11) * bare + 20e-6 + uncut)
           << threads << " threads, " << c.name;
       sum += 1 - bare / seconds;
       idle += schedule.idle_share();
@@ -177,7 +178,7 @@ TEST(Balance, CuttingCostsLittleForOneToSixtyFourThreads) {
     }
     const auto all = static_cast<double>(cases.size());
     std::printf("%7d  %10.4f %6.3f %30.4f\n", threads, idle / all, worst_idle, sum / all);
-    EXPECT_LT(sum / all, 0.002 * threads + 0.02) << threads;
+    EXPECT_LT(sum / all, 0.001 * threads + 0.027) << threads;
   }
 }
 
@@ -200,15 +201,15 @@ TEST(Balance, SurvivesCostsThatAreWrong) {
       costs.merge *= bend(2);
       costs.item *= bend(2);
       costs.byte *= bend(0);
-      const Schedule schedule = foretell(*plan, costs);
+      const Schedule schedule = simulate(*plan, costs);
       if (schedule.seconds < 50e-6) continue;
       worst = std::max(worst, schedule.idle_share());
       sum += schedule.idle_share();
       ++count;
     }
   }
-  EXPECT_LT(sum / count, 0.04);
-  EXPECT_LT(worst, 0.25);
+  EXPECT_LT(sum / count, 0.01);
+  EXPECT_LT(worst, 0.08);
 }
 
 TEST(Balance, OneThreadHasNothingToCut) {
@@ -284,7 +285,7 @@ TEST(Cutting, HiddenSlotsCostNothing) {
   EXPECT_GT(row_slots, square / 2);
   EXPECT_LT(row_slots, square * 0.52);
   for (Segment& s : c.forest.segments) s.visibility = Visibility::kAll;
-  EXPECT_LT(foretell(*causal).busy, 0.7 * foretell(*plan_of(c, 4)).busy);
+  EXPECT_LT(simulate(*causal).busy, 0.7 * simulate(*plan_of(c, 4)).busy);
 }
 
 bool same(const Plan& a, const Plan& b) {
@@ -380,7 +381,7 @@ TEST(Foretold, WhoeverComesSecondMerges) {
   s.block({0}, 2);
   s.item(0, 0, 0, 2, 5);
   s.item(0, 1, 0, 2, 3);
-  const Schedule schedule = foretell(s.plan);
+  const Schedule schedule = simulate(s.plan);
   EXPECT_EQ(schedule.merging, 2 * 0.5) << "once for each head";
   EXPECT_EQ(schedule.seconds, 5 + 1);
   EXPECT_EQ(schedule.busy, 5 + 3 + 1);
@@ -394,7 +395,7 @@ TEST(Foretold, WhoeverIsLastMergesWhatTheOthersHaveMerged) {
   s.item(0, 1, 0, 2, 9);  // with the first, and with the two others together
   s.item(0, 2, 0, 2, 3);
   s.item(0, 3, 0, 2, 4);  // with the third
-  const Schedule schedule = foretell(s.plan);
+  const Schedule schedule = simulate(s.plan);
   EXPECT_EQ(schedule.merging, 2 * 3);
   EXPECT_EQ(schedule.seconds, 9 + 2 * 2);
 }
@@ -405,7 +406,7 @@ TEST(Foretold, HeadsAreMergedApart) {
   s.item(0, 0, 0, 2, 1);
   s.item(0, 1, 0, 1, 5);
   s.item(0, 1, 1, 2, 4);
-  const Schedule schedule = foretell(s.plan);
+  const Schedule schedule = simulate(s.plan);
   EXPECT_EQ(schedule.merging, 1);
   EXPECT_EQ(schedule.seconds, 5 + 0.5) << "each thread merges one head";
   EXPECT_EQ(schedule.idle_share(), 0);
@@ -417,7 +418,7 @@ TEST(Foretold, ARowOfTwoBlocksIsMergedWithTheLast) {
   s.block({0}, 1);  // row 1 has one result, and nothing to merge
   s.item(0, 0, 0, 2, 4);
   s.item(1, 0, 0, 2, 6);
-  const Schedule schedule = foretell(s.plan);
+  const Schedule schedule = simulate(s.plan);
   EXPECT_EQ(schedule.merging, 2 * 0.25);
   EXPECT_EQ(schedule.seconds, 6 + 0.5);
 }
@@ -431,7 +432,7 @@ TEST(Foretold, NobodyTakesAnItemWhileMerging) {
   s.item(0, 1, 0, 2, 2);  // merges until 6
   s.item(1, 0, 0, 2, 3);  // begins at 1
   s.item(2, 0, 0, 2, 2);  // begins at 4, on the same thread
-  const Schedule schedule = foretell(s.plan);
+  const Schedule schedule = simulate(s.plan);
   EXPECT_EQ(schedule.seconds, 6);
   EXPECT_EQ(schedule.busy, 1 + 2 + 4 + 3 + 2);
   EXPECT_EQ(schedule.idle_share(), 0);
@@ -494,13 +495,13 @@ TEST(Foretold, AnyItemMayTakeLonger) {
   s.item(0, 0, 0, 2, 10);  // not the last to end, but the one that could
   s.item(1, 0, 0, 2, 8);
   s.item(2, 0, 0, 2, 2.5);
-  const Schedule schedule = foretell(s.plan);
+  const Schedule schedule = simulate(s.plan);
   EXPECT_EQ(schedule.seconds, 10.5);
   EXPECT_DOUBLE_EQ(schedule.worst, 10 * 1.1);
 }
 
 TEST(Foretold, NothingToDoIsNoIdleness) {
-  const Schedule schedule = foretell(Sketch(4, 0, 1).plan);
+  const Schedule schedule = simulate(Sketch(4, 0, 1).plan);
   EXPECT_EQ(schedule.seconds, 0);
   EXPECT_EQ(schedule.idle_share(), 0);
 }
@@ -512,8 +513,8 @@ TEST(Foretold, EveryPartialIsMergedOnce) {
     for (uint32_t results : plan->results) merges += results > 1 ? results - 1 : 0;
     const double merging = static_cast<double>(merges) * c.options.shape.kv_heads *
                            costs_of(plan->options).merge * c.options.shape.group();
-    ASSERT_NEAR(foretell(*plan).merging, merging, 1e-9 * merging) << c.name;
-    ASSERT_EQ(foretell(*plan).seconds, foretell(*plan, costs_of(plan->options)).seconds) << c.name;
+    ASSERT_NEAR(simulate(*plan).merging, merging, 1e-9 * merging) << c.name;
+    ASSERT_EQ(simulate(*plan).seconds, simulate(*plan, costs_of(plan->options)).seconds) << c.name;
   }
 }
 

@@ -11,14 +11,13 @@
 namespace relay {
 namespace {
 
-/// An item may take longer than foretold by this part of itself: cores are not alike, and others
+/// An item may take longer than predicted by this part of itself: cores are not alike, and others
 /// use them too.
 constexpr double kUncertainty = 0.1;
 
-/// Runs a plan on paper.
-class Rehearsal {
+class Simulation {
  public:
-  Rehearsal(const Plan& plan, ScheduleScratch& scratch)
+  Simulation(const Plan& plan, ScheduleScratch& scratch)
       : plan_(plan),
         words_(head_words(plan.options.shape.kv_heads)),
         running_(scratch.running),
@@ -138,23 +137,23 @@ class Rehearsal {
 
 }  // namespace
 
-Schedule foretell(const Plan& plan, std::span<const ItemInOrder> order, ScheduleScratch& scratch) {
-  return Rehearsal(plan, scratch)
+Schedule simulate(const Plan& plan, std::span<const ItemInOrder> order, ScheduleScratch& scratch) {
+  return Simulation(plan, scratch)
       .run([&](size_t i) { return order[i].item; }, [](const WorkItem& item) { return item.cost; },
            plan.merge_seconds);
 }
 
-Schedule foretell(const Plan& plan) {
+Schedule simulate(const Plan& plan) {
   ScheduleScratch scratch;
-  return Rehearsal(plan, scratch)
+  return Simulation(plan, scratch)
       .run([](size_t i) { return i; }, [](const WorkItem& item) { return item.cost; },
            plan.merge_seconds);
 }
 
-Schedule foretell(const Plan& plan, const CostModel& costs) {
+Schedule simulate(const Plan& plan, const CostModel& costs) {
   ScheduleScratch scratch;
   const HeadShape& shape = plan.options.shape;
-  return Rehearsal(plan, scratch)
+  return Simulation(plan, scratch)
       .run([](size_t i) { return i; },
            [&](const WorkItem& item) { return item_seconds(costs, item, shape); },
            merge_seconds(costs, shape));

@@ -147,6 +147,7 @@ class Plan {
   float2* partial_state = nullptr;
   int64_t partial_rows = 0;
   mutable PlanBatch batch{};  ///< planned last
+  mutable int32_t batch_rows = 0;
 
   explicit Plan(const PlanOptions& o) : options(o) {
     validate(o);
@@ -230,10 +231,17 @@ void plan_batch(const Plan& plan, const Batch& batch, Stream stream) {
     fail("table_stride " + std::to_string(batch.table_stride) + " is less than max_blocks " +
          std::to_string(o.max_blocks));
   }
+  if (batch.rows < 0 || batch.rows > o.max_rows) {
+    fail("the batch has " + std::to_string(batch.rows) + " rows, the plan is for at most " +
+         std::to_string(o.max_rows));
+  }
   plan.batch = {batch.requests, batch.query_starts, batch.kv_lengths, batch.table,
                 batch.table_stride};
-  check(launch_plan(plan.shape, plan.batch, plan.view, plan.memory, o.sharing == Sharing::kOn,
-                    o.check, static_cast<cudaStream_t>(stream)),
+  plan.batch_rows = batch.rows > 0 ? batch.rows : o.max_rows;
+  PlanShape shape = plan.shape;
+  shape.max_rows = plan.batch_rows;  // query starts beyond it plan nothing
+  check(launch_plan(shape, plan.batch, plan.view, plan.memory, o.sharing == Sharing::kOn, o.check,
+                    static_cast<cudaStream_t>(stream)),
         "planning");
 }
 
@@ -309,7 +317,7 @@ void attend(const Plan& plan, const Inputs& in, Stream stream) {
   check(plan.path == Path::kWgmma ? launch_wgmma(p, type, s)
                                   : launch_mma(p, type, plan.options.kv_type, s),
         "attention");
-  check(launch_merge(p, type, plan.options.max_rows, plan.multiprocessors, s), "merging");
+  check(launch_merge(p, type, plan.batch_rows, plan.multiprocessors, s), "merging");
 }
 
 void write_kv(const Plan& plan, const KvWrite& write, const Inputs& cache, Stream stream) {

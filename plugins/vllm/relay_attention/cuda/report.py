@@ -1,0 +1,44 @@
+"""What RELAY_VERBOSE=1 says while vLLM runs on a GPU."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+from relay_attention.cuda.plan import Kind, Plan
+from relay_attention.log import logger
+
+
+class Report:
+    """Logs, every hundred steps, who attended them, and what the last one's plans take. Waits for
+    the GPU then, as nothing else of Relay does."""
+
+    STEPS = 100
+
+    def __init__(self) -> None:
+        self._reasons: Counter[str | None] = Counter()
+
+    def next_step(self, reason: str | None, plans: Mapping[Kind, Plan], stream: int) -> None:
+        """reason: why vLLM's own kernel attends this step; None if Relay does."""
+        self._reasons[reason] += 1
+        if self._reasons.total() < self.STEPS:
+            return
+        served = self._reasons.pop(None, 0)
+        others = ", ".join(f"{count} were {why}" for why, count in self._reasons.items())
+        logger.info(
+            "Relay attended %d of %d steps%s", served, self.STEPS, f"; {others}" if others else ""
+        )
+        self._reasons.clear()
+        if reason is not None:
+            return
+        for kind, plan in plans.items():
+            s = plan.summary(stream)
+            logger.info(
+                "Relay: window %d: reads %d KV slots for %d that are attended, in %d segments, "
+                "%d of them shared, by %d workers, %d partial rows",
+                kind.window,
+                s.kv_slots_read,
+                s.kv_slots_attended,
+                s.segments,
+                s.shared_segments,
+                s.workers,
+                s.partial_rows,
+            )

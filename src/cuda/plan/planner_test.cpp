@@ -633,6 +633,28 @@ TEST(Planner, LongJobsAreSharedOutEvenly) {
   }
 }
 
+/// Requests that decode over one prompt of 43 blocks, each seeing its last 160 tokens.
+TEST(Planner, WindowsShareWhatTheyHaveInCommon) {
+  Batch b = batch_of(2, 2);
+  b.shape.window = 160;
+  int32_t next = 1000;
+  for (int32_t i : {0, 1, 3, 4, 6}) {
+    const int32_t length = 705 + 9 * i + 23;
+    std::vector<int32_t> blocks;
+    for (int32_t c = 0; c < ceil_div(length, 16); ++c) blocks.push_back(c < 43 ? c : next++);
+    b.add(1, length, blocks);
+  }
+  b.shape.cache_blocks = next;
+  b.finish();
+  const HostPlan p = HostPlan::make(b);
+  Load load;
+  ASSERT_NO_FATAL_FAILURE(check_plan(b, p, load));
+  // Where the windows of the others begin, 32 tokens later, there would be a segment of 32 slots:
+  // too short, so the group's bounds lie further apart.
+  ASSERT_EQ(p.header.shared_segments, 1);
+  expect_segment(p.segments[0], 0, 576, 64, 2);
+}
+
 TEST(Planner, NothingToDo) {
   Batch b = batch_of(2, 4);
   for (const int32_t requests : {0, 3}) {

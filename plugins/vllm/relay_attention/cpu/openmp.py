@@ -63,20 +63,29 @@ def _scopes() -> list[ctypes.CDLL]:
 
 
 def find() -> Runtime:
-    """The runtime in use. Raises RelayError if there is none, or one without GOMP_parallel."""
+    """The runtime in use. Raises RelayError if no scope has all entry points, naming what lacks."""
+    partial = ""
     for scope in _scopes():
-        try:
-            addresses = {
-                field: ctypes.cast(getattr(scope, symbol), ctypes.c_void_p).value
-                for field, symbol in _ENTRY_POINTS.items()
-            }
-        except AttributeError:
-            continue
-        return Runtime(_file_of(addresses["parallel"]), addresses)
+        addresses = {field: _address(scope, symbol) for field, symbol in _ENTRY_POINTS.items()}
+        present = [address for address in addresses.values() if address is not None]
+        if len(present) == len(addresses):
+            return Runtime(_file_of(addresses["parallel"]), addresses)
+        if present:
+            lacking = [_ENTRY_POINTS[field] for field, at in addresses.items() if at is None]
+            partial = f"{_file_of(present[0])} lacks {', '.join(lacking)}"
     raise RelayError(
-        "no OpenMP runtime with GOMP_parallel is loaded in this process; a torch built with "
-        "OpenMP brings one, and LD_PRELOAD=libgomp.so.1 or libiomp5.so does too"
+        f"the OpenMP runtime of this process cannot be used: {partial}"
+        if partial
+        else "no OpenMP runtime is loaded in this process; a torch built with OpenMP brings one, "
+        "and LD_PRELOAD=libgomp.so.1 or libiomp5.so does too"
     )
+
+
+def _address(scope: ctypes.CDLL, symbol: str) -> int | None:
+    try:
+        return ctypes.cast(getattr(scope, symbol), ctypes.c_void_p).value
+    except AttributeError:
+        return None
 
 
 @functools.cache

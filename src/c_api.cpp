@@ -203,6 +203,13 @@ relay_status relay_plan_slots(const relay_plan* plan, int64_t* read, int64_t* at
   });
 }
 
+relay_status relay_plan_threads(const relay_plan* plan, int32_t* threads) {
+  return guarded([&] {
+    require(plan != nullptr && plan->plan != nullptr && threads != nullptr, "null argument");
+    *threads = relay::options_of(*plan->plan).threads;
+  });
+}
+
 relay_status relay_workspace_create(relay_workspace** workspace) {
   return guarded([&] {
     require(workspace != nullptr, "null argument");

@@ -86,6 +86,10 @@ TEST(CApi, AttendsLikeTheReference) {
   ASSERT_EQ(relay_plan_batch(&plan, &batch.c, &opt), RELAY_OK) << relay_last_error();
   int64_t read = 0, attended = 0;
   ASSERT_EQ(relay_plan_slots(plan, &read, &attended), RELAY_OK);
+  int32_t threads = 0;
+  ASSERT_EQ(relay_plan_threads(plan, &threads), RELAY_OK);
+  EXPECT_EQ(threads, opt.threads);
+  EXPECT_EQ(relay_plan_threads(nullptr, &threads), RELAY_INVALID);
   EXPECT_EQ(read, 16 + 4 + 7);
   EXPECT_GT(attended, read);
 

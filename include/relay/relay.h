@@ -100,6 +100,8 @@ relay_status relay_plan_batch(relay_plan** plan, const relay_batch* batch,
 void relay_plan_free(relay_plan* plan);
 /* KV slots that the plan reads, and that it would read if nothing were shared. */
 relay_status relay_plan_slots(const relay_plan* plan, int64_t* read, int64_t* attended);
+/* How many threads the plan was made for. */
+relay_status relay_plan_threads(const relay_plan* plan, int32_t* threads);
 
 relay_status relay_workspace_create(relay_workspace** workspace);
 /* After each relay_plan_batch, before the first relay_attend (which is RELAY_INVALID otherwise);

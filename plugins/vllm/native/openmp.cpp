@@ -81,6 +81,14 @@ relay_status relay_openmp_attend(const relay_plan* plan, const relay_inputs* inp
   if (const relay_status status = relay_check(plan, inputs); status != RELAY_OK) {
     return fail(status, relay_last_error());
   }
+  int32_t planned = 0;
+  if (const relay_status status = relay_plan_threads(plan, &planned); status != RELAY_OK) {
+    return fail(status, relay_last_error());
+  }
+  if (threads != planned) {
+    return fail(RELAY_INVALID, "the plan was made for " + std::to_string(planned) +
+                                   " threads, and is to be run on " + std::to_string(threads));
+  }
   Outcome outcome;
   parallel(threads, [&](int thread, int granted) {
     for (int32_t share = thread; share < threads; share += granted) {

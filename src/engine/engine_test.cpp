@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <filesystem>
 #include <map>
 #include <mutex>
 #include <set>
@@ -134,7 +135,7 @@ std::unique_ptr<Engine> EngineTest::engine;
 
 TEST_F(EngineTest, InfoSaysWhatRuns) {
   const ModelInfo& info = engine->info();
-  EXPECT_EQ(info.name, "tiny");
+  EXPECT_EQ(info.name, std::filesystem::path(test_model("tiny")).stem().string());
   EXPECT_GE(info.kv_cells, 2048);
   EXPECT_EQ(info.relay_active, RELAY_TEST_WITH_MODULE);
   EXPECT_EQ(info.backend.find("Relay is off") == std::string::npos, info.relay_active);

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <filesystem>
+#include <filesystem>
 #include <map>
 #include <mutex>
 #include <set>

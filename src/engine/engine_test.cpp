@@ -6,7 +6,6 @@
 #include <atomic>
 #include <condition_variable>
 #include <filesystem>
-#include <filesystem>
 #include <map>
 #include <mutex>
 #include <set>

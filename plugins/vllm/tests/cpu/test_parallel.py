@@ -40,7 +40,7 @@ def test_ray_workers_give_the_same_tokens(model, cores):
             return engines.generate(llm, share, 16)
 
     environment = {
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
     }

@@ -20,21 +20,6 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-double quantile(std::vector<double> values, double at) {
-  std::sort(values.begin(), values.end());
-  const double index = at * static_cast<double>(values.size() - 1);
-  const auto below = static_cast<size_t>(index);
-  const size_t above = std::min(below + 1, values.size() - 1);
-  return values[below] + (values[above] - values[below]) * (index - static_cast<double>(below));
-}
-
-Timing timing_of(const std::vector<double>& seconds) {
-  return {.median = quantile(seconds, 0.5),
-          .low = quantile(seconds, 0.25),
-          .high = quantile(seconds, 0.75),
-          .best = *std::min_element(seconds.begin(), seconds.end())};
-}
-
 /// A part of a sequence begins where a tile does.
 int64_t aligned(const OpProblem& p, int64_t slots) {
   if (p.layout == KvLayout::kRows) return slots;

@@ -40,12 +40,8 @@ __device__ int32_t list_pieces(const AttendParams& p, const int32_t* cuts, int32
   for (int32_t number = 0; number < info.parts; ++number) {
     RequestPart part;
     if (info.rows_per_segment > 0) {
-      part.row = local % info.rows_per_segment;
-      const Segment& segment = p.plan.segments[info.segment + local / info.rows_per_segment];
-      part.segment_rows = segment.rows;
-      part.steps = segment.steps;
-      part.step_base = segment.step_base;
-      part.partial_base = segment.partial_base;
+      const int32_t segment = info.segment + local / info.rows_per_segment;
+      part = part_of(segment, local % info.rows_per_segment, p.plan.segments[segment]);
     } else {
       part = p.plan.parts[request * kMaxParts + number];
       part.row += local;

@@ -82,6 +82,10 @@ struct RequestPart {
   int32_t partial_base;
 };
 
+RELAY_HD inline RequestPart part_of(int32_t number, int32_t row, const Segment& segment) {
+  return {number, row, segment.rows, segment.steps, segment.step_base, segment.partial_base};
+}
+
 enum PlanFault : uint32_t {
   kFaultStarts =
       1,  ///< query_starts do not begin at 0, descend or exceed max_rows; nothing is planned

@@ -114,11 +114,7 @@ class Planner {
       if (info.rows_per_segment > 0) return;
       for (int p = 0; p < info.parts; ++p) {
         RequestPart& part = out_.parts[i * kMaxParts + p];
-        const Segment& segment = out_.segments[part.segment];
-        part.segment_rows = segment.rows;
-        part.steps = segment.steps;
-        part.step_base = segment.step_base;
-        part.partial_base = segment.partial_base;
+        part = part_of(part.segment, part.row, out_.segments[part.segment]);
       }
     });
   }

@@ -61,7 +61,9 @@ class Engine:
     def kv_slots(self) -> tuple[int, int] | None:
         """KV slots of a layer that the plans of the last step read, and would read if nothing were
         shared, summed over kinds of layers. None if Relay attended nothing since the last call."""
-        made, read, attended = self._llm.collective_rpc(_kv_slots)[0]
+        from relay_attention.cuda import report
+
+        made, read, attended = self._llm.collective_rpc(report.kv_slots)[0]
         before, self._made = self._made, made
         return (read, attended) if made > before else None
 
@@ -69,23 +71,3 @@ class Engine:
 def _kv_bytes(worker: object) -> int:
     # [num_blocks, kv_heads, block_size, 2 * head_size] of each layer
     return sum(x.shape[1] * x.shape[3] * x.element_size() for x in worker.model_runner.kv_caches)
-
-
-def _kv_slots(worker: object) -> tuple[int, int, int]:
-    """Plans made so far, and what the last ones read and attend."""
-    import torch
-
-    stream = torch.cuda.current_stream().cuda_stream
-    plans = [
-        plan
-        for groups in worker.model_runner.attn_groups
-        for group in groups
-        for builder in group.metadata_builders
-        for plan in (getattr(builder, "_plans", None) or {}).values()
-    ]
-    summaries = [plan.summary(stream) for plan in plans]
-    return (
-        sum(plan.made for plan in plans),
-        sum(s.kv_slots_read for s in summaries),
-        sum(s.kv_slots_attended for s in summaries),
-    )

@@ -24,7 +24,7 @@ from relay_attention.cpu import served
 from relay_attention.cpu.operator import Operator
 from relay_attention.cpu.plan import Planner, Step
 from relay_attention.cpu.report import Report
-from relay_attention.log import logger
+from relay_attention.log import leave_layers, logger
 
 
 class RelayAttentionBackend(CPUAttentionBackend):
@@ -106,7 +106,7 @@ class RelayAttentionImpl(CPUAttentionBackendImpl):
         else:
             reason = served.refusal(self, get_current_vllm_config())
         if reason is not None:
-            logger.warning_once("Relay leaves layers to vLLM's own kernel: %s", reason)
+            leave_layers(reason)
             return
         self.operator = Operator(
             self.num_heads,

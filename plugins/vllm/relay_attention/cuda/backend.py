@@ -33,7 +33,7 @@ from relay_attention.cuda.plan import Cache, Kind, Limits, Plan, dtype_of
 from relay_attention.cuda.policy import DECODE_ROWS, Facts, Policy
 from relay_attention.cuda.report import Report
 from relay_attention.errors import RelayError
-from relay_attention.log import logger
+from relay_attention.log import leave_layers, logger
 
 
 def _stream(device: torch.device) -> int:
@@ -195,7 +195,7 @@ class RelayFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
 
     def _stand_aside(self, reason: str) -> None:
         if self._served:
-            logger.warning_once("Relay leaves layers to vLLM's own kernel: %s", reason)
+            leave_layers(reason)
         self._served = []
 
 
@@ -243,7 +243,7 @@ class RelayFlashAttentionImpl(FlashAttentionImpl):
         else:
             reason = served.refusal(self, get_current_vllm_config())
         if reason is not None:
-            logger.warning_once("Relay leaves layers to vLLM's own kernel: %s", reason)
+            leave_layers(reason)
             return
         window = self.sliding_window[0] + 1
         self.operator = Operator(

@@ -7,6 +7,27 @@ from relay_attention.cuda.plan import Kind, Plan
 from relay_attention.log import logger
 
 
+def kv_slots(worker: object) -> tuple[int, int, int]:
+    """Of a vLLM worker: plans made so far, and the KV slots that the last ones read, and would read
+    if nothing were shared, summed over kinds of layers. Waits for the GPU: for benches, tests."""
+    import torch
+
+    stream = torch.cuda.current_stream().cuda_stream
+    plans = [
+        plan
+        for groups in worker.model_runner.attn_groups
+        for group in groups
+        for builder in group.metadata_builders
+        for plan in (getattr(builder, "_plans", None) or {}).values()
+    ]
+    summaries = [plan.summary(stream) for plan in plans]
+    return (
+        sum(plan.made for plan in plans),
+        sum(s.kv_slots_read for s in summaries),
+        sum(s.kv_slots_attended for s in summaries),
+    )
+
+
 class Report:
     """Logs, every hundred steps, who attended them, and what the last one's plans take. Waits for
     the GPU then, as nothing else of Relay does."""

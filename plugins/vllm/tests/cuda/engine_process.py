@@ -11,24 +11,7 @@ from pathlib import Path
 import arrivals
 import engines
 import torch
-
-
-def _look(worker: object) -> tuple[int, int, int]:
-    """Plans that Relay made, and what the last ones read and attend, in KV slots."""
-    stream = torch.cuda.current_stream().cuda_stream
-    plans = [
-        plan
-        for groups in worker.model_runner.attn_groups
-        for group in groups
-        for builder in group.metadata_builders
-        for plan in (getattr(builder, "_plans", None) or {}).values()
-    ]
-    summaries = [plan.summary(stream) for plan in plans]
-    return (
-        sum(plan.made for plan in plans),
-        sum(s.kv_slots_read for s in summaries),
-        sum(s.kv_slots_attended for s in summaries),
-    )
+from relay_attention.cuda import report
 
 
 def _forbid_waiting() -> None:
@@ -68,7 +51,7 @@ def main() -> None:
                 engines.generate(llm, prompts, tokens, **sampling)
                 for prompts, tokens, sampling in request["calls"]
             ]
-        plans, read, attended = llm.collective_rpc(_look)[0]
+        plans, read, attended = llm.collective_rpc(report.kv_slots)[0]
     Path(sys.argv[2]).write_bytes(
         pickle.dumps(
             dict(

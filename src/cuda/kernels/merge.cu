@@ -20,6 +20,7 @@ constexpr int kBlocksPerSm = 4;
 /// The last worker that begins at or before a step.
 __device__ int32_t worker_of(const int32_t* cuts, int32_t workers, int32_t step) {
   int32_t low = 0;
+#pragma unroll 1
   for (int32_t high = workers; high - low > 1;) {
     const int32_t middle = (low + high) / 2;
     (cuts[middle] <= step ? low : high) = middle;
@@ -37,6 +38,7 @@ __device__ int32_t list_pieces(const AttendParams& p, const int32_t* cuts, int32
   const int32_t local = row - info.row_begin;
   int32_t count = 0;
   direct = false;
+#pragma unroll 1
   for (int32_t number = 0; number < info.parts; ++number) {
     RequestPart part;
     if (info.rows_per_segment > 0) {
@@ -57,6 +59,7 @@ __device__ int32_t list_pieces(const AttendParams& p, const int32_t* cuts, int32
       direct = true;
       return 0;
     }
+#pragma unroll 1
     for (int32_t i = threadIdx.x % 32; i < workers; i += 32) {
       const int32_t from = max(begin, cuts[first + i]);
       const int32_t to = min(end, cuts[first + i + 1]);
@@ -83,6 +86,7 @@ __device__ Total weigh_pieces(const AttendParams& p, int32_t count, const int32_
                               float* weights) {
   const int32_t lane = threadIdx.x % 32;
   float max = -INFINITY;
+#pragma unroll 1
   for (int32_t i = lane; i < count; i += 32) {
     const int32_t piece = pieces[i];
     const float2 state = piece >= 0 ? p.partial_state[piece] : float2{-INFINITY, 0.0f};
@@ -92,8 +96,9 @@ __device__ Total weigh_pieces(const AttendParams& p, int32_t count, const int32_
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, d));
   float sum = 0.0f;
+#pragma unroll 1
   for (int32_t i = lane; i < count; i += 32) {
-    const float weight = weights[i] == -INFINITY ? 0.0f : exp2f(weights[i] - max);
+    const float weight = weights[i] == -INFINITY ? 0.0f : exp2_fast(weights[i] - max);
     sum += weight > 0.0f ? p.partial_state[pieces[i]].y * weight : 0.0f;
     weights[i] = weight;
   }
@@ -109,7 +114,7 @@ __device__ Total weigh_pieces(const AttendParams& p, int32_t count, const int32_
 template <int kPairs>
 __device__ Total add_pieces(const AttendParams& p, int32_t member, int32_t team, int32_t count,
                             const int32_t* pieces, float* weights, float2 (&out)[kPairs]) {
-  constexpr int kAhead = 4;
+  constexpr int kAhead = kPairs > 2 ? 2 : 4;
   const int32_t lane = threadIdx.x % 32;
   const auto read = [&](int32_t k, float2(&to)[kPairs]) {
     const int32_t piece = k < count ? pieces[k] : -1;
@@ -178,6 +183,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) merge_rows(AttendParam
   auto* weights =
       reinterpret_cast<float*>(lists + (warp * 2 + 1) * max_pieces(p.workers));  // a warp's own
 
+#pragma unroll 1
   for (int32_t w = threadIdx.x; w <= p.workers; w += kThreads) cuts[w] = p.plan.cuts[w].step;
   __syncthreads();
   bool waited = false;
@@ -195,37 +201,53 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) merge_rows(AttendParam
       count = counts[warp - member];
       direct = count < 0;
     }
-    if (!waited) wait_for_previous();
-    waited = true;
-    if (team == 1 && direct) continue;
-    float2 out[kPairs];
-    Total total{};
-    if (!direct) total = add_pieces(p, member, team, count, pieces, weights, out);
-    if (team > 1) {
-      if (member > 0 && !direct) {
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) outs[(warp * kPairs + i) * 32 + lane] = out[i];
+    // The first time all of it is done twice, at first without any piece: by then the code has come
+    // from memory, while the kernel before still works.
+#pragma unroll 1
+    for (bool rehearsal = !waited;; rehearsal = false) {
+      if (!rehearsal && !waited) {
+        wait_for_previous();
+        waited = true;
       }
-      __syncthreads();
-      if (member > 0 || direct) continue;
-      for (int32_t other = 1; other < team; ++other) {
+      if (team == 1 && direct) break;
+      float2 out[kPairs];
+      Total total{};
+      if (!direct) {
+        total = add_pieces(p, member, team, rehearsal ? 0 : count, pieces, weights, out);
+      }
+      if (team > 1) {
+        if (member > 0 && !direct) {
 #pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-          const float2 more = outs[((warp + other) * kPairs + i) * 32 + lane];
-          out[i].x += more.x;
-          out[i].y += more.y;
+          for (int i = 0; i < kPairs; ++i) outs[(warp * kPairs + i) * 32 + lane] = out[i];
+        }
+        __syncthreads();
+        if (member == 0 && !direct) {
+#pragma unroll 1
+          for (int32_t other = 1; other < team; ++other) {
+#pragma unroll
+            for (int i = 0; i < kPairs; ++i) {
+              const float2 more = outs[((warp + other) * kPairs + i) * 32 + lane];
+              out[i].x += more.x;
+              out[i].y += more.y;
+            }
+          }
         }
       }
-    }
-    const float factor = finish_row(p, row, head, total.max, total.sum, lane == 0);
-    auto* to = reinterpret_cast<uint32_t*>(p.out + row * p.out_row + head * p.out_head);
+      if (member == 0 && !direct) {
+        if (rehearsal) total = {0.0f, 1.0f};
+        const float factor =
+            finish_row(p, row, head, total.max, total.sum, lane == 0 && !rehearsal);
+        auto* to = reinterpret_cast<uint32_t*>(p.out + row * p.out_row + head * p.out_head);
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      if (lane + 32 * i < p.head_size / 2) {
-        to[lane + 32 * i] = Pair<T>::pack(out[i].x * factor, out[i].y * factor);
+        for (int i = 0; i < kPairs; ++i) {
+          if (!rehearsal && lane + 32 * i < p.head_size / 2) {
+            to[lane + 32 * i] = Pair<T>::pack(out[i].x * factor, out[i].y * factor);
+          }
+        }
       }
+      __syncwarp();
+      if (!rehearsal) break;
     }
-    __syncwarp();
   }
   if (!waited) wait_for_previous();  // or the kernel after this one might begin too early
 }

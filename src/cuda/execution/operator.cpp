@@ -128,7 +128,7 @@ PlanShape shape_of(const PlanOptions& o, const PathShape& path, int32_t workers)
 void check_size(const PlanShape& s) {
   const int64_t steps =
       int64_t{s.max_requests} * s.kv_heads * ceil_div(s.max_blocks * s.block_size, s.tile_slots);
-  if (steps * s.costs.step_many > INT_MAX) {
+  if (steps * s.costs.step_128 > INT_MAX) {
     fail("max_requests x kv_heads x max_blocks x block_size is too large; lower one of them");
   }
 }

@@ -36,40 +36,53 @@ __device__ inline int32_t partial_row(const AttendParams& p, int32_t segment_row
 class Walk {
  public:
   /// The first segment stands where its worker is known, so that nothing waits for its number.
-  __device__ Walk(const AttendParams& p, int32_t worker)
-      : worker_(worker), segment_(p.plan.begins + worker) {
+  __device__ Walk(const AttendParams& p, int32_t worker) : worker_(worker) {
     const Cut begin = p.plan.cuts[worker];
     at_ = begin.step;
     number_ = begin.segment;
     end_ = p.plan.cuts[worker + 1].step;
   }
 
+  __device__ bool is_done() const { return at_ >= end_; }
+
+  /// `item`: the one before, or, at first, any.
   __device__ bool next(const AttendParams& p, Item& item) {
-    if (at_ >= end_) return false;
-    for (;; segment_ = p.plan.segments + ++number_) {
-      item.segment = *segment_;
-      const Segment& s = item.segment;
+    if (is_done()) return false;
+    Segment& s = item.segment;
+    item.step_begin = 0;
+    item.kv_head += 1;
+    if (!began_) {
+      began_ = true;
+      s = p.plan.begins[worker_];
       const int32_t local = at_ - s.step_base;
       const int32_t job = s.steps > 0 ? local / s.steps : 0;
-      if (s.steps == 0 || job >= s.row_tiles * p.kv_heads) continue;
-      item.kv_head = job % p.kv_heads;
-      item.first_row = job / p.kv_heads * p.tile_rows;
-      item.rows = min(p.tile_rows, s.rows * p.group - item.first_row);
-      item.step_begin = local % s.steps;
-      item.step_end = min(s.steps, item.step_begin + end_ - at_);
-      item.partial = partial_row(p, s.rows, s.partial_base, item.kv_head, item.first_row, worker_,
-                                 item.step_begin == 0, item.step_end == s.steps);
-      at_ += item.step_end - item.step_begin;
-      return true;
+      item.step_begin = local - job * s.steps;
+      tile_ = job / p.kv_heads;
+      item.kv_head = job - tile_ * p.kv_heads;
+    } else if (item.kv_head == p.kv_heads) {
+      item.kv_head = 0;
+      tile_ += 1;
     }
+    while (s.steps == 0 || tile_ >= s.row_tiles) {
+      s = p.plan.segments[++number_];
+      tile_ = item.kv_head = item.step_begin = 0;
+    }
+    item.first_row = tile_ * p.tile_rows;
+    item.rows = min(p.tile_rows, s.rows * p.group - item.first_row);
+    item.step_end = min(s.steps, item.step_begin + end_ - at_);
+    item.partial = partial_row(p, s.rows, s.partial_base, item.kv_head, item.first_row, worker_,
+                               item.step_begin == 0, item.step_end == s.steps);
+    at_ += item.step_end - item.step_begin;
+    return true;
   }
 
  private:
   int32_t worker_;
-  int32_t at_;
+  int32_t at_;  // the step after the last item's
   int32_t end_;
   int32_t number_;
-  const Segment* segment_;
+  int32_t tile_ = 0;
+  bool began_ = false;
 };
 
 /// The query row and head of row m of an item's tile.
@@ -100,6 +113,7 @@ template <typename T>
 struct Pair;
 template <>
 struct Pair<__nv_bfloat16> {
+  __device__ static __nv_bfloat16 one(float x) { return __float2bfloat16_rn(x); }
   __device__ static uint32_t pack(float low, float high) {
     const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&v);
@@ -110,6 +124,7 @@ struct Pair<__nv_bfloat16> {
 };
 template <>
 struct Pair<__half> {
+  __device__ static __half one(float x) { return __float2half_rn(x); }
   __device__ static uint32_t pack(float low, float high) {
     const __half2 v = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&v);

@@ -19,8 +19,9 @@ PathShape mma_shape(int32_t head_size) {
   PathShape shape{64, wide ? 32 : 64, wide ? 1 : 2, {}};
   // In units of 1/32 of reading a step's KV: two blocks share a multiprocessor's tensor cores.
   shape.costs = {.step_memory = 32,
-                 .step_few = 24,
-                 .step_many = 32,
+                 .step_8 = 24,
+                 .step_64 = 24,
+                 .step_128 = 32,
                  .job = 16,
                  .rows = 3,
                  .worker = 96,

@@ -426,7 +426,7 @@ __global__ void __launch_bounds__(kThreads) attend(AttendParams p) {
   wait_for_previous();
   let_next_start();  // only now: merging begins with reading the plan
   const Logits logits(p);
-  Item item;
+  Item item{};
   Walk walk(p, blockIdx.x);
   while (walk.next(p, item)) {
     if (item.rows <= 16) {

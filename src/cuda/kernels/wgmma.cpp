@@ -53,11 +53,12 @@ PathShape wgmma_shape(int32_t head_size) {
   PathShape shape{wgmma::kTileRows, wgmma::tile_slots(head_size), 1, {}};
   // In units of 1/32 of reading a step's KV where all multiprocessors read: some 90 ns.
   shape.costs = {.step_memory = 32,
-                 .step_few = 16,
-                 .step_many = 22,
+                 .step_8 = 6,
+                 .step_64 = 16,
+                 .step_128 = 21,
                  .job = 8,
-                 .rows = 5,
-                 .worker = 48,
+                 .rows = 4,
+                 .worker = 64,
                  .snap = 2};
   return shape;
 }

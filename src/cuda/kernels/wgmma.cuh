@@ -1,14 +1,17 @@
 // Attention by wgmma and TMA: Hopper (compute capability 9.0).
 //
-// A block is one warp that loads and two warpgroups that compute. The loader runs ahead through all
-// of its worker's items: K and V tiles (kSlots x head size each) stream through a ring in shared
+// A block is one warpgroup that loads and two that compute. The loaders run ahead through all of
+// their worker's items: K and V tiles (kSlots x head size each) stream through a ring in shared
 // memory without a gap between one item and the next, so that a step of few rows costs the time of
 // reading its KV bytes once. A tile of up to 64 query rows is one warpgroup's; the two take such
-// items in turn, and one prepares while the other computes. In a larger tile each has 64 rows, and
-// both read the same KV: 4 x rows x kSlots x head size flops a step.
+// items in turn. In a larger tile each has 64 rows, and both read the same KV: 4 x rows x kSlots x
+// head size flops a step. Which items it has and their queries, a warpgroup is told by a loading
+// warp of its own, so that it waits for memory itself only to mask rows and to store.
 //
 // Within a warpgroup the products of the next scores and of the present weights with V run while it
-// computes the next weights. S, P and O never leave registers.
+// computes the next weights. S, P and O never leave registers. For up to 8 query rows (the contexts
+// that requests have for themselves) these would be 56 empty rows of 64: there the products are
+// transposed, K Q^T and V^T P^T, so that slots and head size are what a product has 64 of.
 #pragma once
 
 #include <cfloat>
@@ -24,6 +27,8 @@ namespace relay::cuda::wgmma {
 constexpr int kGroupThreads = 128;
 constexpr int kThreads = 3 * kGroupThreads;
 constexpr int kGroupRows = 64;
+constexpr int kHalfRows = kGroupRows / 2;
+constexpr int kFewRows = 8;
 constexpr int kSharedBytes = 227 * 1024;
 
 // --- Instructions --------------------------------------------------------------------------------
@@ -60,10 +65,27 @@ __device__ inline void copy_page(uint32_t to, const CUtensorMap& map, uint32_t b
       "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
+/// Arrives once all that this thread has asked copy_chunk() for is there.
+__device__ inline void arrive_when_copied(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
 /// 16 bytes to shared memory, of which the first `bytes` are read, the rest 0.
 __device__ inline void copy_chunk(const void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(bytes)
+               : "memory");
+}
+/// Stores 8 x 8 matrices of 16-bit numbers transposed: lane l holds the columns 2 (l % 4) and the
+/// next of row l / 4 of each, and has the address of row l % 8 of the transposed matrix l / 8.
+__device__ inline void store_transposed(uint32_t address, const uint32_t (&m)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+      : "memory");
+}
+__device__ inline void store_transposed(uint32_t address, const uint32_t (&m)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
+               "r"(m[0]), "r"(m[1])
                : "memory");
 }
 /// What was written to shared memory by stores is from here on seen by wgmma and TMA.
@@ -76,15 +98,24 @@ __device__ inline void sync_group(int group) {
 
 /// A matrix in shared memory for wgmma, in rows of 128 bytes whose 16-byte pieces are swizzled.
 /// `leading`: bytes from one span of 64 columns to the next, where those are not what is summed.
-__device__ inline uint64_t descriptor(uint32_t address, uint32_t leading) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
-  return kSwizzle128 | kEightRows | uint64_t{(leading & 0x3ffff) >> 4} << 16 |
-         ((address & 0x3ffff) >> 4);
-}
+class Matrix {
+ public:
+  /// The same for all threads of a warp, and the compiler is to see it: else it computes each
+  /// descriptor in a chain of vector instructions that takes longer than the product.
+  __device__ Matrix(uint32_t address, uint32_t leading)
+      : low_(__shfl_sync(~0u, (leading & 0x3ffff) >> 4 << 16 | (address & 0x3ffff) >> 4, 0)) {}
 
-// --- The kernel
-// ------------------------------------------------------------------------------------
+  __device__ uint64_t descriptor(uint32_t offset) const {
+    constexpr uint32_t kSwizzle128 = 1u << 30;
+    constexpr uint32_t kEightRows = 1024 >> 4;
+    return uint64_t{kSwizzle128 | kEightRows} << 32 | (low_ + (offset >> 4));
+  }
+
+ private:
+  uint32_t low_;
+};
+
+// --- The kernel ----------------------------------------------------------------------------------
 
 /// kPlain: no soft cap and no slopes. Their code would be long, and a kernel begins by fetching its
 /// code from memory.
@@ -95,29 +126,83 @@ struct Kernel {
   static constexpr int kSpanBytes = kSlots * 128;
   static constexpr int kTileBytes = kSpans * kSpanBytes;
   static constexpr int kQueryBytes = kGroupRows * kHead * 2;
-  static constexpr int kStages = (kSharedBytes - 1024 - 2 * kQueryBytes - 256) / kTileBytes;
+  static constexpr int kControlBytes = 1536;  // what Shared has behind the tiles
+  static constexpr int kStages =
+      (kSharedBytes - 1024 - 2 * kQueryBytes - kControlBytes) / kTileBytes;
   static constexpr int kScoreBlocks = kSlots / 8;
   static constexpr int kOutBlocks = kHead / 8;
   static constexpr int kPages = kSlots / kPageSlots;
   // Of a thread. The block is launched with 168 for each, which are shared out anew: a warpgroup
   // that asked for more than the others have left would wait for ever.
-  static constexpr int kLoaderRegisters = kHead > 128 ? 40 : 56;
-  static constexpr int kComputeRegisters = kHead > 128 ? 232 : 224;
+  static constexpr int kLoaderRegisters = 56;
+  static constexpr int kComputeRegisters = 224;
   static_assert(kLoaderRegisters + 2 * kComputeRegisters <= 3 * 168);
   static_assert(kStages >= 4 && kStages <= 16);
   static_assert(kPages * kSpans <= 32, "a lane of a loading warp a page, span and K or V");
 
-  /// Addresses in shared memory.
+  /// What a warpgroup is to do next.
+  struct Assignment {
+    Item item;
+    int32_t first;   // of its query rows, in the item's tile
+    int32_t passed;  // tiles of the other warpgroup's since this one's last item
+    bool is_last;    // perhaps with an item of no rows
+
+    __device__ int32_t rows() const { return min(kGroupRows, item.rows - first); }
+  };
+
+  /// What each warp of a warpgroup has found of each row.
+  using Reduction = float[kGroupThreads / 32][kFewRows];
+
+  /// Addresses in shared memory. A warpgroup's queries have two halves, so that those of one item
+  /// of few rows can arrive while another is computed.
   struct Shared {
     char* base;
     uint32_t address;
 
-    __device__ char* queries(int group) const { return base + group * kQueryBytes; }
-    __device__ char* tile(int stage) const { return base + 2 * kQueryBytes + stage * kTileBytes; }
-    __device__ uint32_t full(int stage) const {
-      return address + 2 * kQueryBytes + kStages * kTileBytes + stage * 8;
+    static constexpr int kTiles = 2 * kQueryBytes;
+    static constexpr int kBarriers = kTiles + kStages * kTileBytes;
+    static constexpr int kQueryBarriers = kBarriers + 2 * kStages * 8;
+    static constexpr int kAssignments = kQueryBarriers + 8 * 8;
+    static constexpr int kReductions = kAssignments + 4 * sizeof(Assignment);
+    static_assert(kReductions + 4 * sizeof(Reduction) <= kBarriers + kControlBytes);
+
+    __device__ char* queries(int group, int half) const {
+      return base + group * kQueryBytes + half * kHalfRows * 128;
     }
+    __device__ char* tile(int stage) const { return base + kTiles + stage * kTileBytes; }
+    __device__ uint32_t full(int stage) const { return address + kBarriers + stage * 8; }
     __device__ uint32_t empty(int stage) const { return full(stage) + kStages * 8; }
+    __device__ uint32_t queries_full(int group, int half) const {
+      return address + kQueryBarriers + (group * 2 + half) * 8;
+    }
+    __device__ uint32_t queries_empty(int group, int half) const {
+      return queries_full(group, half) + 4 * 8;
+    }
+    /// Weights of up to kFewRows rows, [slot / 64][row][slot % 64] with swizzled pieces of 16
+    /// bytes: where their half has no queries.
+    __device__ char* weights(int group, int half) const {
+      static_assert(kFewRows * 128 * (1 + kSlots / 64) <= kHalfRows * 128);
+      return queries(group, half) + kFewRows * 128;
+    }
+    __device__ Reduction& maxima(int group) const { return *reduction(group * 2); }
+    __device__ Reduction& sums(int group) const { return *reduction(group * 2 + 1); }
+    __device__ Reduction* reduction(int number) const {
+      return reinterpret_cast<Reduction*>(base + kReductions) + number;
+    }
+    __device__ Assignment* assignment(int group, int half) const {
+      return reinterpret_cast<Assignment*>(base + kAssignments) + group * 2 + half;
+    }
+  };
+
+  /// Where a warpgroup's next queries lie: in the first half and the second by turns. More than
+  /// kHalfRows lie in both, from the first on.
+  struct Halves {
+    uint32_t count = 0;  // halves filled so far
+
+    __device__ int half() const { return count & 1; }
+    __device__ uint32_t phase() const { return count >> 1 & 1; }
+    __device__ static int taken(int rows) { return rows > kHalfRows ? 2 : 1; }
+    __device__ int begin(int rows) const { return rows > kHalfRows ? 0 : half(); }
   };
 
   /// A place in the ring.
@@ -149,22 +234,24 @@ struct Kernel {
     wait(shared.empty(ring.stage), ring.phase ^ 1);
     wait(shared.empty(values.stage), values.phase ^ 1);
     if (lane == 0) {
+      constexpr int kPageBytes = kSpans * kPageSlots * 128;
       const int mine = max(0, min(kWarpPages, pages - warp * kWarpPages));
-      const int bytes = mine * kSpans * kPageSlots * 128;
-      arrive_expecting(shared.full(ring.stage), bytes);
-      arrive_expecting(shared.full(values.stage), bytes);
+      arrive_expecting(shared.full(ring.stage), mine * kPageBytes);
+      arrive_expecting(shared.full(values.stage), kWarpPages * kPageBytes);
     }
     __syncwarp();
     const int page = warp * kWarpPages + lane / (2 * kSpans);
     const int span = lane % kSpans;
     const bool is_value = lane / kSpans % 2 == 1;
-    if (lane < kWarpPages * 2 * kSpans && page < pages) {
+    if (lane < kWarpPages * 2 * kSpans && (is_value || page < pages)) {
       const Ring& at = is_value ? values : ring;
       const uint32_t to =
           shared_address(shared.tile(at.stage)) + span * kSpanBytes + page * kPageSlots * 128;
-      // A block outside of the cache is filled with zeros.
+      // A block outside of the cache is filled with zeros: so are V's pages behind the segment's,
+      // as nothing else may be read into sums.
       copy_page(to, is_value ? maps.v : maps.k, shared.full(at.stage), span * kSpan,
-                maps.slots_first ? slot : kv_head, maps.slots_first ? kv_head : slot, block);
+                maps.slots_first ? slot : kv_head, maps.slots_first ? kv_head : slot,
+                page < pages ? block : -1);
     }
     ring.advance(2);
   }
@@ -182,7 +269,7 @@ struct Kernel {
   __device__ static void load_items(const AttendParams& p, const Maps& maps, int warp,
                                     const Shared& shared) {
     const int lane = threadIdx.x % 32;
-    Item item;
+    Item item{};
     Walk walk(p, blockIdx.x);
     int at = 0;  // page of the item's segment
     int end = 0;
@@ -205,10 +292,10 @@ struct Kernel {
     };
     Ring ring;
     Batch batch{};
-    bool more = fetch(batch);
-    while (more) {
+    for (bool more = true; more;) {
       Batch next{};
       more = fetch(next);
+#pragma unroll 1
       for (int first = 0; first < batch.pages; first += kPages) {
         const int page = first + warp * (kPages / 2) + lane / (2 * kSpans);
         const int block = __shfl_sync(~0u, batch.block, page % 32);
@@ -236,6 +323,7 @@ struct Kernel {
       if (segment.first_row < 0) prefetch(p.plan.row_index + segment.row_begin);
       const int32_t* table = p.table + segment.request * p.table_stride;
       const int to = (segment.first + segment.slots - 1) / p.block_size;
+#pragma unroll 1
       for (int i = segment.first / p.block_size; i <= to; i += kLine) prefetch(table + i);
     }
   }
@@ -247,16 +335,93 @@ struct Kernel {
     };
     const int lane = threadIdx.x % 32;
     const int rows = p.plan.header->rows;
+#pragma unroll 1
     for (int i = (blockIdx.x * 32 + lane) * 8; i < rows; i += gridDim.x * 32 * 8) {
       prefetch(p.plan.rows + i);
     }
+#pragma unroll 1
     for (int i = blockIdx.x * 32 + lane; i < p.requests; i += gridDim.x * 32) {
       prefetch(p.plan.requests + i);
       prefetch(p.plan.parts + i * kMaxParts);
     }
-    const int segments = p.plan.header->segments;
-    for (int i = blockIdx.x * 32 + lane; i < segments; i += gridDim.x * 32) {
-      prefetch(p.plan.segments + i);
+  }
+
+  /// Copies query rows [first, first + rows) of an item's tile. One warp.
+  __device__ static void copy_queries(const AttendParams& p, const Item& item, char* to, int first,
+                                      int rows) {
+    constexpr int kChunks = kHead / 8;
+    constexpr int kAtOnce = 32 / kChunks;
+    const int lane = threadIdx.x % 32;
+    const int chunk = lane % kChunks;
+    const bool is_there = chunk * 8 < p.head_size;
+    char* to_chunk = to + chunk / 8 * (kGroupRows * 128);
+    for (int begin = 0; begin < rows; begin += 32) {
+      // Lane l looks up row l, as otherwise each copy would wait for a look-up of its own.
+      uint32_t row = 0;  // in pieces of 16 bytes
+      if (begin + lane < rows) {
+        const RowHead at = row_head(p, item, first + begin + lane);
+        row = static_cast<uint32_t>((at.row * p.q_row + at.head * p.q_head) / 16);
+      }
+      const int end = min(32, rows - begin);
+#pragma unroll 4
+      for (int of = 0; of < end; of += kAtOnce) {
+        const int mine = of + lane / kChunks;
+        const uint32_t from = __shfl_sync(~0u, row, mine);
+        const int m = begin + mine;
+        if (lane < kAtOnce * kChunks && mine < end) {
+          copy_chunk(to_chunk + m * 128 + ((chunk % 8) ^ (m % 8)) * 16,
+                     p.q + (is_there ? int64_t{from} + chunk : 0) * 16, is_there ? 16 : 0);
+        }
+      }
+    }
+  }
+
+  /// Hands a warpgroup its items one after the other, with their queries. One warp does this for
+  /// each.
+  __device__ static void assign_items(const AttendParams& p, const Shared& shared, int group) {
+    const int lane = threadIdx.x % 32;
+    Halves at;
+    Assignment next{};
+    Walk walk(p, blockIdx.x);
+    int turn = 0;
+    do {
+      const bool is_there = walk.next(p, next.item);
+      if (!is_there) next.item.rows = 0;
+      const bool one_group = next.item.rows <= kGroupRows;
+      const bool is_mine = !one_group || turn == group;
+      turn ^= one_group;
+      if (is_there && !is_mine) {
+        next.passed += 2 * (next.item.step_end - next.item.step_begin);
+        continue;
+      }
+      next.is_last = !is_there || walk.is_done();
+      next.first = one_group ? 0 : group * kGroupRows;
+      const int rows = next.rows();
+      Halves to = at;
+      for (int taken = Halves::taken(rows); taken > 0; --taken, ++to.count) {
+        wait(shared.queries_empty(group, to.half()), to.phase() ^ 1);
+      }
+      copy_queries(p, next.item, shared.queries(group, at.begin(rows)), next.first, rows);
+      if (lane == 0) *shared.assignment(group, at.half()) = next;
+      const bool is_first = at.count == 0;
+      for (; at.count != to.count; ++at.count) {
+        arrive_when_copied(shared.queries_full(group, at.half()));
+        if (lane == 0) arrive(shared.queries_full(group, at.half()));
+      }
+      next.passed = 0;
+      if (is_first) group == 0 ? prefetch_plan(p) : prefetch_merging(p);
+    } while (!next.is_last);
+  }
+
+  /// And the queries, each block a share, before K and V of all blocks queue up for memory. Of
+  /// requests with one row each these are all; for others some.
+  __device__ static void prefetch_queries(const AttendParams& p) {
+    const int lines = p.requests * p.q_heads;
+    for (int i = blockIdx.x * 32 + threadIdx.x % 32; i < lines; i += gridDim.x * 32) {
+      const char* at = p.q + i / p.q_heads * p.q_row + i % p.q_heads * p.q_head;
+      for (int of = 0; of < p.head_size * 2; of += 128) {
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(at + of));
+      }
     }
   }
 
@@ -287,64 +452,41 @@ struct Kernel {
     }
   }
 
-  /// Calls `meanwhile` while they are on their way.
-  template <typename F>
-  __device__ static void load_queries(const AttendParams& p, const Item& item, char* to, int first,
-                                      int rows, F meanwhile) {
-    // Lane l looks up the warp's row l, as otherwise each copy would wait for a look-up of its own.
-    constexpr int kChunks = kHead / 8;
-    constexpr int kWarps = kGroupThreads / 32;
-    const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x % kGroupThreads / 32;
-    const int mine = lane * kWarps + warp;  // the warp's rows are every kWarps-th
-    const char* row = p.q;
-    if (mine < rows) {
-      const RowHead at = row_head(p, item, first + mine);
-      row += at.row * p.q_row + at.head * p.q_head;
-    }
-    const int chunks = (rows - warp + kWarps - 1) / kWarps * kChunks;
+  /// Awaits a step's V and zeros what may not be read into sums: slots before the segment's, and
+  /// those behind on its last page. Whether it has written.
+  __device__ static bool await_values(const Shared& shared, const Segment& segment, const Ring& at,
+                                      int step) {
+    constexpr int kChunks = kSpans * 8;
+    const int column = segment.first + step * kSlots;
+    const int end = min(kSlots, segment.first + segment.slots - column);
+    const int begin = max(0, min(end, segment.seen_from - column));
+    const int slots = begin + (kPageSlots - end % kPageSlots) % kPageSlots;
+    char* tile = shared.tile(at.stage);
+    await_tile(shared, at);
 #pragma unroll 1
-    for (int begin = 0; begin < chunks; begin += 32) {
-      const int i = begin + lane;
-      const auto from = reinterpret_cast<const char*>(
-          __shfl_sync(~0u, reinterpret_cast<unsigned long long>(row), i / kChunks % 32));
-      const int m = i / kChunks * kWarps + warp;
-      const int chunk = i % kChunks;
-      if (i < chunks) {
-        const bool is_there = chunk * 8 < p.head_size;
-        copy_chunk(to + chunk / 8 * (kGroupRows * 128) + m * 128 + ((chunk % 8) ^ (m % 8)) * 16,
-                   is_there ? from + chunk * 16 : p.q, is_there ? 16 : 0);
-      }
-    }
-    meanwhile();
-    asm volatile("cp.async.wait_all;" ::: "memory");
-  }
-
-  /// Zeros V where nothing may be read into sums: slots that are not the segment's.
-  __device__ static void clear_slots(char* tile, int begin, int end) {
-    for (int i = threadIdx.x % kGroupThreads; i < (end - begin) * kSpans * 8; i += kGroupThreads) {
-      const int slot = begin + i / (kSpans * 8);
+    for (int i = threadIdx.x % kGroupThreads; i < slots * kChunks; i += kGroupThreads) {
+      const int slot = i / kChunks + (i / kChunks < begin ? 0 : end - begin);
       const int span = i / 8 % kSpans;
       *reinterpret_cast<uint4*>(tile + span * kSpanBytes + slot * 128 + i % 8 * 16) = {0, 0, 0, 0};
     }
+    return slots > 0;
   }
 
-  __device__ static void multiply_keys(float (&s)[kScoreBlocks][4], uint32_t q, uint32_t k) {
+  __device__ static void multiply_keys(float (&s)[kScoreBlocks][4], const Matrix& q,
+                                       const Matrix& k) {
 #pragma unroll
     for (int d = 0; d < kHead / 16; ++d) {
-      const uint64_t a = descriptor(q + d / 4 * (kGroupRows * 128) + d % 4 * 32, 16);
-      const uint64_t b = descriptor(k + d / 4 * kSpanBytes + d % 4 * 32, 16);
-      wgmma_shared<T, kScoreBlocks>(s, a, b, d > 0);
+      wgmma_shared<T, kScoreBlocks>(s, q.descriptor(d / 4 * (kGroupRows * 128) + d % 4 * 32),
+                                    k.descriptor(d / 4 * kSpanBytes + d % 4 * 32), d > 0);
     }
     wgmma_commit();
   }
 
   __device__ static void multiply_values(State& state, const uint32_t (&weights)[kSlots / 16][4],
-                                         uint32_t v) {
+                                         const Matrix& v) {
 #pragma unroll
     for (int n = 0; n < kSlots / 16; ++n) {
-      wgmma_registers<T, kOutBlocks>(state.out, weights[n], descriptor(v + n * 2048, kSpanBytes),
-                                     true);
+      wgmma_registers<T, kOutBlocks>(state.out, weights[n], v.descriptor(n * 2048), true);
     }
     wgmma_commit();
   }
@@ -462,36 +604,43 @@ struct Kernel {
     }
   }
 
-  /// `ring`: where the item's tiles begin, after `passed` tiles of the other warpgroup's.
-  __device__ static void attend_item(const AttendParams& p, const Item& item, const Logits& logits,
-                                     const Shared& shared, int group, int first, int passed,
-                                     Ring& ring) {
+  /// Tells the loading warp that this warp has done with an item's queries.
+  __device__ static void release_queries(const Shared& shared, int group, int rows,
+                                         Halves& queries) {
+    for (int taken = Halves::taken(rows); taken > 0; --taken, ++queries.count) {
+      if (threadIdx.x % 32 == 0) arrive(shared.queries_empty(group, queries.half()));
+    }
+  }
+
+  /// Where every row sees everything, nothing of a row matters.
+  __device__ static bool sees_all(const AttendParams& p, const Segment& segment) {
+    return segment.visible_from <= segment.first &&
+           segment.visible_to >= segment.first + segment.slots && p.slopes == nullptr;
+  }
+
+  /// `ring`: where the item's tiles begin; `queries`: where its queries lie.
+  __device__ static void attend_item(const AttendParams& p, const Assignment& assigned,
+                                     const Logits& logits, const Shared& shared, int group,
+                                     Halves& queries, Ring& ring) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x % kGroupThreads / 32;
-    const int live = min(kGroupRows, item.rows - first);
+    const Item& item = assigned.item;
+    const int live = assigned.rows();
     const bool busy = warp * 16 < live;  // has this warp rows that count?
     const Segment& segment = item.segment;
-    const int segment_end = segment.first + segment.slots;
-
-    sync_group(group);  // the queries of the item before are done with
-    load_queries(p, item, shared.queries(group), first, live, [&] { pass(shared, ring, passed); });
-    const uint32_t q = shared_address(shared.queries(group));
-    // Where every row sees everything, nothing of a row matters.
-    const bool alike = segment.visible_from <= segment.first && segment.visible_to >= segment_end &&
-                       p.slopes == nullptr;
+    const uint32_t q_address = shared_address(shared.queries(group, queries.begin(live)));
+    const bool alike = sees_all(p, segment);
     RowInfo rows[2] = {{0, 0, 0, INT_MAX}, {0, 0, 0, INT_MAX}};
     float slopes[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int m = warp * 16 + lane / 4 + 8 * h;
       if (!alike && m < live) {
-        const RowHead at = row_head(p, item, first + m);
+        const RowHead at = row_head(p, item, assigned.first + m);
         rows[h] = p.plan.rows[at.row];
         if (p.slopes != nullptr) slopes[h] = p.slopes[at.head];
       }
     }
-    fence_stores();
-    sync_group(group);
 
     State state;
 #pragma unroll
@@ -507,14 +656,8 @@ struct Kernel {
     uint32_t weights[kSlots / 16][4];
     float keep[2] = {1.0f, 1.0f};
 
-    const auto await_values = [&](const Ring& at, int step) {
-      await_tile(shared, at);
-      const int column = segment.first + step * kSlots;
-      const int begin = max(0, min(kSlots, segment.seen_from - column));
-      const int end = min(kSlots, segment_end - column);
-      if (begin > 0 || end < kSlots) {
-        clear_slots(shared.tile(at.stage), 0, begin);
-        clear_slots(shared.tile(at.stage), end, kSlots);
+    const auto prepare_values = [&](const Ring& at, int step) {
+      if (await_values(shared, segment, at, step)) {
         fence_stores();
         sync_group(group);
       }
@@ -527,18 +670,22 @@ struct Kernel {
 #pragma unroll 1
     for (; step < item.step_end; ++step) {
       const bool later = step > item.step_begin;
+      const Matrix q(q_address, 16);
+      const Matrix k(shared_address(shared.tile(keys.stage)), 16);
       await_tile(shared, keys);
       wgmma_fence();
-      multiply_keys(scores, q, shared_address(shared.tile(keys.stage)));
+      multiply_keys(scores, q, k);
       if (later) {
-        await_values(values, step - 1);
+        const Matrix v(shared_address(shared.tile(values.stage)), kSpanBytes);
+        prepare_values(values, step - 1);
         wgmma_fence();
-        multiply_values(state, weights, shared_address(shared.tile(values.stage)));
+        multiply_values(state, weights, v);
         wgmma_wait<1>();
       } else {
         wgmma_wait<0>();
       }
       release(shared, keys);
+      if (step + 1 == item.step_end) release_queries(shared, group, live, queries);
       if (busy) soften(p, item, logits, step, rows, slopes, scores, state, keep);
       if (later) {
         wgmma_wait<0>();
@@ -556,33 +703,249 @@ struct Kernel {
       values = keys.ahead(1);
       keys.advance(2);
     }
-    await_values(values, step - 1);
+    const Matrix v(shared_address(shared.tile(values.stage)), kSpanBytes);
+    prepare_values(values, step - 1);
     wgmma_fence();
-    multiply_values(state, weights, shared_address(shared.tile(values.stage)));
+    multiply_values(state, weights, v);
     wgmma_wait<0>();
     release(shared, values);
     ring = keys;
-    store(p, item, state, first);
+    store(p, item, state, assigned.first);
+  }
+
+  // --- Few rows ---
+
+  struct FewState {
+    float max[2];          // of the rows 2 (l % 4) and the next
+    float sum[2];          // of this thread's slots
+    float out[kSpans][4];  // [head size / 64], transposed
+  };
+
+  /// K Q^T: slots x rows.
+  __device__ static void multiply_few_keys(float (&s)[kSlots / 64][4], const Matrix& q,
+                                           const Matrix& k) {
+#pragma unroll
+    for (int d = 0; d < kHead / 16; ++d) {
+#pragma unroll
+      for (int n = 0; n < kSlots / 64; ++n) {
+        wgmma_few<T, false>(s[n], k.descriptor(d / 4 * kSpanBytes + n * 64 * 128 + d % 4 * 32),
+                            q.descriptor(d / 4 * (kGroupRows * 128) + d % 4 * 32), d > 0);
+      }
+    }
+    wgmma_commit();
+  }
+
+  /// V^T P^T: head size x rows.
+  __device__ static void multiply_few_values(FewState& state, const Matrix& weights,
+                                             const Matrix& v) {
+#pragma unroll
+    for (int n = 0; n < kSlots / 16; ++n) {
+#pragma unroll
+      for (int span = 0; span < kSpans; ++span) {
+        wgmma_few<T, true>(state.out[span], v.descriptor(span * kSpanBytes + n * 2048),
+                           weights.descriptor(n / 4 * (kFewRows * 128) + n % 4 * 32), true);
+      }
+    }
+    wgmma_commit();
+  }
+
+  /// Scores to weights, in place.
+  __device__ static void soften_few(const Item& item, const Logits& logits, int step,
+                                    const RowInfo (&rows)[2], const float (&slopes)[2],
+                                    Reduction& maxima, float (&s)[kSlots / 64][4],
+                                    FewState& state) {
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x % kGroupThreads / 32;
+    const Segment& segment = item.segment;
+    const int column = segment.first + step * kSlots + warp * 16 + lane / 4;
+    const int end = segment.first + segment.slots;
+    float top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int n = 0; n < kSlots / 64; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int c = column + n * 64 + i / 2 * 8;
+        const int j = i % 2;
+        float x = s[n][i];
+        x = !kPlain && logits.softcap > 0.0f ? logits.capped(x) : x * logits.scale;
+        if constexpr (!kPlain) x += slopes[j] * static_cast<float>(c - rows[j].position) * kLog2E;
+        if (c < rows[j].lo || c >= min(rows[j].hi, end)) x = -INFINITY;
+        s[n][i] = x;
+        top[j] = fmaxf(top[j], x);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int d = 4; d < 32; d *= 2) top[j] = fmaxf(top[j], __shfl_xor_sync(~0u, top[j], d));
+    }
+    if (lane < 4) *reinterpret_cast<float2*>(&maxima[warp][2 * lane]) = {top[0], top[1]};
+    sync_group(threadIdx.x / kGroupThreads - 1);
+#pragma unroll
+    for (int w = 0; w < kGroupThreads / 32; ++w) {
+      const auto of_warp = *reinterpret_cast<const float2*>(&maxima[w][lane % 4 * 2]);
+      top[0] = fmaxf(top[0], of_warp.x);
+      top[1] = fmaxf(top[1], of_warp.y);
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      top[j] = fmaxf(top[j], state.max[j]);
+      const float base = top[j] == -INFINITY ? 0.0f : top[j];
+      const float keep = exp2_fast(state.max[j] - base);
+      state.max[j] = top[j];
+      state.sum[j] *= keep;
+#pragma unroll
+      for (int span = 0; span < kSpans; ++span) {
+        state.out[span][j] *= keep;
+        state.out[span][2 + j] *= keep;
+      }
+#pragma unroll
+      for (int n = 0; n < kSlots / 64; ++n) {
+#pragma unroll
+        for (int i = j; i < 4; i += 2) {
+          s[n][i] = exp2_fast(s[n][i] - base);
+          state.sum[j] += s[n][i];
+        }
+      }
+    }
+  }
+
+  /// Weights to shared memory, for the product with V.
+  __device__ static void store_weights(char* to, const float (&s)[kSlots / 64][4]) {
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x % kGroupThreads / 32;
+    uint32_t packed[kSlots / 32];
+#pragma unroll
+    for (int n = 0; n < kSlots / 64; ++n) {
+      packed[2 * n] = Pair<T>::pack(s[n][0], s[n][1]);
+      packed[2 * n + 1] = Pair<T>::pack(s[n][2], s[n][3]);
+    }
+    const int row = lane % 8;
+    const int block = lane / 8 % (kSlots / 32);
+    const int chunk = warp * 2 + block % 2;
+    store_transposed(
+        shared_address(to) + block / 2 * (kFewRows * 128) + row * 128 + (chunk ^ row) * 16, packed);
+  }
+
+  __device__ static void store_few(const AttendParams& p, const Item& item, const Shared& shared,
+                                   int group, const FewState& state) {
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x % kGroupThreads / 32;
+    Reduction& sums = shared.sums(group);
+    float sum[2] = {state.sum[0], state.sum[1]};
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int d = 4; d < 32; d *= 2) sum[j] += __shfl_xor_sync(~0u, sum[j], d);
+    }
+    if (lane < 4) *reinterpret_cast<float2*>(&sums[warp][2 * lane]) = {sum[0], sum[1]};
+    sync_group(group);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int m = lane % 4 * 2 + j;
+      if (m >= item.rows) continue;
+      float total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kGroupThreads / 32; ++w) total += sums[w][m];
+      const bool writes = warp == 0 && lane < 4;
+      const int d = warp * 16 + lane / 4;  // and 8 and 64 further
+      if (item.partial < 0) {
+        const RowHead at = row_head(p, item, m);
+        const float factor = finish_row(p, at.row, at.head, state.max[j], total, writes);
+        auto* to = reinterpret_cast<T*>(p.out + at.row * p.out_row + at.head * p.out_head) + d;
+#pragma unroll
+        for (int n = 0; n < 2 * kSpans; ++n) {
+          if (d + n / 2 * 64 + n % 2 * 8 < p.head_size) {
+            to[n / 2 * 64 + n % 2 * 8] = Pair<T>::one(state.out[n / 2][n % 2 * 2 + j] * factor);
+          }
+        }
+      } else {
+        const int64_t row = item.partial + m;
+        if (writes) p.partial_state[row] = {state.max[j], total};
+        float* to = p.partial_out + row * p.head_size + d;
+#pragma unroll
+        for (int n = 0; n < 2 * kSpans; ++n) {
+          if (d + n / 2 * 64 + n % 2 * 8 < p.head_size) {
+            to[n / 2 * 64 + n % 2 * 8] = state.out[n / 2][n % 2 * 2 + j];
+          }
+        }
+      }
+    }
+  }
+
+  __device__ static void attend_few(const AttendParams& p, const Assignment& assigned,
+                                    const Logits& logits, const Shared& shared, int group,
+                                    Halves& queries, Ring& ring) {
+    const int lane = threadIdx.x % 32;
+    const Item& item = assigned.item;
+    const uint32_t q_address = shared_address(shared.queries(group, queries.half()));
+    char* weights = shared.weights(group, queries.half());
+    RowInfo rows[2];
+    float slopes[2] = {0.0f, 0.0f};
+    FewState state;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      rows[j] = {0, 0, 0, INT_MAX};
+      if (!sees_all(p, item.segment) && lane % 4 * 2 + j < item.rows) {
+        const RowHead at = row_head(p, item, lane % 4 * 2 + j);
+        rows[j] = p.plan.rows[at.row];
+        if (p.slopes != nullptr) slopes[j] = p.slopes[at.head];
+      }
+      state.max[j] = -INFINITY;
+      state.sum[j] = 0.0f;
+    }
+#pragma unroll
+    for (int span = 0; span < kSpans; ++span) {
+      state.out[span][0] = state.out[span][1] = state.out[span][2] = state.out[span][3] = 0.0f;
+    }
+#pragma unroll 1
+    for (int step = item.step_begin; step < item.step_end; ++step) {
+      const Ring values = ring.ahead(1);
+      float s[kSlots / 64][4];
+      {
+        const Matrix q(q_address, 16);
+        const Matrix k(shared_address(shared.tile(ring.stage)), 16);
+        await_tile(shared, ring);
+        wgmma_fence();
+        multiply_few_keys(s, q, k);
+        wgmma_wait<0>();
+      }
+      release(shared, ring);
+      soften_few(item, logits, step, rows, slopes, shared.maxima(group), s, state);
+      store_weights(weights, s);
+      await_values(shared, item.segment, values, step);
+      fence_stores();
+      sync_group(group);
+      const Matrix w(shared_address(weights), 16);
+      const Matrix v(shared_address(shared.tile(values.stage)), kSpanBytes);
+      wgmma_fence();
+      multiply_few_values(state, w, v);
+      wgmma_wait<0>();
+      release(shared, values);
+      ring.advance(2);
+    }
+    release_queries(shared, group, item.rows, queries);
+    store_few(p, item, shared, group, state);
   }
 
   __device__ static void compute_items(const AttendParams& p, const Shared& shared, int group) {
     const Logits logits(p);
-    Item item;
-    Walk walk(p, blockIdx.x);
     Ring ring;
-    int turn = 0;
-    int passed = 0;  // tiles of the other warpgroup's since this one's last item
-    while (walk.next(p, item)) {
-      const bool few = item.rows <= kGroupRows;
-      if (!few || turn == group) {
-        attend_item(p, item, logits, shared, group, few ? 0 : group * kGroupRows, passed, ring);
-        passed = 0;
-      } else {
-        passed += 2 * (item.step_end - item.step_begin);
+    Halves queries;
+    bool is_last = false;
+    while (!is_last) {
+      wait(shared.queries_full(group, queries.half()), queries.phase());
+      fence_stores();  // the queries were not copied by TMA
+      const Assignment assigned = *shared.assignment(group, queries.half());
+      is_last = assigned.is_last;
+      pass(shared, ring, assigned.passed);
+      const int rows = assigned.item.rows;
+      if (rows > kFewRows) {
+        attend_item(p, assigned, logits, shared, group, queries, ring);
+      } else if (rows > 0) {
+        attend_few(p, assigned, logits, shared, group, queries, ring);
       }
-      if (few) turn ^= 1;
     }
-    pass(shared, ring, passed);
   }
 };
 
@@ -602,6 +965,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       init_barrier(shared.full(i), 2);  // both loading warps
       init_barrier(shared.empty(i), 2 * kGroupThreads / 32);
     }
+    for (int i = 0; i < 4; ++i) {
+      init_barrier(shared.queries_full(i / 2, i % 2), 32 + 1);  // copies, and the assignment
+      init_barrier(shared.queries_empty(i / 2, i % 2), kGroupThreads / 32);
+    }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -612,13 +979,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int warp = threadIdx.x / 32;
     if (warp < 2) {
       K::load_items(p, maps, warp, shared);
-    } else if (warp == 2) {
-      K::prefetch_plan(p);
     } else {
-      K::prefetch_merging(p);
+      K::assign_items(p, shared, warp - 2);
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(K::kComputeRegisters));
+    if (threadIdx.x / 32 == kGroupThreads / 32) K::prefetch_queries(p);
     K::compute_items(p, shared, threadIdx.x / kGroupThreads - 1);
   }
 #endif

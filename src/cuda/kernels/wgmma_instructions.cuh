@@ -23,6 +23,14 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
 
+#define RELAY_WGMMA_SS_8(TYPE)                                   \
+  asm volatile(                                                  \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"                \
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32." TYPE "." TYPE \
+      " {%0, %1, %2, %3}, %4, %5, p, 1, 1, %7, 0;\n}"            \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])           \
+      : "l"(a), "l"(b), "r"(keep ? 1 : 0), "n"(kTransposed ? 1 : 0));
+
 #define RELAY_WGMMA_SS_64(TYPE)                                                                   \
   asm volatile(                                                                                   \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                \
@@ -208,6 +216,17 @@ __device__ inline void wgmma_shared(float (&d)[kBlocks][4], uint64_t a, uint64_t
   }
 }
 
+/// d (+)= A B^T: A 64 x 16 and B 8 x 16 in shared memory, B with 16 contiguous; A too, or, where it
+/// is transposed, its 64.
+template <typename T, bool kTransposed>
+__device__ inline void wgmma_few(float (&d)[4], uint64_t a, uint64_t b, bool keep) {
+  if constexpr (std::is_same_v<T, __half>) {
+    RELAY_WGMMA_SS_8("f16")
+  } else {
+    RELAY_WGMMA_SS_8("bf16")
+  }
+}
+
 /// d (+)= A B: A 64 x 16 in registers as mma.sync has it, B 16 x N in shared memory, N contiguous.
 template <typename T, int kBlocks>
 __device__ inline void wgmma_registers(float (&d)[kBlocks][4], const uint32_t (&a)[4], uint64_t b,
@@ -241,6 +260,7 @@ __device__ inline void wgmma_registers(float (&d)[kBlocks][4], const uint32_t (&
   }
 }
 
+#undef RELAY_WGMMA_SS_8
 #undef RELAY_WGMMA_SS_64
 #undef RELAY_WGMMA_SS_128
 #undef RELAY_WGMMA_RS_64

@@ -124,8 +124,9 @@ struct PlanView {
 /// How long things take, in any unit, where all workers are busy.
 struct PlanCosts {
   int32_t step_memory;  ///< reading a step's KV
-  int32_t step_few;     ///< its products for up to 64 query rows
-  int32_t step_many;    ///< for more
+  int32_t step_8;       ///< its products for up to 8 query rows
+  int32_t step_64;      ///< for up to 64
+  int32_t step_128;     ///< for more
   int32_t job;          ///< beginning and ending a job
   int32_t rows;         ///< the same for each 16 query rows of it
   int32_t worker;       ///< the least that is worth a worker of its own

@@ -479,8 +479,9 @@ class Planner {
     return shape_.costs.step_memory / (segment.row_tiles > 0 ? segment.row_tiles : 1);
   }
   RELAY_HD int32_t step_products(const Segment& segment) const {
-    const bool many = segment.rows * shape_.group > 64;
-    return many ? shape_.costs.step_many : shape_.costs.step_few;
+    const int32_t rows = segment.rows * shape_.group;
+    return rows > 64 ? shape_.costs.step_128
+                     : (rows > 8 ? shape_.costs.step_64 : shape_.costs.step_8);
   }
   RELAY_HD bool is_read_bound(const Segment& segment) const {
     return step_memory(segment) > step_products(segment);

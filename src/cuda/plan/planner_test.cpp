@@ -306,7 +306,8 @@ void check_rows(const Batch& b, const HostPlan& p) {
 }
 
 int32_t products(const PlanShape& s, const Segment& g) {
-  return g.rows * s.group > 64 ? s.costs.step_many : s.costs.step_few;
+  const int32_t rows = g.rows * s.group;
+  return rows > 64 ? s.costs.step_128 : (rows > 8 ? s.costs.step_64 : s.costs.step_8);
 }
 
 int32_t job_cost(const PlanShape& s, const Segment& g) {

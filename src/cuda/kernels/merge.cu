@@ -216,14 +216,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) merge_rows(AttendParam
         total = add_pieces(p, member, team, rehearsal ? 0 : count, pieces, weights, out);
       }
       if (team > 1) {
-        if (member > 0 && !direct) {
+        if (member > 0 && !direct && !rehearsal) {
 #pragma unroll
           for (int i = 0; i < kPairs; ++i) outs[(warp * kPairs + i) * 32 + lane] = out[i];
         }
         __syncthreads();
         if (member == 0 && !direct) {
 #pragma unroll 1
-          for (int32_t other = 1; other < team; ++other) {
+          for (int32_t other = 1; other < (rehearsal ? 1 : team); ++other) {
 #pragma unroll
             for (int i = 0; i < kPairs; ++i) {
               const float2 more = outs[((warp + other) * kPairs + i) * 32 + lane];

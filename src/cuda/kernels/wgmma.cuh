@@ -937,6 +937,7 @@ struct Kernel {
       wait(shared.queries_full(group, queries.half()), queries.phase());
       fence_stores();  // the queries were not copied by TMA
       const Assignment assigned = *shared.assignment(group, queries.half());
+      __syncwarp();  // all lanes have read it before one of them says so
       is_last = assigned.is_last;
       pass(shared, ring, assigned.passed);
       const int rows = assigned.item.rows;

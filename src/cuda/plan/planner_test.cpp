@@ -459,8 +459,8 @@ constexpr double kMostOfMean = 1.5;
 // --- Batches
 // --------------------------------------------------------------------------------------
 
-constexpr PlanCosts kMmaCosts{32, 24, 32, 16, 3, 96, 2};
-constexpr PlanCosts kWgmmaCosts{32, 16, 22, 8, 5, 48, 2};
+constexpr PlanCosts kMmaCosts{32, 24, 24, 32, 16, 3, 96, 2};
+constexpr PlanCosts kWgmmaCosts{32, 6, 16, 21, 8, 4, 64, 2};
 
 Batch batch_of(int32_t kv_heads, int32_t group) {
   Batch b;

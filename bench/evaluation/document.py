@@ -124,5 +124,5 @@ def paragraph(part: Part, results: dict, document: Path, images: Path) -> str:
         sentences.append(f"Means of own prompt and answer: {input_mean:g} and {output_mean:g}.")
     counts = [r.n for r in rows if r.better and r.n > 1]
     measured = f"; medians of {statistics.mode(counts)}" if counts else ""
-    text += f"*{results['set']}{measured}.* " if sentences and "|" not in sentences[0] else ""
+    text += f"*{results['set']}{measured}.*\n\n" if sentences else ""
     return text + "\n".join(sentences) + "\n"

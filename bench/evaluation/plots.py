@@ -145,7 +145,7 @@ def finish(figure, title: str, handles: list, note: str, path: Path) -> Path:
 # --- Choosing rows ------------------------------------------------------------------------------
 
 
-def choose(rows: list[Row], metric: str | None = None, system: str | None = None, **case):
+def choose(rows: list[Row], /, metric: str | None = None, system: str | None = None, **case):
     return [
         r
         for r in rows
@@ -382,6 +382,8 @@ def bars(rows: list[Row], group: str | None, panels: list, title: str, note: str
                 [scale * max(0, row.median - row.low) for _, row in found],
                 [scale * max(0, row.high - row.median) for _, row in found],
             ]
+            if all(row.n == 1 for _, row in found):
+                error = None
             colour, _, dash = LOOKS.get(system, OTHER)
             axis.bar(at, heights, 0.92 * width, yerr=error, color=colour, capsize=2,
                      hatch="" if dash == "-" else "///", edgecolor="white", linewidth=0,
@@ -390,6 +392,7 @@ def bars(rows: list[Row], group: str | None, panels: list, title: str, note: str
         axis.set_xticks(range(len(groups)), labels)
         plain(axis, text, "", "")
         axis.grid(False, axis="x")
+        axis.set_axisbelow(True)
     handles = [
         plt.Rectangle((0, 0), 1, 1, label=name_of(s), facecolor=LOOKS.get(s, OTHER)[0],
                       hatch="" if LOOKS.get(s, OTHER)[2] == "-" else "///", edgecolor="white")

@@ -84,6 +84,8 @@ class Programs:
 
     def run(self, command: list, environment: dict | None = None) -> str:
         """Standard output of a program that has to end well."""
+        from servers import die_with_parent
+
         command = [str(part) for part in command]
         done = subprocess.run(
             command,
@@ -92,6 +94,7 @@ class Programs:
             text=True,
             check=False,
             stdin=subprocess.DEVNULL,
+            preexec_fn=die_with_parent,
         )
         if done.returncode != 0:
             raise EvaluationError(

@@ -6,6 +6,7 @@ import threading
 import time
 
 WIDTH = 24
+TRUST = 60.0  # seconds of guesses that count as right: one task alone is no verdict
 
 
 def duration(seconds: float) -> str:
@@ -28,7 +29,7 @@ class Progress:
         self._thread: threading.Thread | None = None
 
     def seconds_left(self) -> float:
-        pace = self._done_seconds / self._done_guess if self._done_guess else 1.0
+        pace = (self._done_seconds + TRUST) / (self._done_guess + TRUST)
         _, guess, begin = self._task
         running = min(time.monotonic() - begin, pace * guess)
         return max(0.0, pace * self._left - running)

@@ -55,8 +55,9 @@ class Task:
 
     @property
     def name(self) -> str:
-        short = [str(v) for v in self.parameters.values() if isinstance(v, str | int | float)]
-        return f"{self.section}: {' '.join(short)}"
+        told = [v for v in self.parameters.values() if isinstance(v, str) and v]
+        told += [f"{k} {v}" for k, v in self.parameters.items() if k in ("prefix", "prompt")]
+        return f"{self.section}: {', '.join(told)}"
 
     @property
     def key(self) -> str:

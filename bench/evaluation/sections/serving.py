@@ -2,6 +2,7 @@
 llama-server, which is given its best: prompts computed once and restored into each of its slots."""
 
 import itertools
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -44,6 +45,7 @@ FIELDS = {
     "time_scale": Field(float, default=1.0, least=0),
     "block_tokens": Field(int, default=32, least=1),
     "max_prompt": Field(int, default=2048, least=1),
+    "threads": Field(int, default=0, least=0, about="of every server; 0: one for each CPU"),
     "systems": Field(str, many=True, choices=(*RELAY, *STOCK)),
     "rounds": Field(int, default=3, least=1),
     "seconds": Field(float, default=60.0, least=1, about="a guess, of one task"),
@@ -123,7 +125,17 @@ def workload_of(problem: dict, case: dict, file, round_number: int, rate=None):
 
 
 def task_of(problem: dict, programs: Programs, case: dict, system: str, file) -> Task:
-    same = ("layers", "ffn", "weights", "sigma", "rates", "rounds", "bound", "price_per_hour")
+    same = (
+        "layers",
+        "ffn",
+        "weights",
+        "sigma",
+        "rates",
+        "rounds",
+        "bound",
+        "price_per_hour",
+        "threads",
+    )
     named = dict(system=system) | case | {k: problem[k] for k in same}
     if file is not None:
         replayed = ("time_scale", "block_tokens", "max_prompt")
@@ -196,6 +208,8 @@ class Run:
         log = logs / f"{re.sub('[^a-z0-9]+', '-', self.system)}.log"
         longest = work.longest + 16
         common = ["-m", str(self.model), "--host", "127.0.0.1", "--port", port]
+        # Left to themselves they choose differently.
+        common += ["-t", str(self.problem["threads"] or os.cpu_count())]
         if self.system in STOCK:
             command = [str(self.programs.binary("llama-server")), *common, "-np", str(parallel)]
             command += ["-c", str(parallel * longest), "-fa", STOCK[self.system], "--no-webui"]

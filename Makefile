@@ -13,7 +13,7 @@ help:
 	@echo 'make demo-gpu    set up vLLM for NVIDIA GPUs, and compare it with and without Relay there'
 	@echo 'make test    set up, and run everything that CI checks (scripts/test.sh --list)'
 	@echo 'make bench   set up, build, and measure the evaluation'\''s figures (15 minutes; needs an idle machine)'
-	@echo 'make bench-full    the whole evaluation (hours; needs vLLM); make bench-docs writes docs/evaluation.md'
+	@echo 'make bench-full    the whole evaluation (most of a day; needs vLLM); make bench-docs writes docs/evaluation.md'
 	@echo 'make build   set up, and build all programs and libraries into build/release'
 	@echo 'make format  rewrite sources in the pinned format'
 	@echo 'make lint    set up, build, and check format and lint only'

@@ -76,7 +76,7 @@ class Layers {
     const int64_t bytes = slots * relay::measure::slot_bytes(p);
     count_ = static_cast<int>(
         std::clamp<int64_t>(4 * relay::last_level_cache_bytes() / bytes + 1, 2, 2048));
-    const auto tensors = static_cast<size_t>(8 * count_ + 8);
+    const size_t tensors = 8 * static_cast<size_t>(count_) + 8;
     context_.reset(ggml_init(
         {.mem_size = tensors * ggml_tensor_overhead() + ggml_graph_overhead_custom(tensors, false),
          .mem_buffer = nullptr,

@@ -20,7 +20,7 @@ void add_synth(CLI::App& app);     ///< relay synth: GGUF models with random wei
 void add_bench_op(CLI::App& app);  ///< relay bench op: `app` is the subcommand "bench"
 /// relay bench trace: what a trace shares, on paper; `app` is "bench"
 void add_bench_trace(CLI::App& app);
-void add_explain(CLI::App& app);   ///< relay explain: what sharing a prompt saves here
-void add_isa(CLI::App& app);       ///< relay isa: the kernels of this CPU and GPU
+void add_explain(CLI::App& app);  ///< relay explain: what sharing a prompt saves here
+void add_isa(CLI::App& app);      ///< relay isa: the kernels of this CPU and GPU
 
 }  // namespace relay::cli

@@ -23,6 +23,7 @@
 
 #include "cpu/plan/cache_size.h"
 #include "measure/kv_buffer.h"
+#include "measure/operator.h"
 #include "measure/problem_json.h"
 #include "measure/roofline.h"
 #include "measure/timing.h"
@@ -149,7 +150,7 @@ struct Options {
 };
 
 nlohmann::json measure(const OpProblem& p, const Options& options) {
-  relay::measure::check_batch(p);
+  relay::measure::check(p);
   Layers layers(p, options.threads);
   layers.run();  // page tables, clocks
   std::vector<double> seconds;

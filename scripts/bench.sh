@@ -11,7 +11,7 @@ python=.venv/bin/python
 
 case "${1:-bench}" in
   --docs)
-    mapfile -t results < <(ls build/evaluation/*/results.json 2>/dev/null)
+    mapfile -t results < <(ls build/evaluation/*/results.json 2>/dev/null | grep -v /smoke/)
     [ "${#results[@]}" -gt 0 ] || { echo "bench: no results in build/evaluation; run make bench" >&2; exit 1; }
     exec "$python" bench/evaluation report "${results[@]}" ;;
   -*) sed -n '2,6s/^# //p' scripts/bench.sh >&2; exit 2 ;;

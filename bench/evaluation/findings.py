@@ -371,10 +371,12 @@ def answers(rows: list[Row]) -> list[str]:
             for metric in ("largest log-probability difference", "mean KL divergence",
                            "largest KL divergence")
         ]  # fmt: skip
+        cut = f" of {case['layers']} layers" if case["layers"] else ""
+        model = plots.title_of({"model": case["model"]})
         against = "sharing off" if case["against"] == "relay-off" else case["against"]
         text = " | ".join(f"{n:.1e}" for n in numbers)
         lines.append(
-            f"| {plots.title_of({'model': case['model']})}, {case['weights']} | {case['kv_type']} "
+            f"| {model}{cut}, {case['weights']} | {case['kv_type']} "
             f"| {tokens(case['prompt'])} | {against} | {row.median:.0%} "
             f"| {same_tokens.median:.1%} | {text} |"
         )

@@ -41,6 +41,13 @@ def commit() -> str:
     return head + ("+changes" if changed else "")
 
 
+def system() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return platform.system()
+
+
 def versions(relay: Path) -> dict[str, str]:
     pin = (ROOT / "cmake/llama-cpp.requirements.txt").read_text()
     llama = re.search(r"^llama-cpp-python==(\S+)", pin, re.M)
@@ -48,7 +55,7 @@ def versions(relay: Path) -> dict[str, str]:
         "relay": output_of(str(relay), "--version").removeprefix("relay "),
         "llama-cpp-python": llama[1] if llama else "unknown",
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": system(),
     }
 
 

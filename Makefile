@@ -6,13 +6,14 @@ SHELL := /bin/bash
 # Paths relative to the sources: every clone of the repository shares the compiler cache.
 export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
-.PHONY: help setup setup-build build demo demo-gpu test bench format lint clean
+.PHONY: help setup setup-build build demo demo-gpu test bench bench-full bench-docs format lint clean
 
 help:
 	@echo 'make demo    set up, build, and compare relay serve with llama-server on a long prompt'
 	@echo 'make demo-gpu    set up vLLM for NVIDIA GPUs, and compare it with and without Relay there'
 	@echo 'make test    set up, and run everything that CI checks (scripts/test.sh --list)'
-	@echo 'make bench   set up, build, and run the benches'
+	@echo 'make bench   set up, build, and measure the evaluation'\''s figures (15 minutes; needs an idle machine)'
+	@echo 'make bench-full    the whole evaluation (most of a day; needs vLLM); make bench-docs writes docs/evaluation.md'
 	@echo 'make build   set up, and build all programs and libraries into build/release'
 	@echo 'make format  rewrite sources in the pinned format'
 	@echo 'make lint    set up, build, and check format and lint only'
@@ -39,6 +40,12 @@ test: setup
 
 bench: build
 	@scripts/bench.sh
+
+bench-full: build
+	@scripts/bench.sh full
+
+bench-docs: setup-build
+	@scripts/bench.sh --docs
 
 format: setup-build
 	@scripts/format.sh

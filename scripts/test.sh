@@ -16,7 +16,7 @@ declare -A about=(
   [aarch64]="the core's unit tests for 64-bit Arm, under qemu"
   [ggml-ops]="ggml's own suite for FLASH_ATTN_EXT through libggml-relay.so, and who served it"
   [install]="an installed prefix: relay runs, CMake and pkg-config consumers build"
-  [e2e]="the server end to end, with the openai client"
+  [e2e]="the driver of the evaluation; the server end to end, with the openai client"
   [vllm]="Relay in an unmodified vLLM: operator, models, two workers, random arrivals"
 )
 
@@ -138,6 +138,7 @@ stage_ggml-ops() { OMP_WAIT_POLICY=passive .venv/bin/python tests/ggml/check_ops
 stage_install() { scripts/test_install.sh build/release; }
 
 stage_e2e() {
+  .venv/bin/python -m pytest -q tests/evaluation || return 1
   .venv/bin/python -m pytest -q tests/e2e
 }
 

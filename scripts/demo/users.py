@@ -35,6 +35,7 @@ class Answer:
     cached_tokens: int = 0
     completion_tokens: int = 0
     pieces: list[str] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # of the pieces
     error: str = ""
 
     @property
@@ -42,12 +43,15 @@ class Answer:
         return "".join(self.pieces)
 
 
-def ask(server: Server, body: dict, answer: Answer, begin: float) -> None:
-    """Sends one streaming chat request and fills `answer`."""
+CHAT = "/v1/chat/completions"
+
+
+def ask(server: Server, body: dict, answer: Answer, begin: float, path: str = CHAT) -> None:
+    """Sends one streaming request and fills `answer`."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600)
     try:
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        connection.request("POST", path, json.dumps(body), headers)
         response = connection.getresponse()
         if response.status != 200:
             answer.error = f"{response.status} {response.read(500).decode(errors='replace')}"
@@ -63,12 +67,13 @@ def ask(server: Server, body: dict, answer: Answer, begin: float) -> None:
                 return
             now = time.monotonic() - begin
             for choice in event.get("choices", []):
-                delta = choice["delta"]
-                piece = delta.get("content") or delta.get("reasoning_content")
+                delta = choice.get("delta") or {}
+                piece = delta.get("content") or delta.get("reasoning_content") or choice.get("text")
                 if piece:
                     answer.first = answer.first or now
                     answer.last = now
                     answer.pieces.append(piece)
+                    answer.times.append(now)
             if usage := event.get("usage"):
                 answer.prompt_tokens = usage["prompt_tokens"]
                 answer.completion_tokens = usage["completion_tokens"]

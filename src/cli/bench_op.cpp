@@ -77,7 +77,8 @@ void run_on_cpu(const BenchOpOptions& options) {
   report.roofline = measure::measure_roofline(pool);
   for (const measure::OpProblem& problem : problems) {
     say(options, measure::to_string(problem));
-    report.results.push_back(measure::run_op(problem, pool, options.rounds));
+    report.results.push_back(
+        measure::run_op(problem, pool, options.rounds, report.roofline.read_bytes));
   }
   std::puts((options.json ? measure::to_json(report) : measure::to_table(report)).c_str());
 }

@@ -18,7 +18,9 @@ inline const CLI::Range kNotNegative{0, INT32_MAX};
 void add_serve(CLI::App& app);     ///< relay serve: the OpenAI-compatible server
 void add_synth(CLI::App& app);     ///< relay synth: GGUF models with random weights
 void add_bench_op(CLI::App& app);  ///< relay bench op: `app` is the subcommand "bench"
-void add_explain(CLI::App& app);   ///< relay explain: what sharing a prompt saves here
-void add_isa(CLI::App& app);       ///< relay isa: the kernels of this CPU and GPU
+/// relay bench trace: what a trace shares, on paper; `app` is "bench"
+void add_bench_trace(CLI::App& app);
+void add_explain(CLI::App& app);  ///< relay explain: what sharing a prompt saves here
+void add_isa(CLI::App& app);      ///< relay isa: the kernels of this CPU and GPU
 
 }  // namespace relay::cli

@@ -64,6 +64,7 @@ int main(int argc, char** argv) {
     bench->require_subcommand(1);
     bench->footer("relay bench SUBCOMMAND --help says more about each.");
     relay::cli::add_bench_op(*bench);
+    relay::cli::add_bench_trace(*bench);
     relay::cli::add_explain(app);
     relay::cli::add_isa(app);
     std::vector<std::string> args = arguments(argc, argv);

@@ -7,6 +7,7 @@
 #include <span>
 
 #include "cpu/plan/cache_size.h"
+#include "cpu/plan/cost_model.h"
 #include "cpu/plan/plan.h"
 #include "cpu/plan/schedule.h"
 #include "measure/kv_buffer.h"
@@ -130,13 +131,17 @@ double run_layers(Way& way, ThreadPool& pool) {
   return seconds;
 }
 
-OpMeasurement measurement_of(const OpProblem& p, const Way& way) {
+OpMeasurement measurement_of(const OpProblem& p, const Way& way, double read_bytes) {
   OpMeasurement m;
   m.time = timing_of(way.seconds);
   m.build_seconds = quantile(way.build_seconds, 0.5);
   m.plan_seconds = quantile(way.plan_seconds, 0.5);
   m.idle_share = quantile(way.idle_shares, 0.5);
   m.predicted_idle_share = simulate(*way.plan).idle_share();
+  if (read_bytes > 0) {
+    const CostModel costs = measured_costs(options_of(*way.plan), read_bytes);
+    m.predicted_seconds = simulate(*way.plan, costs).seconds;
+  }
   m.plan = summarize(*way.plan);
   m.flops = m.plan.flops;
   m.bytes_read = static_cast<double>(m.plan.kv_slots_read) * static_cast<double>(slot_bytes(p));
@@ -170,7 +175,7 @@ void build_batch(const OpProblem& p, Sharing sharing, Forest& forest) {
                   sharing, forest);
 }
 
-OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds) {
+OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds, double read_bytes) {
   check(p);
   if (rounds < 1) throw Error("bench op: needs at least one round");
   const int64_t slots = cache_slots(p);
@@ -240,8 +245,8 @@ OpResult run_op(const OpProblem& p, ThreadPool& pool, int rounds) {
     squares += value * value;
   }
   result.difference = largest / std::sqrt(squares / static_cast<double>(layers[0].out_on.size()));
-  result.on = measurement_of(p, on);
-  result.off = measurement_of(p, off);
+  result.on = measurement_of(p, on, read_bytes);
+  result.off = measurement_of(p, off, read_bytes);
   return result;
 }
 

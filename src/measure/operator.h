@@ -38,6 +38,7 @@ struct OpMeasurement {
   double bytes_read = 0;  ///< of KV, by the plan
   double idle_share = 0;  ///< of the threads' time, until the last has finished: median of layers
   double predicted_idle_share = 0;  ///< the same, by the plan's cost model
+  double predicted_seconds = 0;     ///< by the cost model; 0 where no bandwidth was given
   PlanSummary plan;
 };
 
@@ -54,7 +55,8 @@ struct OpResult {
   double speedup() const { return off.time.median / on.time.median; }
 };
 
-OpResult run_op(const OpProblem& problem, ThreadPool& pool, int rounds);
+/// `read_bytes`: bytes per second that memory gives, for predictions; 0: none are made.
+OpResult run_op(const OpProblem& problem, ThreadPool& pool, int rounds, double read_bytes = 0);
 
 /// The measured machine and build, for reports.
 struct OpReport {

@@ -45,6 +45,7 @@ nlohmann::json json_of(const OpReport& report, const OpResult& result, const OpM
           {"seconds_quartile_low", m.time.low},
           {"seconds_quartile_high", m.time.high},
           {"seconds_best", m.time.best},
+          {"seconds_predicted", m.predicted_seconds},
           {"build_seconds", m.build_seconds},
           {"plan_seconds", m.plan_seconds},
           {"flops", m.flops},

@@ -144,14 +144,23 @@ def main() -> None:
                 case = Case(args, batch, prefix, context)
                 case.relay(), case.vllm()
                 times = [(case.vllm(), case.relay()) for _ in range(args.rounds)]
-                theirs, ours = (statistics.median(t) for t in zip(*times, strict=True))
+                all_theirs, all_ours = zip(*times, strict=True)
+                theirs, ours = statistics.median(all_theirs), statistics.median(all_ours)
                 print(
                     f"{prefix:6} {context:7} {batch:5} | {theirs * 1e6:8.0f} {ours * 1e6:8.0f} "
                     f"{theirs / ours:7.2f}",
                     flush=True,
                 )
                 results.append(
-                    dict(prefix=prefix, context=context, batch=batch, vllm_s=theirs, relay_s=ours)
+                    dict(
+                        prefix=prefix,
+                        context=context,
+                        batch=batch,
+                        vllm_s=theirs,
+                        relay_s=ours,
+                        vllm_rounds_s=all_theirs,
+                        relay_rounds_s=all_ours,
+                    )
                 )
     if args.json:
         with open(args.json, "w") as f:

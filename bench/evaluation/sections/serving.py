@@ -1,0 +1,264 @@
+"""Servers under load: relay serve (sharing on, off, and with llama.cpp's own attention) and
+llama-server, which is given its best: prompts computed once and restored into each of its slots."""
+
+import itertools
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import load
+import workload
+from fields import Field, Levels
+from programs import Programs, clean_environment
+from shapes import SHAPES
+from tasks import EvaluationError, Row, Task
+
+SECTION = "serving"
+RELAY = {
+    "relay": ([], {}),
+    "relay-off": ([], {"RELAY_SHARING": "off"}),
+    "relay, llama.cpp's attention": (["--relay", "off"], {}),
+}
+STOCK = {"llama-server": "on", "llama-server, -fa off": "off"}
+EXPERIMENTS = ("throughput", "arrivals", "prompts", "without", "levels", "sharers", "trace")
+
+FIELDS = {
+    "experiment": Field(str, choices=EXPERIMENTS),
+    "shape": Field(str, default="llama-3.2-1b", choices=tuple(SHAPES)),
+    "layers": Field(int, default=0, least=0, about="0: the shape's"),
+    "ffn": Field(int, default=0, least=0, about="0: the shape's"),
+    "weights": Field(str, default="q4_0"),
+    "kv_type": Field(str, default="f16", choices=("f16", "bf16", "q8_0")),
+    "system_prompt": Field(int, many=True, default=[], least=0),
+    "prompts": Field(int, many=True, default=[1], least=1),
+    "levels": Levels(default=[]),
+    "without": Field(float, many=True, default=[0.0], least=0),
+    "requests": Field(int, many=True, least=1),
+    "parallel": Field(int, default=16, least=1),
+    "input_mean": Field(float, default=workload.SHAREGPT_INPUT, least=1),
+    "output_mean": Field(float, default=workload.SHAREGPT_OUTPUT, least=2),
+    "sigma": Field(float, default=1.0, least=0),
+    "rates": Field(float, many=True, default=[], least=0.001),
+    "bound": Field(float, default=0.0, least=0, about="s/token, of normalised latency p95"),
+    "price_per_hour": Field(float, default=0.0, least=0, about="dollars"),
+    "time_scale": Field(float, default=1.0, least=0),
+    "block_tokens": Field(int, default=32, least=1),
+    "max_prompt": Field(int, default=2048, least=1),
+    "threads": Field(int, default=0, least=0, about="of every server; 0: one for each CPU"),
+    "systems": Field(str, many=True, choices=(*RELAY, *STOCK)),
+    "rounds": Field(int, default=3, least=1),
+    "seconds": Field(float, default=60.0, least=1, about="a guess, of one task"),
+    "if_installed": Field(bool, default=False, about="without a trace, leave a replay out"),
+}
+OF_A_CASE = ("prompt", "prompts", "levels", "without", "requests")
+
+
+def tasks(problem: dict, programs: Programs) -> list[Task]:
+    replayed = problem["experiment"] == "trace"
+    if replayed and problem["if_installed"]:
+        if programs.if_there("serving, trace", programs.trace) is None:
+            return []
+    file = programs.trace() if replayed else None
+    if problem["experiment"] == "arrivals" and not problem["rates"]:
+        raise EvaluationError("serving: arrivals need the field 'rates'")
+    if any(share > 1 for share in problem["without"]):
+        raise EvaluationError("serving: 'without' is a share, from 0 to 1")
+    for name in problem["systems"]:
+        programs.binary("relay" if name in RELAY else "llama-server")
+    made = []
+    for case in cases_of(problem):
+        for system in problem["systems"]:
+            made.append(task_of(problem, programs, case, system, file))
+    return made
+
+
+def cases_of(problem: dict) -> list[dict]:
+    made = []
+    grid = (problem["system_prompt"] or [0], problem["prompts"], problem["without"])
+    for (tokens, prompts, without), count in itertools.product(
+        itertools.product(*grid), problem["requests"]
+    ):
+        levels = problem["levels"] or ([[tokens, prompts]] if tokens else [])
+        made.append(
+            dict(
+                experiment=problem["experiment"],
+                model=problem["shape"],
+                kv_type=problem["kv_type"],
+                prompt=sum(level[0] for level in levels),
+                prompts=levels[-1][1] if levels else 0,
+                levels="+".join(f"{g}x{t}" for t, g in levels),
+                without=without,
+                requests=count,
+                parallel=min(count, problem["parallel"]),
+                input=problem["input_mean"],
+                output=problem["output_mean"],
+            )
+        )
+    return made
+
+
+def levels_of(case: dict) -> list:
+    if not case["levels"]:
+        return []
+    return [
+        [int(tokens), int(groups)]
+        for groups, tokens in (part.split("x") for part in case["levels"].split("+"))
+    ]
+
+
+def workload_of(problem: dict, case: dict, file, round_number: int, rate=None):
+    if file is not None:
+        return workload.replay(
+            file,
+            case["requests"],
+            **{k: problem[k] for k in ("time_scale", "block_tokens", "max_prompt")},
+        )
+    return workload.generate(
+        levels_of(case),
+        case["requests"],
+        round_number,
+        rate=rate,
+        without=case["without"],
+        **{k: problem[k] for k in ("input_mean", "output_mean", "sigma")},
+    )
+
+
+def task_of(problem: dict, programs: Programs, case: dict, system: str, file) -> Task:
+    same = (
+        "layers",
+        "ffn",
+        "weights",
+        "sigma",
+        "rates",
+        "rounds",
+        "bound",
+        "price_per_hour",
+        "threads",
+    )
+    named = dict(system=system) | case | {k: problem[k] for k in same}
+    if file is not None:
+        replayed = ("time_scale", "block_tokens", "max_prompt")
+        named |= dict(trace=file.name) | {k: problem[k] for k in replayed}
+
+    def run() -> list[Row]:
+        return Run(problem, programs, case, system, file).rows()
+
+    return Task(SECTION, named, problem["seconds"], run)
+
+
+class Run:
+    """One server, all rates and rounds of one case."""
+
+    def __init__(self, problem, programs, case, system, file) -> None:
+        self.problem, self.programs, self.case = problem, programs, case
+        self.system, self.file = system, file
+        model = (problem[k] for k in ("shape", "ffn", "layers", "weights"))
+        self.model = programs.model(*model)
+        self.made: list[Row] = []
+
+    def add(self, case: dict, metric: str, unit: str, better: str, values: list[float]) -> None:
+        self.made.append(Row.of(SECTION, case, self.system, metric, unit, better, values))
+
+    def rows(self) -> list[Row]:
+        from console import DemoError
+
+        first = workload_of(self.problem, self.case, self.file, 0)
+        with tempfile.TemporaryDirectory(prefix="relay-slots-") as saves:
+            try:
+                with self.server(first, saves) as server:
+                    server.wait_ready(600)
+                    prime = self.prime(server, first)
+                    if first.prefixes:
+                        self.add(self.case, "prompts computed", "s", "lower", [prime])
+                    for rate in self.problem["rates"] or [None]:
+                        self.measure(server, rate)
+            except DemoError as error:
+                raise EvaluationError(str(error)) from error
+        return self.made
+
+    def measure(self, server, rate: float | None) -> None:
+        case = self.case | ({} if rate is None else {"rate": rate})
+        found: dict[str, list] = {}
+        memory = []
+        for number in range(self.problem["rounds"]):
+            work = workload_of(self.problem, self.case, self.file, number, rate)
+            answers = load.send(server, work.requests)
+            for metric, (unit, better, value) in load.measures(work.requests, answers).items():
+                found.setdefault(metric, [unit, better]).append(value)
+            memory.append(resident_bytes(server.process.pid))
+            if number == 0 and rate is None and self.case["requests"] == self.case["parallel"]:
+                self.add(case, "KV held", "B", "lower", [self.kv_bytes(server, answers)])
+        for metric, (unit, better, *values) in found.items():
+            self.add(case, metric, unit, better, values)
+        self.add(case, "resident memory", "B", "lower", memory)
+        if self.problem["price_per_hour"] > 0:
+            price = self.problem["price_per_hour"] / 3600 * 1e6
+            dollars = [price / value for value in found["output throughput"][2:]]
+            self.add(case, "price", "$/1M tokens", "lower", dollars)
+        if rate is not None and self.problem["bound"] > 0:
+            self.add(case, "bound", "s/token", "", [self.problem["bound"]])
+
+    def server(self, work: workload.Workload, saves: str):
+        from servers import Server, free_port
+
+        parallel, port = self.case["parallel"], str(free_port())
+        logs = self.programs.out / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        log = logs / f"{re.sub('[^a-z0-9]+', '-', self.system)}.log"
+        longest = work.longest + 16
+        common = ["-m", str(self.model), "--host", "127.0.0.1", "--port", port]
+        # Left to themselves they choose differently.
+        common += ["-t", str(self.problem["threads"] or os.cpu_count())]
+        if self.system in STOCK:
+            command = [str(self.programs.binary("llama-server")), *common, "-np", str(parallel)]
+            command += ["-c", str(parallel * longest), "-fa", STOCK[self.system], "--no-webui"]
+            # A KV cache for each slot, which its attention reads fastest, as in the demo.
+            command += ["--no-kv-unified", "--cache-ram", "0", "--slot-save-path", f"{saves}/"]
+            command += ["-ctk", self.case["kv_type"], "-ctv", self.case["kv_type"]]
+            return Server(self.system, command, clean_environment(), log)
+        more, environment = RELAY[self.system]
+        shared = sum(len(prefix) for prefix in work.prefixes)
+        cells = shared + parallel * longest + 256
+        command = [str(self.programs.binary("relay")), "serve", *common, *more]
+        command += ["--parallel", str(parallel), "-c", str(cells), "--max-model-len", str(longest)]
+        command += ["--max-queue", str(self.case["requests"])]
+        command += ["--cache-type-k", self.case["kv_type"], "--cache-type-v", self.case["kv_type"]]
+        return Server(self.system, command, clean_environment(**environment), log)
+
+    def prime(self, server, work: workload.Workload) -> float:
+        """Computes each prefix once, outside of what is measured; seconds."""
+        seconds, parallel = 0.0, self.case["parallel"]
+        for number, prefix in enumerate(work.prefixes):
+            request = workload.Request(0.0, prefix, 1)
+            if self.system in STOCK:
+                slot = number % parallel
+                (answer,) = load.send(server, [request], id_slot=slot)
+                name = {"filename": f"prompt-{number}"}
+                server.json("POST", f"/slots/{slot}?action=save", name)
+            else:
+                (answer,) = load.send(server, [request])
+            seconds += answer.last
+        if self.system in STOCK and work.prefixes:
+            for slot in range(parallel):
+                name = {"filename": f"prompt-{slot % len(work.prefixes)}"}
+                server.json("POST", f"/slots/{slot}?action=restore", name)
+        return seconds
+
+    def kv_bytes(self, server, answers: list) -> float:
+        if self.system in STOCK:
+            shape = SHAPES[self.case["model"]]
+            layers = self.problem["layers"] or shape.layers
+            element = {"f16": 2, "bf16": 2, "q8_0": 34 / 32}[self.case["kv_type"]]
+            token = shape.kv_bytes_per_token(1) / shape.layers * layers * element
+            return token * sum(a.prompt_tokens + a.completion_tokens for a in answers)
+        text = server.request("GET", "/metrics", timeout=10)[1].decode()
+        found = re.search(r"^relay:kv_bytes_used(?:\{.*\})? (\S+)$", text, re.M)
+        if found is None:
+            raise EvaluationError("relay serve's /metrics does not tell relay:kv_bytes_used")
+        return float(found[1])
+
+
+def resident_bytes(pid: int) -> float:
+    found = re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return 1024.0 * int(found[1])

@@ -1,0 +1,201 @@
+"""The driver from outside: it resumes, it says what is wrong, its files say where they are from."""
+
+import csv
+import time
+
+import pytest
+
+OPERATOR = """
+[[operator]]
+models = ["llama-2-7b"]
+prefix = [64, 128, 256]
+batch = [1, 8]
+systems = ["relay"]
+rounds = 3
+"""
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_results_name_their_origin(evaluation):
+    done = evaluation.run(evaluation.problems(OPERATOR))
+    assert done.returncode == 0, done.err
+    results = evaluation.results()
+    assert results["commit"] == "abc"
+    assert results["versions"]["relay"] == "0.0-fake"
+    assert results["machine"] and results["tasks_done"] == 3
+    latency = [r for r in results["rows"] if r["metric"] == "latency" and r["system"] == "relay"]
+    assert len(latency) == 6
+    assert all(r["low"] < r["median"] < r["high"] and r["n"] == 3 for r in latency)
+    with (evaluation.out / "operator.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results["rows"])
+    assert {"machine", "commit", "model", "prefix", "batch", "median", "low", "n"} <= rows[0].keys()
+
+
+def test_a_killed_run_goes_on_where_it_stopped(evaluation):
+    problems = evaluation.problems(OPERATOR)
+    pause = evaluation.bin / "pause"
+    pause.write_text("128")
+    process = evaluation.start(problems)
+    wait_for(lambda: evaluation.calls() == [64, 128])
+    process.kill()  # no chance to tidy up
+    process.communicate()
+    assert not (evaluation.out / "results.json").exists()
+    pause.unlink()
+    done = evaluation.run(problems)
+    assert done.returncode == 0, done.err
+    assert "1 of 3 tasks were done before" in done.err
+    assert evaluation.calls() == [64, 128, 128, 256], "64 is not measured again"
+    assert evaluation.results()["tasks_done"] == 3
+    assert {row["case"]["prefix"] for row in evaluation.results()["rows"]} == {64, 128, 256}
+
+
+def test_fresh_measures_anew(evaluation):
+    problems = evaluation.problems(OPERATOR)
+    assert evaluation.run(problems).returncode == 0
+    assert evaluation.run(problems, "--fresh").returncode == 0
+    assert evaluation.calls() == 2 * [64, 128, 256]
+
+
+def test_another_commit_is_not_mixed_in(evaluation):
+    problems = evaluation.problems(OPERATOR)
+    assert evaluation.run(problems).returncode == 0
+    done = evaluation.run(problems, RELAY_COMMIT="def")
+    assert done.returncode == 1
+    assert "results of another commit (abc, now def)" in done.err
+    assert "--fresh" in done.err
+
+
+def test_a_changed_problem_is_another_task(evaluation):
+    assert evaluation.run(evaluation.problems(OPERATOR)).returncode == 0
+    changed = OPERATOR.replace("rounds = 3", "rounds = 5").replace("64, 128", "128")
+    assert evaluation.run(evaluation.problems(changed)).returncode == 0
+    assert evaluation.calls() == [64, 128, 256, 128, 256]
+    assert {r["n"] for r in evaluation.results()["rows"] if r["metric"] == "latency"} == {1, 5}
+
+
+@pytest.mark.parametrize(
+    "before, after, message",
+    [
+        ('models = ["llama-2-7b"]', "", "operator[0]: the field 'models' is missing"),
+        ("llama-2-7b", "llama-9", "operator[0].models[0]: 'llama-9' is none of"),
+        ("[1, 8]", "[1, 0]", "operator[0].batch[1]: 0 is less than 1"),
+        ("[1, 8]", "[1, 1.5]", "operator[0].batch[1]: 1.5 is not a whole number"),
+        ("[1, 8]", "[1, true]", "operator[0].batch[1]: True is not a whole number"),
+        ("[1, 8]", "[]", "operator[0].batch: has to be a list that is not empty"),
+        ("[1, 8]", "8", "operator[0].batch: has to be a list that is not empty"),
+        ("rounds = 3", "roundz = 3", "operator[0]: there is no field 'roundz'"),
+        ("[[operator]]", "[[operators]]", "there is no section 'operators'"),
+        ("[[operator]]", "[operator]", "write [[operator]]"),
+        ("rounds = 3", "rounds = ", "this is no TOML"),
+    ],
+)
+def test_a_wrong_problem_file_is_named(evaluation, before, after, message):
+    assert before in OPERATOR
+    done = evaluation.run(evaluation.problems(OPERATOR.replace(before, after)))
+    assert done.returncode == 1
+    assert "set.toml" in done.err and message in done.err
+    assert "Traceback" not in done.err
+    assert not evaluation.out.exists() and not evaluation.calls()
+
+
+def test_an_unknown_set_names_the_known(evaluation):
+    done = evaluation.run("nothing")
+    assert done.returncode == 1 and "known sets:" in done.err and "bench" in done.err
+
+
+def test_the_same_problem_twice_is_an_error(evaluation):
+    done = evaluation.run(evaluation.problems(OPERATOR + OPERATOR))
+    assert done.returncode == 1 and "two problems of the file ask for the same" in done.err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ('systems = ["relay", "vllm"]', "run plugins/vllm/setup_vllm.sh"),
+        ('systems = ["relay", "ggml"]', "run: make build"),
+    ],
+)
+def test_a_missing_peer_says_what_to_install(evaluation, change, message):
+    text = OPERATOR.replace('systems = ["relay"]', change)
+    done = evaluation.run(evaluation.problems(text))
+    assert done.returncode == 1 and message in done.err and not evaluation.calls()
+
+
+def test_a_missing_trace_says_where_to_get_it(evaluation):
+    done = evaluation.run(evaluation.problems('[[trace]]\nshapes = ["llama-2-7b"]\n'))
+    assert done.returncode == 1 and "conversation_trace.jsonl" in done.err
+    done = evaluation.run(
+        evaluation.problems('[[trace]]\nshapes = ["llama-2-7b"]\n'), "--trace", "/nowhere"
+    )
+    assert done.returncode == 1 and "--trace /nowhere: there is no such file" in done.err
+
+
+def test_what_is_optional_is_left_out_aloud(evaluation):
+    text = OPERATOR + 'if_installed = ["vllm"]\n[[trace]]\nshapes = ["tiny"]\nif_installed = true\n'
+    done = evaluation.run(evaluation.problems(text))
+    assert done.returncode == 0, done.err
+    assert "left out: operator, vllm: vLLM is not installed" in done.err
+    left_out = evaluation.results()["left_out"]
+    assert len(left_out) == 2 and "needs a trace" in left_out[1]
+
+
+def test_a_bench_that_fails_is_shown(evaluation):
+    (evaluation.bin / "relay").write_text("#!/bin/sh\necho no memory >&2; exit 3\n")
+    done = evaluation.run(evaluation.problems(OPERATOR))
+    assert done.returncode == 1
+    assert "no memory" in done.err and "ended with status 3" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_only_one_section(evaluation):
+    problems = evaluation.problems(OPERATOR + '[[trace]]\nshapes = ["tiny"]\n')
+    assert evaluation.run(problems, "--only", "operator").returncode == 0
+    done = evaluation.run(problems, "--only", "serving")
+    assert done.returncode == 1 and "has no such section" in done.err
+
+
+def test_every_set_of_the_repository_is_valid(evaluation):
+    import problems
+
+    for file in problems.FOLDER.glob("*.toml"):
+        assert problems.load(file), file
+
+
+def test_without_a_gpu_it_says_so(evaluation):
+    problems = evaluation.problems('[[cuda_operator]]\nsets = ["paper"]\n')
+    python = evaluation.bin / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    done = evaluation.run(problems, "--device", "cuda", RELAY_CUDA_PYTHON=str(python))
+    assert done.returncode == 1 and "has no torch that finds an NVIDIA GPU" in done.err
+
+
+# Answers as bench/cuda/op_bench.py does.
+OP_BENCH = """#!/bin/sh
+[ "$1" = -c ] && exit 0
+while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; shift; done
+echo "left out: fa3: no module"; {say}
+echo "model,q_heads,kv_heads,dim,levels,prefix,own,batch,competitor,mode,median_us,p10_us,p90_us,n
+Llama,32,8,128,[],64,128,8,relay,plain,20,19,21,9" > $out/paper.csv
+"""
+
+
+@pytest.mark.parametrize("say, code", [("true", 0), ("echo out of time: 3 cases left out", 1)])
+def test_op_bench_on_a_gpu(evaluation, say, code):
+    problems = evaluation.problems('[[cuda_operator]]\nsets = ["paper"]\n')
+    python = evaluation.bin / "python"
+    python.write_text(OP_BENCH.format(say=say))
+    python.chmod(0o755)
+    done = evaluation.run(problems, "--device", "cuda", RELAY_CUDA_PYTHON=str(python))
+    assert done.returncode == code, done.err
+    if code:
+        assert "ran out of time" in done.err
+    else:
+        assert evaluation.results()["left_out"] == ["cuda_operator, fa3: no module"]

@@ -1,0 +1,208 @@
+"""Parts of the driver: workloads, comparisons, what the clients measure."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import compare
+import load
+import progress
+import pytest
+import workload
+from sections import cuda, quality, trace, vllm
+from tasks import EvaluationError, Row
+
+LENGTHS = dict(input_mean=161.0, output_mean=338.0, sigma=1.0)
+
+
+def make(levels, count=64, number=0, **more):
+    return workload.generate(levels, count, number, **(LENGTHS | more))
+
+
+def test_workloads_are_seeded():
+    a, b = make([[64, 1]]), make([[64, 1]])
+    assert a == b
+    other = make([[64, 1]], number=1)
+    assert [r.output for r in other.requests] == [r.output for r in a.requests]
+    assert other.prefixes == a.prefixes
+    assert other.requests[0].prompt[64:] != a.requests[0].prompt[64:], "another round, other text"
+
+
+def test_levels_nest():
+    work = make([[32, 1], [16, 2], [8, 4]])
+    assert len(work.prefixes) == 4 and all(len(p) == 56 for p in work.prefixes)
+    assert len({tuple(p[:32]) for p in work.prefixes}) == 1
+    assert len({tuple(p[:48]) for p in work.prefixes}) == 2
+    assert len({tuple(p) for p in work.prefixes}) == 4
+    for i, request in enumerate(work.requests):
+        assert request.prompt[:56] == work.prefixes[i % 4]
+
+
+def test_a_share_has_no_system_prompt():
+    work = make([[64, 1]], without=0.25)
+    with_prompt = [r for r in work.requests if r.prompt[:64] == work.prefixes[0]]
+    assert len(with_prompt) == 48
+
+
+def test_lengths_have_the_stated_mean():
+    work = make([], count=4000, input_mean=100.0)
+    outputs = [r.output for r in work.requests]
+    inputs = [len(r.prompt) for r in work.requests]
+    assert max(outputs) <= 4 * 338 and min(outputs) >= 4
+    # Cutting at four times the mean takes some 5 % of it.
+    assert 0.88 * 338 < sum(outputs) / 4000 < 1.05 * 338
+    assert 0.88 * 100 < sum(inputs) / 4000 < 1.05 * 100
+
+
+def test_arrivals_are_poisson():
+    times = workload.arrivals(4000, 5.0, 0)
+    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    mean = sum(gaps) / len(gaps)
+    deviation = math.sqrt(sum((g - mean) ** 2 for g in gaps) / len(gaps))
+    assert mean == pytest.approx(0.2, rel=0.05)
+    assert deviation == pytest.approx(mean, rel=0.1), "of an exponential both are the same"
+    assert workload.arrivals(3, None, 0) == [0, 0, 0]
+
+
+def test_a_replayed_trace_keeps_its_sharing(tmp_path):
+    file = tmp_path / "trace.jsonl"
+    lines = [
+        (0, 1000, 100, [0, 1]),
+        (2000, 1536, 50, [0, 2, 3]),
+        (4000, 90000, 5, list(range(176))),
+    ]
+    names = ("timestamp", "input_length", "output_length", "hash_ids")
+    file.write_text("\n".join(json.dumps(dict(zip(names, x, strict=True))) for x in lines))
+    options = dict(time_scale=0.5, block_tokens=32, max_prompt=500)
+    a, b = workload.replay(file, 9, **options).requests
+    assert a.prompt[:32] == b.prompt[:32] and a.prompt[32:62] != b.prompt[32:62]
+    assert (len(a.prompt), len(b.prompt)) == (62, 96)
+    assert (a.arrival, b.arrival, a.output) == (0, 1, 6)
+    file.write_text('{"timestamp": 0}\n')
+    with pytest.raises(EvaluationError, match="line 1"):
+        workload.replay(file, 9, **options)
+
+
+def test_clients_measure_what_they_see():
+    requests = [workload.Request(1.0, [1], 3), workload.Request(2.0, [1], 2)]
+    answers = [
+        SimpleNamespace(first=2.0, last=4.0, times=[2.0, 3.0, 4.0], completion_tokens=3,
+                        cached_tokens=5, prompt_tokens=10),
+        SimpleNamespace(first=4.0, last=5.0, times=[4.0, 5.0], completion_tokens=2,
+                        cached_tokens=0, prompt_tokens=10),
+    ]  # fmt: skip
+    found = {name: value for name, (_, _, value) in load.measures(requests, answers).items()}
+    assert found["output throughput"] == pytest.approx(5 / 4)
+    assert found["time to first token p50"] == pytest.approx(1.5)
+    assert found["inter-token latency p99"] == 1
+    assert found["normalised latency p50"] == pytest.approx((3 / 3 + 3 / 2) / 2)
+    assert found["cached share of prompts"] == pytest.approx(0.25)
+
+
+def row(median, spread=0.02, n=9, better="lower", metric="latency"):
+    low, high = median * (1 - spread), median * (1 + spread)
+    return Row("operator", {"batch": 8}, "relay", metric, "s", better, median, low, high, n)
+
+
+@pytest.mark.parametrize(
+    "before, after, said",
+    [
+        (row(1.0), row(1.2), "WORSE"),
+        (row(1.0), row(0.8), "better"),
+        (row(1.0, better="higher"), row(1.2, better="higher"), "better"),
+        (row(1.0), row(1.08), ""),  # significant, but small
+        (row(1.0, spread=0.4), row(1.2, spread=0.4), ""),  # large, but within the noise
+        (row(1.0, n=2), row(3.0, n=2), ""),  # too few to say
+        (row(1.0, better=""), row(3.0, better=""), ""),  # neither good nor bad
+    ],
+)
+def test_a_comparison_speaks_up_only_for_what_counts(before, after, said):
+    text, worse = compare.report(
+        dict(machine="m", commit="a", rows=[before]), dict(machine="m", commit="b", rows=[after])
+    )
+    lines = [line for line in text.splitlines() if "operator, relay" in line]
+    assert len(lines) == bool(said) and all(line.startswith(said) for line in lines)
+    assert worse == (said == "WORSE")
+
+
+def test_a_comparison_counts_what_it_cannot_compare():
+    text, _ = compare.report(
+        dict(rows=[row(1.0), row(1.0, metric="old")]), dict(rows=[row(1.0, n=1)])
+    )
+    assert "1 pairs compared, 0 changed" in text
+    assert "1 have fewer than 3" in text and "1 only before, 0 only after" in text
+
+
+def test_time_left_follows_the_pace():
+    bar = progress.Progress([10.0, 30.0], [5.0], out=SimpleNamespace(isatty=lambda: False))
+    assert bar.seconds_left() == pytest.approx(40, abs=0.1)
+    bar._task = ("a", 10.0, progress.time.monotonic() - 20)  # took twice as long as guessed
+    bar.end()
+    pace = (20 + progress.TRUST) / (10 + progress.TRUST)
+    assert bar.seconds_left() == pytest.approx(30 * pace, abs=0.5)
+    assert " 2/3, 0:34 left" in bar.line()
+
+
+def test_divergence_of_distributions():
+    p = {"a": math.log(0.5), "b": math.log(0.25)}
+    assert quality.divergence(p, p) == 0
+    q = {"a": math.log(0.25), "b": math.log(0.5)}
+    expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
+    assert quality.divergence(p, q) == pytest.approx(expected)
+
+
+def test_answers_are_compared_up_to_the_first_difference():
+    def answer(tokens, shift=0.0):
+        top = {"a": math.log(0.6) + shift, "b": math.log(0.3)}
+        return dict(tokens=tokens, top_logprobs=[top] * len(tokens))
+
+    rows = quality.compare({}, [answer("aab", 0.01), answer("ab")], [answer("abb"), answer("ab")])
+    found = {r.metric: r.median for r in rows}
+    assert found["greedy answers the same"] == 0.5
+    assert found["greedy tokens the same"] == pytest.approx(3 / 5)
+    assert found["largest log-probability difference"] == pytest.approx(0.01)
+
+
+def test_levels_of_a_trace_are_shares_of_all():
+    step = dict(time=0, batch=2, kv_slots_attended=100, kv_slots_read=60, seconds_on=1,
+                seconds_off=2, levels=[dict(kv_slots_attended=80, kv_slots_read=40)])  # fmt: skip
+    rows = trace.rows_of(dict(model="m"), dict(steps=[step], mean=step))
+    share = {r.case["level"]: r.median for r in rows if r.metric == "share of KV attended"}
+    assert share == {"level 1": 0.8, "own": 0.2}
+    (shared,) = [r.median for r in rows if r.metric == "attended, shared share"]
+    assert shared == pytest.approx(0.8)
+
+
+def test_op_benchs_csv_is_read(tmp_path):
+    file = tmp_path / "paper.csv"
+    names = "model,q_heads,kv_heads,dim,levels,prefix,own,batch,competitor,mode,"
+    names += "median_us,p10_us,p90_us,n"
+    file.write_text(
+        names + "\n"
+        'Llama,32,8,128,"[[64, 1]]",64,128,8,relay,plain,20,19,21,9\n'
+        'Llama,32,8,128,"[[64, 1]]",64,128,8,relay,graph,10,9,11,9\n'
+        'Llama,32,8,128,"[[64, 1]]",64,128,8,relay-plan,graph,5,5,5,9\n'
+        'Llama,32,8,128,"[[64, 1]]",64,128,8,fa3,plain,,,,9\n'
+    )
+    relay, paper = sorted(cuda.rows_of(file), key=lambda r: r.system, reverse=True)
+    assert (relay.system, relay.n) == ("relay", 9)
+    assert (relay.median, relay.low) == pytest.approx((1e-5, 9e-6))
+    assert paper.system == "formula" and paper.median == pytest.approx(8 * 192 / (64 + 1024))
+
+
+def test_vllms_serving_results_are_read():
+    keys = ["output_throughput", "request_throughput"]
+    keys += [f"p{p}_{m}_ms" for p in (50, 95, 99) for m in ("ttft", "itl", "normalised")]
+    report = {
+        name: {"serve": [[{k: speed * (i + 1) for k in keys} for i in range(2)]] * 3}
+        for name, speed in (("vLLM", 10.0), ("Relay", 20.0), ("no caching", 5.0))
+    }
+    problem = dict(shape="llama-1b", prefixes=[1], suffix=8, output=4)
+    rows = vllm.serving_rows(problem, 512, [2.0, math.inf], report)
+    found = {(r.system, r.case["rate"]): r for r in rows if r.metric == "output throughput"}
+    assert found["vllm with Relay", "all at once"].median == 40
+    assert found["vllm, no prefix caching", 2.0].median == 5
+    assert found["vllm", 2.0].n == 3
+    (first,) = [r for r in rows if r.metric == "time to first token p95"
+                and (r.system, r.case["rate"]) == ("vllm", 2.0)]  # fmt: skip
+    assert first.median == pytest.approx(0.010)

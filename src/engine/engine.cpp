@@ -192,6 +192,7 @@ class ThreadedEngine : public Engine {
     c.prefix_caching = o.prefix_caching;
     c.pin_budget = o.pin_budget;
     c.step_seconds = o.step_seconds;
+    c.decode_stretch = o.decode_stretch;
     c.kv_bytes_per_token = model.info().kv_bytes_per_token;
     return c;
   }

@@ -66,7 +66,7 @@ struct EngineOptions {
   int32_t max_context = 0;           ///< tokens of one request; 0: min(model's context, kv_cells)
   int32_t batch_tokens = 2048;       ///< most rows (decode + prefill) of one step
   int32_t ubatch_tokens = 512;       ///< most rows computed at once
-  int32_t parallel = 64;             ///< most sequences that run at once (1 to 240)
+  int32_t parallel = 64;             ///< most sequences that run at once (1 to 256)
   int32_t threads = 0;               ///< 0: the physical cores
   std::string cache_type_k = "f16";  ///< f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0
   std::string cache_type_v = "f16";
@@ -76,9 +76,11 @@ struct EngineOptions {
   double pin_budget = 0.2;     ///< share of kv_cells that pinned prompts may hold (0 to 1)
   bool prefix_caching = true;  ///< false: nothing is shared or kept (the ablation)
   bool mmap = true;            ///< map the model file instead of reading it
-  double step_seconds = 1.0;   ///< prompts are computed in pieces that take about so long; what
-                               ///< runs beside them, and a cancellation, waits no longer. 0: whole
-                               ///< batches
+  double step_seconds = 1.0;  ///< a step with prompts takes about so long at most; 0: whole batches
+  /// While requests decode, as much of a prompt goes into a step as makes it so many times as long
+  /// as without; but a step that brings more requests to their first token than decode may take
+  /// step_seconds. 0: each may.
+  double decode_stretch = 1.75;
 };
 
 /// Called with a share done (0 to 1) and what is being done ("loading model", "warming up", …),

@@ -17,6 +17,7 @@
 #include "engine/pins.h"
 #include "engine/scheduler.h"
 #include "engine/sequence.h"
+#include "engine/step_pacer.h"
 
 namespace relay::engine {
 
@@ -24,7 +25,8 @@ struct CoreOptions {
   SchedulerOptions scheduler;
   bool prefix_caching = true;
   double pin_budget = 0.2;         ///< share of the cells
-  double step_seconds = 1.0;       ///< pieces of prompts are cut so that a step takes about so long
+  double step_seconds = 1.0;       ///< as in EngineOptions
+  double decode_stretch = 1.75;    ///< as in EngineOptions
   int64_t kv_bytes_per_token = 0;  ///< for the statistics
 };
 
@@ -91,8 +93,6 @@ class EngineCore {
   const Scheduler& scheduler() const { return scheduler_; }
 
  private:
-  int32_t prefill_rows() const;
-  void note_speed(const StepPlan& plan, double seconds);
   void note_admissions(const StepPlan& plan, Clock::time_point now);
   void note_sharing(const StepPlan& plan);
   void compute(const StepPlan& plan);
@@ -120,7 +120,7 @@ class EngineCore {
   EngineStats counters_;  // its gauges are made in stats()
   uint64_t arrivals_ = 0;
   Batch batch_;
-  double rows_per_second_ = 0.0;  // of steps with prefill; 0: not known yet
+  StepPacer pacer_;
 };
 
 }  // namespace relay::engine

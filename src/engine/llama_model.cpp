@@ -34,13 +34,17 @@ void check(const EngineOptions& o) {
   const auto require = [](bool ok, const std::string& message) {
     if (!ok) throw EngineError(ErrorKind::kInvalidRequest, message);
   };
-  require(o.parallel >= 1 && o.parallel <= 240, "parallel must be 1 to 240.");
+  require(o.parallel >= 1 && o.parallel <= kMaxSequences,
+          "parallel must be 1 to " + std::to_string(kMaxSequences) + ".");
   require(o.batch_tokens >= o.parallel, "batch_tokens must be at least parallel.");
   require(o.ubatch_tokens >= 1 && o.ubatch_tokens <= o.batch_tokens,
           "ubatch_tokens must be 1 to batch_tokens.");
   require(o.kv_cells >= 0 && o.max_context >= 0, "kv_cells and max_context must not be negative.");
   require(o.max_queue >= 0, "max_queue must not be negative.");
   require(o.pin_budget >= 0 && o.pin_budget <= 1, "pin_budget must be 0 to 1.");
+  require(o.step_seconds >= 0, "step_seconds must not be negative.");
+  require(o.decode_stretch == 0 || o.decode_stretch > 1,
+          "decode_stretch must be above 1, or 0 for no such limit.");
   require(o.threads >= 0, "threads must not be negative.");
 }
 
@@ -128,7 +132,7 @@ void LlamaModel::create_context(const EngineOptions& options, bool relay_active)
   // keeps a row of logits for each.
   const int32_t most = window ? kMaxSequences / 2 : kMaxSequences;
   max_sequences_ = std::min(most, options.parallel + std::max(32, options.parallel));
-  if (options.parallel >= max_sequences_) {
+  if (window && options.parallel >= max_sequences_) {
     throw EngineError(ErrorKind::kInvalidRequest,
                       "This model has sliding-window layers: parallel must be below " +
                           std::to_string(most) + ".");

@@ -35,6 +35,7 @@ class Answer:
     cached_tokens: int = 0
     completion_tokens: int = 0
     pieces: list[str] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # of what was sent, text or not
     error: str = ""
 
     @property
@@ -62,6 +63,8 @@ def ask(server: Server, body: dict, answer: Answer, begin: float) -> None:
                 answer.error = json.dumps(event["error"])
                 return
             now = time.monotonic() - begin
+            if event.get("choices"):
+                answer.times.append(now)
             for choice in event.get("choices", []):
                 delta = choice["delta"]
                 piece = delta.get("content") or delta.get("reasoning_content")

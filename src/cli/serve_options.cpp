@@ -129,6 +129,20 @@ void add_engine_options(CLI::App& app, ServeOptions& o) {
       ->capture_default_str()
       ->option_text("on|off")
       ->group(kGroup);
+  app.add_option("--prompt-cache-dir", e.prompt_cache_dir,
+                 "Folder in which pinned prompts, and prefixes that many requests share, outlive "
+                 "this process; at the next start they need not be computed. It holds the prompts "
+                 "in readable form")
+      ->envname("RELAY_PROMPT_CACHE_DIR")
+      ->option_text("DIR")
+      ->group(kGroup);
+  app.add_option("--prompt-cache-size", e.prompt_cache_bytes,
+                 "Most bytes of all files there, e.g. 8GiB; those used longest ago go first")
+      ->envname("RELAY_PROMPT_CACHE_SIZE")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false))
+      ->default_str("8GiB")
+      ->option_text("SIZE")
+      ->group(kGroup);
   app.add_option("--pin-budget", e.pin_budget, "Share of the KV cache that pinned prompts may hold")
       ->envname("RELAY_PIN_BUDGET")
       ->check(CLI::Range(0.0, 1.0))

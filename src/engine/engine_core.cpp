@@ -21,7 +21,8 @@ int32_t most_pins(int32_t ids, int32_t parallel) {
 
 }  // namespace
 
-EngineCore::EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOptions& options)
+EngineCore::EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOptions& options,
+                       PromptCache* cache)
     : model_(model),
       vocabulary_(vocabulary),
       options_(options),
@@ -32,6 +33,7 @@ EngineCore::EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOpt
              .prompts = most_pins(std::min(model.max_sequences(), kMaxSequences),
                                   options.scheduler.parallel),
              .kv_bytes_per_token = options.kv_bytes_per_token}),
+      persistence_(kv_, cache),
       pacer_(options.step_seconds, options.decode_stretch, options.scheduler.batch_tokens) {}
 
 EngineCore::~EngineCore() = default;
@@ -121,6 +123,14 @@ void EngineCore::unpin(const std::string& id) { pins_.unpin(id); }
 
 // --- steps
 
+void EngineCore::restore_prompts(const ProgressFn& progress) {
+  const int32_t most =
+      most_pins(std::min(model_.max_sequences(), kMaxSequences), options_.scheduler.parallel);
+  const auto start = Clock::now();
+  counters_.restored_tokens = persistence_.restore(most, progress);
+  counters_.seconds_restoring = seconds_between(start, Clock::now());
+}
+
 bool EngineCore::step() {
   pins_.expire();
   const StepPlan plan = scheduler_.plan(pacer_.budget(scheduler_.decoding()));
@@ -128,11 +138,13 @@ bool EngineCore::step() {
   note_admissions(plan, now);
   for (Sequence* s : plan.exhausted) end_exhausted(*s);
   if (plan.slices.empty()) {
-    pins_.finish();
-    return !plan.exhausted.empty() || !plan.admitted.empty();
+    if (pins_.finish()) persistence_.look_soon();
+    const bool busy = !plan.exhausted.empty() || !plan.admitted.empty();
+    return persistence_.step(!busy) || busy;
   }
   compute(plan);
-  pins_.finish();
+  if (pins_.finish()) persistence_.look_soon();
+  persistence_.step(false);
   return true;
 }
 

@@ -15,6 +15,7 @@
 #include "engine/kv_memory.h"
 #include "engine/model.h"
 #include "engine/pins.h"
+#include "engine/prompt_persistence.h"
 #include "engine/scheduler.h"
 #include "engine/sequence.h"
 #include "engine/step_pacer.h"
@@ -61,7 +62,9 @@ struct Request {
 
 class EngineCore {
  public:
-  EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOptions& options);
+  /// cache: where prompts are stored; may be null.
+  EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOptions& options,
+             PromptCache* cache = nullptr);
   ~EngineCore();
 
   /// Takes the request in, or refuses it through its sink if it can never fit beside what is
@@ -76,6 +79,11 @@ class EngineCore {
   std::vector<PinnedPrompt> pinned() const;
   PinnedPrompt set_pin_ttl(const std::string& id, int64_t ttl_seconds);  ///< throws EngineError
   void unpin(const std::string& id);                                     ///< throws EngineError
+
+  /// Prompts come back from the cache; before the first step.
+  void restore_prompts(const ProgressFn& progress);
+  /// Those that should be in it and are not are stored; after the last step.
+  void store_prompts(std::chrono::seconds time) { persistence_.finish(time); }
 
   /// Computes one step. False: there was nothing to do.
   bool step();
@@ -115,6 +123,7 @@ class EngineCore {
   Scheduler scheduler_;
   std::unordered_map<RequestId, std::unique_ptr<Request>> requests_;
   Pins pins_;
+  PromptPersistence persistence_;
   std::shared_ptr<Observer> observer_;
   std::function<void()> before_end_;
   EngineStats counters_;  // its gauges are made in stats()

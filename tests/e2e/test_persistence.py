@@ -78,6 +78,7 @@ def test_what_clients_share_is_kept_for_them_alone(start_server, folder, tmp_pat
     for _ in range(6):
         cached(first, "one")
     end(first)
+    keys.write_text("two\none\n")
     second = start_server(*arguments)
     assert restored(second) > 1500
     assert cached(second, "two") == 0

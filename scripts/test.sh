@@ -162,7 +162,7 @@ measure() {
       cat build/test-logs/cuda/*.xml 2>/dev/null |
         awk '/<testcase / { if (/result="skipped"/) ++skipped; else ++all } /<failure / { ++failed }
              END { print all + 0 " cases, " failed + 0 " failures, " skipped + 0 " skipped" }' ;;
-    fuzz) grep -E '^fuzz: (skipped|[a-z]+: Done)' "$log" | sed -E 's/^fuzz: //; s/: Done ([0-9]+) runs.*/ \1/' |
+    fuzz) grep -E '^fuzz: (skipped|[a-z_]+: Done)' "$log" | sed -E 's/^fuzz: //; s/: Done ([0-9]+) runs.*/ \1/' |
       paste -sd ',' | sed 's/,/, /g' ;;
     ggml-ops) grep -oE '[0-9]+/[0-9]+ tests passed' "$log" | tail -n 1 ;;
     e2e | vllm) grep -E '[0-9]+ (passed|failed|error)' "$log" | tail -n 1 | tr -d '=' ;;

@@ -35,7 +35,7 @@ class Answer:
     cached_tokens: int = 0
     completion_tokens: int = 0
     pieces: list[str] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)  # of the pieces
+    times: list[float] = field(default_factory=list)  # of what was sent, text or not
     error: str = ""
 
     @property
@@ -66,6 +66,8 @@ def ask(server: Server, body: dict, answer: Answer, begin: float, path: str = CH
                 answer.error = json.dumps(event["error"])
                 return
             now = time.monotonic() - begin
+            if event.get("choices"):
+                answer.times.append(now)
             for choice in event.get("choices", []):
                 delta = choice.get("delta") or {}
                 piece = delta.get("content") or delta.get("reasoning_content") or choice.get("text")
@@ -73,7 +75,6 @@ def ask(server: Server, body: dict, answer: Answer, begin: float, path: str = CH
                     answer.first = answer.first or now
                     answer.last = now
                     answer.pieces.append(piece)
-                    answer.times.append(now)
             if usage := event.get("usage"):
                 answer.prompt_tokens = usage["prompt_tokens"]
                 answer.completion_tokens = usage["completion_tokens"]

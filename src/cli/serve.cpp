@@ -160,6 +160,7 @@ void serve(ServeOptions options) {
     spdlog::warn("==================================================================");
   }
 
+  options.engine.notice = [](const std::string& text) { spdlog::warn("{}", text); };
   ServeProgress progress(http.service());
   const std::shared_ptr<engine::Engine> engine = engine::Engine::load(
       options.engine, [&](double fraction, const std::string& what) { progress(fraction, what); });
@@ -167,6 +168,11 @@ void serve(ServeOptions options) {
   spdlog::info("{} ({}), context {} tokens, KV cache {} tokens", info.name, info.description,
                info.context_length, info.kv_cells);
   spdlog::info("{}", info.backend);
+  if (!options.engine.prompt_cache_dir.empty()) {
+    const engine::EngineStats stats = engine->stats();
+    spdlog::info("restored {} tokens of prompts from {} in {:.2f} s", stats.restored_tokens,
+                 options.engine.prompt_cache_dir, stats.seconds_restoring);
+  }
   const auto chats = std::make_shared<server::PinnedChats>(engine);
   const int64_t pinned = pin_prompts(*chats, prompts, progress);
 

@@ -69,7 +69,7 @@ void add_engine_options(CLI::App& app, ServeOptions& o) {
       ->group(kGroup);
   app.add_option("--parallel,--max-num-seqs", e.parallel, "Most requests computed at once (-np)")
       ->envname("RELAY_PARALLEL")
-      ->check(CLI::Range(1, 240))
+      ->check(CLI::Range(1, 256))
       ->capture_default_str()
       ->group(kGroup);
   app.add_option("-b,--batch-size,--max-num-batched-tokens", e.batch_tokens,
@@ -82,6 +82,14 @@ void add_engine_options(CLI::App& app, ServeOptions& o) {
       ->envname("RELAY_UBATCH_SIZE")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str()
+      ->group(kGroup);
+  app.add_option("--decode-stretch", e.decode_stretch,
+                 "While requests decode, a step takes as much of waiting prompts as makes it so "
+                 "many times as long as without them; 0: prompts go first, in pieces of a second")
+      ->envname("RELAY_DECODE_STRETCH")
+      ->check(CLI::Range(0.0, 1000.0))
+      ->capture_default_str()
+      ->option_text("FACTOR")
       ->group(kGroup);
   app.add_option("-t,--threads", e.threads, "Threads that compute; 0: one per physical core")
       ->envname("RELAY_THREADS")
@@ -120,6 +128,20 @@ void add_engine_options(CLI::App& app, ServeOptions& o) {
       ->check(CLI::IsMember({"on", "off"}))
       ->capture_default_str()
       ->option_text("on|off")
+      ->group(kGroup);
+  app.add_option("--prompt-cache-dir", e.prompt_cache_dir,
+                 "Folder in which pinned prompts, and prefixes that many requests share, outlive "
+                 "this process; at the next start they need not be computed. It holds the prompts "
+                 "in readable form")
+      ->envname("RELAY_PROMPT_CACHE_DIR")
+      ->option_text("DIR")
+      ->group(kGroup);
+  app.add_option("--prompt-cache-size", e.prompt_cache_bytes,
+                 "Most bytes of all files there, e.g. 8GiB; those used longest ago go first")
+      ->envname("RELAY_PROMPT_CACHE_SIZE")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false))
+      ->default_str("8GiB")
+      ->option_text("SIZE")
       ->group(kGroup);
   app.add_option("--pin-budget", e.pin_budget, "Share of the KV cache that pinned prompts may hold")
       ->envname("RELAY_PIN_BUDGET")

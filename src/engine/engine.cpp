@@ -17,6 +17,7 @@
 #include "engine/large_stack.h"
 #include "engine/llama_model.h"
 #include "engine/llama_sampler.h"
+#include "engine/prompt_cache.h"
 
 namespace relay::engine {
 
@@ -85,16 +86,18 @@ struct PinWait {
 class ThreadedEngine : public Engine {
  public:
   ThreadedEngine(const EngineOptions& options, std::unique_ptr<LlamaModel> model,
-                 const BackendReport& backend)
+                 const BackendReport& backend, const ProgressFn& progress)
       : options_(options),
         model_(std::move(model)),
         templates_(*model_, options.chat_template_file, options.template_kwargs_json),
-        core_(*model_, *model_, core_options(options, *model_)) {
+        prompt_cache_(open_prompt_cache(options, *model_)),
+        core_(*model_, *model_, core_options(options, *model_), prompt_cache_.get()) {
     ModelInfo& info = model_->info();
     info.chat_template = templates_.source();
     info.prefix_caching = options.prefix_caching;
     info.relay_active = backend.relay_active;
     info.backend = backend.line;
+    core_.restore_prompts(progress);
     stats_ = core_.stats();
     // Whoever has seen a request end, or a prompt pinned, finds it so in what we publish.
     core_.set_before_end([this] { publish_state(); });
@@ -192,8 +195,29 @@ class ThreadedEngine : public Engine {
     c.prefix_caching = o.prefix_caching;
     c.pin_budget = o.pin_budget;
     c.step_seconds = o.step_seconds;
+    c.decode_stretch = o.decode_stretch;
     c.kv_bytes_per_token = model.info().kv_bytes_per_token;
     return c;
+  }
+
+  static std::unique_ptr<PromptCache> open_prompt_cache(const EngineOptions& o,
+                                                        const LlamaModel& model) {
+    if (o.prompt_cache_dir.empty()) return nullptr;
+    if (!o.prefix_caching) {
+      throw EngineError(ErrorKind::kInvalidRequest,
+                        "A prompt cache is of no use without prefix caching.");
+    }
+    PromptCacheOptions c;
+    c.folder = o.prompt_cache_dir;
+    c.max_bytes = o.prompt_cache_bytes;
+    c.expected.token_bytes = model.kv_layout().bytes_per_token();
+    c.expected.key = model.kv_key();
+    c.expected.most_tokens = static_cast<uint32_t>(model.cells());
+    c.expected.vocabulary = model.vocab_size();
+    c.notice = o.notice ? o.notice : [](const std::string& text) {
+      std::fprintf(stderr, "relay: %s\n", text.c_str());
+    };
+    return std::make_unique<PromptCache>(std::move(c));
   }
 
   std::optional<Refusal> check(const GenerateRequest& request) const;
@@ -218,6 +242,7 @@ class ThreadedEngine : public Engine {
   const EngineOptions options_;
   const std::unique_ptr<LlamaModel> model_;
   const ChatTemplates templates_;
+  const std::unique_ptr<PromptCache> prompt_cache_;
   EngineCore core_;  // the engine thread's
 
   mutable std::mutex mutex_;  // guards what follows
@@ -424,10 +449,12 @@ void ThreadedEngine::run() {
     std::deque<std::function<void()>> messages;
     {
       std::unique_lock lock(mutex_);
-      if (inbox_.empty() && !more) {
+      if (inbox_.empty()) {
         busy_ = !core_.idle();
         if (!busy_) idle_.notify_all();
-        // Wakes by itself now and then for pinned prompts whose time is over.
+      }
+      // Wakes by itself now and then for pinned prompts whose time is over.
+      if (!more) {
         wake_.wait_for(lock, std::chrono::seconds(1),
                        [this] { return stopping_ || !inbox_.empty(); });
       }
@@ -455,6 +482,7 @@ void ThreadedEngine::run() {
   for (const auto& message : messages) message();
   core_.cancel_all();
   publish_state();
+  core_.store_prompts(std::chrono::seconds(10));
   const std::lock_guard lock(mutex_);
   busy_ = false;
   idle_.notify_all();
@@ -465,7 +493,7 @@ void ThreadedEngine::run() {
 std::unique_ptr<Engine> Engine::load(const EngineOptions& options, const ProgressFn& progress) {
   const BackendReport backend = load_backends(options.relay, options.relay_module);
   std::unique_ptr<LlamaModel> model = LlamaModel::load(options, backend.relay_active, progress);
-  return std::make_unique<ThreadedEngine>(options, std::move(model), backend);
+  return std::make_unique<ThreadedEngine>(options, std::move(model), backend, progress);
 }
 
 }  // namespace relay::engine

@@ -66,19 +66,26 @@ struct EngineOptions {
   int32_t max_context = 0;           ///< tokens of one request; 0: min(model's context, kv_cells)
   int32_t batch_tokens = 2048;       ///< most rows (decode + prefill) of one step
   int32_t ubatch_tokens = 512;       ///< most rows computed at once
-  int32_t parallel = 64;             ///< most sequences that run at once (1 to 240)
+  int32_t parallel = 64;             ///< most sequences that run at once (1 to 256)
   int32_t threads = 0;               ///< 0: the physical cores
   std::string cache_type_k = "f16";  ///< f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0
   std::string cache_type_v = "f16";
-  bool relay = true;           ///< attention by the Relay backend module; false: llama.cpp's own
-  std::string relay_module;    ///< path of libggml-relay.so; empty: beside the program or ../lib
-  int32_t max_queue = 256;     ///< sequences that may wait; more are refused with kQueueFull
-  double pin_budget = 0.2;     ///< share of kv_cells that pinned prompts may hold (0 to 1)
-  bool prefix_caching = true;  ///< false: nothing is shared or kept (the ablation)
-  bool mmap = true;            ///< map the model file instead of reading it
-  double step_seconds = 1.0;   ///< prompts are computed in pieces that take about so long; what
-                               ///< runs beside them, and a cancellation, waits no longer. 0: whole
-                               ///< batches
+  bool relay = true;             ///< attention by the Relay backend module; false: llama.cpp's own
+  std::string relay_module;      ///< path of libggml-relay.so; empty: beside the program or ../lib
+  int32_t max_queue = 256;       ///< sequences that may wait; more are refused with kQueueFull
+  double pin_budget = 0.2;       ///< share of kv_cells that pinned prompts may hold (0 to 1)
+  bool prefix_caching = true;    ///< false: nothing is shared or kept (the ablation)
+  bool mmap = true;              ///< map the model file instead of reading it
+  std::string prompt_cache_dir;  ///< folder where pinned and often shared prefixes outlive the
+                                 ///< process; empty: none
+  uint64_t prompt_cache_bytes = uint64_t{8} << 30;  ///< of all files there; the oldest go first
+  /// Told what goes wrong beside the requests, for people, from any thread; empty: standard error.
+  std::function<void(const std::string&)> notice;
+  double step_seconds = 1.0;  ///< a step with prompts takes about so long at most; 0: whole batches
+  /// While requests decode, as much of a prompt goes into a step as makes it so many times as long
+  /// as without; but a step that brings more requests to their first token than decode may take
+  /// step_seconds. 0: each may.
+  double decode_stretch = 1.75;
 };
 
 /// Called with a share done (0 to 1) and what is being done ("loading model", "warming up", …),
@@ -299,13 +306,15 @@ struct EngineStats {
   int64_t finished_cancelled = 0;
   int64_t finished_error = 0;
   int64_t preemptions = 0;
-  int64_t evicted_tokens = 0;  ///< of cached prefixes, to make room
+  int64_t evicted_tokens = 0;   ///< of cached prefixes, to make room
+  int64_t restored_tokens = 0;  ///< of prefixes, from the prompt cache at start-up
   int64_t refused = 0;
   int64_t kv_tokens_read_shared = 0;   ///< KV positions read for shared prefixes, once per group
   int64_t kv_tokens_read_private = 0;  ///< KV positions read for one sequence alone
   int64_t kv_tokens_saved = 0;  ///< positions a read per row would have added; x kv_bytes_per_token
   double seconds_computing = 0;  ///< spent in the model
   double seconds_sampling = 0;
+  double seconds_restoring = 0;
 };
 
 class Engine {

@@ -13,9 +13,16 @@ double seconds_between(Clock::time_point a, Clock::time_point b) {
   return std::chrono::duration<double>(b - a).count();
 }
 
+// Where as many may run as there are sequence ids, pinned prompts take some of theirs.
+int32_t most_pins(int32_t ids, int32_t parallel) {
+  constexpr int32_t kLeast = 16;
+  return std::max(ids - parallel, std::min(kLeast, ids / 2));
+}
+
 }  // namespace
 
-EngineCore::EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOptions& options)
+EngineCore::EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOptions& options,
+                       PromptCache* cache)
     : model_(model),
       vocabulary_(vocabulary),
       options_(options),
@@ -23,8 +30,11 @@ EngineCore::EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOpt
       scheduler_(kv_, options.scheduler),
       pins_(kv_, scheduler_,
             {.budget = options.pin_budget,
-             .prompts = std::min(model.max_sequences(), kMaxSequences) - options.scheduler.parallel,
-             .kv_bytes_per_token = options.kv_bytes_per_token}) {}
+             .prompts = most_pins(std::min(model.max_sequences(), kMaxSequences),
+                                  options.scheduler.parallel),
+             .kv_bytes_per_token = options.kv_bytes_per_token}),
+      persistence_(kv_, cache),
+      pacer_(options.step_seconds, options.decode_stretch, options.scheduler.batch_tokens) {}
 
 EngineCore::~EngineCore() = default;
 
@@ -113,37 +123,28 @@ void EngineCore::unpin(const std::string& id) { pins_.unpin(id); }
 
 // --- steps
 
-int32_t EngineCore::prefill_rows() const {
-  // A step cannot be interrupted: decode rows wait for the prefill rows beside them, and so does a
-  // cancellation. So the piece of prompt is what fits the time at the speed last seen.
-  constexpr int32_t kFirst = 128;
-  constexpr int32_t kLeast = 32;
-  if (options_.step_seconds <= 0) return options_.scheduler.batch_tokens;
-  if (rows_per_second_ <= 0) return std::min(kFirst, options_.scheduler.batch_tokens);
-  const double rows = std::min(rows_per_second_ * options_.step_seconds, 1e6);
-  const int32_t whole = static_cast<int32_t>(rows) / kLeast * kLeast;
-  return std::clamp(whole, std::min(kLeast, options_.scheduler.batch_tokens),
-                    options_.scheduler.batch_tokens);
-}
-
-void EngineCore::note_speed(const StepPlan& plan, double seconds) {
-  if (plan.prefill_rows < 32 || seconds <= 0) return;
-  const double speed = plan.rows / seconds;
-  rows_per_second_ = rows_per_second_ <= 0 ? speed : 0.5 * (rows_per_second_ + speed);
+void EngineCore::restore_prompts(const ProgressFn& progress) {
+  const int32_t most =
+      most_pins(std::min(model_.max_sequences(), kMaxSequences), options_.scheduler.parallel);
+  const auto start = Clock::now();
+  counters_.restored_tokens = persistence_.restore(most, progress);
+  counters_.seconds_restoring = seconds_between(start, Clock::now());
 }
 
 bool EngineCore::step() {
   pins_.expire();
-  const StepPlan plan = scheduler_.plan(prefill_rows());
+  const StepPlan plan = scheduler_.plan(pacer_.budget(scheduler_.decoding()));
   const auto now = Clock::now();
   note_admissions(plan, now);
   for (Sequence* s : plan.exhausted) end_exhausted(*s);
   if (plan.slices.empty()) {
-    pins_.finish();
-    return !plan.exhausted.empty() || !plan.admitted.empty();
+    if (pins_.finish()) persistence_.look_soon();
+    const bool busy = !plan.exhausted.empty() || !plan.admitted.empty();
+    return persistence_.step(!busy) || busy;
   }
   compute(plan);
-  pins_.finish();
+  if (pins_.finish()) persistence_.look_soon();
+  persistence_.step(false);
   return true;
 }
 
@@ -200,7 +201,7 @@ void EngineCore::compute(const StepPlan& plan) {
   scheduler_.commit(plan);
   ++counters_.steps;
   counters_.computed_prompt_tokens += plan.prefill_rows;
-  note_speed(plan, seconds);
+  pacer_.note(plan.rows - plan.prefill_rows, plan.prefill_rows, seconds);
   note_sharing(plan);
   sample(plan);
 }

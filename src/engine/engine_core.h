@@ -15,8 +15,10 @@
 #include "engine/kv_memory.h"
 #include "engine/model.h"
 #include "engine/pins.h"
+#include "engine/prompt_persistence.h"
 #include "engine/scheduler.h"
 #include "engine/sequence.h"
+#include "engine/step_pacer.h"
 
 namespace relay::engine {
 
@@ -24,7 +26,8 @@ struct CoreOptions {
   SchedulerOptions scheduler;
   bool prefix_caching = true;
   double pin_budget = 0.2;         ///< share of the cells
-  double step_seconds = 1.0;       ///< pieces of prompts are cut so that a step takes about so long
+  double step_seconds = 1.0;       ///< as in EngineOptions
+  double decode_stretch = 1.75;    ///< as in EngineOptions
   int64_t kv_bytes_per_token = 0;  ///< for the statistics
 };
 
@@ -59,7 +62,9 @@ struct Request {
 
 class EngineCore {
  public:
-  EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOptions& options);
+  /// cache: where prompts are stored; may be null.
+  EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOptions& options,
+             PromptCache* cache = nullptr);
   ~EngineCore();
 
   /// Takes the request in, or refuses it through its sink if it can never fit beside what is
@@ -74,6 +79,11 @@ class EngineCore {
   std::vector<PinnedPrompt> pinned() const;
   PinnedPrompt set_pin_ttl(const std::string& id, int64_t ttl_seconds);  ///< throws EngineError
   void unpin(const std::string& id);                                     ///< throws EngineError
+
+  /// Prompts come back from the cache; before the first step.
+  void restore_prompts(const ProgressFn& progress);
+  /// Those that should be in it and are not are stored; after the last step.
+  void store_prompts(std::chrono::seconds time) { persistence_.finish(time); }
 
   /// Computes one step. False: there was nothing to do.
   bool step();
@@ -91,8 +101,6 @@ class EngineCore {
   const Scheduler& scheduler() const { return scheduler_; }
 
  private:
-  int32_t prefill_rows() const;
-  void note_speed(const StepPlan& plan, double seconds);
   void note_admissions(const StepPlan& plan, Clock::time_point now);
   void note_sharing(const StepPlan& plan);
   void compute(const StepPlan& plan);
@@ -115,12 +123,13 @@ class EngineCore {
   Scheduler scheduler_;
   std::unordered_map<RequestId, std::unique_ptr<Request>> requests_;
   Pins pins_;
+  PromptPersistence persistence_;
   std::shared_ptr<Observer> observer_;
   std::function<void()> before_end_;
   EngineStats counters_;  // its gauges are made in stats()
   uint64_t arrivals_ = 0;
   Batch batch_;
-  double rows_per_second_ = 0.0;  // of steps with prefill; 0: not known yet
+  StepPacer pacer_;
 };
 
 }  // namespace relay::engine

@@ -11,6 +11,7 @@
 #include "engine/fake_model.h"
 #include "engine/kv_memory.h"
 #include "engine/scheduler.h"
+#include "engine/step_pacer.h"
 
 namespace relay::engine {
 namespace {
@@ -433,7 +434,7 @@ TEST(EngineCore, ASmallRequestDoesNotOvertakeALargeOneThatWaitsForRoom) {
   ASSERT_FALSE(running->done);
   ASSERT_TRUE(large->tokens.empty()) << "there is no room for it yet";
   while (small->tokens.empty()) ASSERT_TRUE(bench.step());
-  EXPECT_FALSE(large->tokens.empty()) << "it was asked first";
+  EXPECT_EQ(bench.core.scheduler().waiting(), 0) << "the large one, asked first, was let in first";
   bench.run();
   EXPECT_TRUE(running->done && large->done && small->done);
   bench.expect_no_leak();
@@ -452,12 +453,12 @@ TEST(Scheduler, PrefillKeepsToItsRowsBesideDecoding) {
     s.max_tokens = 5;
     scheduler.enqueue(&s);
   }
-  StepPlan plan = scheduler.plan(16);
-  EXPECT_EQ(plan.rows, 16);
+  StepPlan plan = scheduler.plan({16, 16});
+  EXPECT_EQ(plan.prefill_rows, 16) << "beside the prompt of one token";
   scheduler.commit(plan);
   sequences[0].tokens.push_back(1);  // it decodes from here on
   for (const int32_t allowed : {10, 0, 1000}) {
-    plan = scheduler.plan(allowed);
+    plan = scheduler.plan({allowed, 0});
     EXPECT_EQ(plan.prefill_rows, std::min(allowed, 63)) << "of a batch of 64, one row decodes";
     EXPECT_EQ(plan.rows, plan.prefill_rows + 1);
     scheduler.commit(plan);
@@ -465,6 +466,160 @@ TEST(Scheduler, PrefillKeepsToItsRowsBesideDecoding) {
   }
   for (Sequence& s : sequences) scheduler.remove(&s, Scheduler::Keep::kNothing);
   EXPECT_EQ(kv.cells_used(), 0);
+}
+
+// Sequences for a scheduler alone.
+class Queue {
+ public:
+  explicit Queue(const SchedulerOptions& options, int32_t cells = 4096)
+      : model(cells), kv(model, true), scheduler(kv, options) {}
+  ~Queue() {
+    for (const auto& s : sequences) scheduler.remove(s.get(), Scheduler::Keep::kNothing);
+  }
+  Sequence& add(const Tokens& tokens, int32_t max_tokens = 1000) {
+    auto s = std::make_unique<Sequence>();
+    s->arrival = sequences.size() + 1;
+    s->salt = kv.salt("");
+    s->tokens = tokens;
+    s->prompt_length = s->length();
+    s->max_tokens = max_tokens;
+    scheduler.enqueue(s.get());
+    sequences.push_back(std::move(s));
+    return *sequences.back();
+  }
+  /// Plans and computes a step; each sequence that samples takes a token.
+  StepPlan step(PrefillBudget budget) {
+    StepPlan plan = scheduler.plan(budget);
+    scheduler.commit(plan);
+    for (const Slice& slice : plan.slices) {
+      if (slice.samples) slice.sequence->tokens.push_back(7);
+    }
+    return plan;
+  }
+
+  FakeModel model;
+  KvMemory kv;
+  Scheduler scheduler;
+  std::vector<std::unique_ptr<Sequence>> sequences;
+};
+
+int32_t rows_of(const StepPlan& plan, const Sequence& sequence) {
+  for (const Slice& slice : plan.slices) {
+    if (slice.sequence == &sequence) return slice.count;
+  }
+  return 0;
+}
+
+TEST(Scheduler, ALongPromptLeavesHalfToShortOnes) {
+  Queue queue({.parallel = 8, .batch_tokens = 512});
+  const Sequence& decoding = queue.add(sequence_of(4, 81));
+  queue.step({16, 64});
+  ASSERT_EQ(decoding.generated(), 1);
+  const Sequence& first = queue.add(Tokens{1} + sequence_of(1000, 82));
+  const Sequence& shorter = queue.add(Tokens{2} + sequence_of(99, 83));
+  const Sequence& shortest = queue.add(Tokens{3} + sequence_of(11, 84));
+  StepPlan plan = queue.step({16, 64});
+  EXPECT_EQ(plan.prefill_rows, 16);
+  EXPECT_EQ(rows_of(plan, first), 8);
+  EXPECT_EQ(rows_of(plan, shortest), 8);
+  plan = queue.step({16, 64});
+  EXPECT_EQ(rows_of(plan, first), 8) << "the first always has its half";
+  EXPECT_EQ(rows_of(plan, shortest), 4);
+  EXPECT_EQ(rows_of(plan, shorter), 4);
+  EXPECT_EQ(shortest.generated(), 1);
+  EXPECT_EQ(decoding.generated(), 3);
+}
+
+TEST(Scheduler, AStepThatBringsMoreFirstTokensThanItHoldsUpMayBeWhole) {
+  Queue queue({.parallel = 16, .batch_tokens = 512});
+  const Sequence& decoding = queue.add(sequence_of(4, 85));
+  queue.step({8, 64});
+  ASSERT_EQ(decoding.generated(), 1);
+  const Sequence& one = queue.add(Tokens{1} + sequence_of(19, 86));
+  EXPECT_EQ(queue.step({8, 64}).prefill_rows, 8) << "one for one is no gain";
+  const Sequence& two = queue.add(Tokens{2} + sequence_of(19, 87));
+  const Sequence& large = queue.add(Tokens{3} + sequence_of(500, 88));
+  const StepPlan plan = queue.step({8, 64});
+  EXPECT_EQ(one.generated(), 1);
+  EXPECT_EQ(two.generated(), 1);
+  EXPECT_LE(rows_of(plan, large), 4) << "a whole step is not for those it does not finish";
+  EXPECT_EQ(queue.step({8, 64}).prefill_rows, 8);
+}
+
+TEST(Scheduler, WhoSharesIsAdmittedFirstButNobodyIsOvertakenForEver) {
+  Queue queue({.parallel = 1, .batch_tokens = 512});
+  const Tokens system = sequence_of(100, 89);
+  queue.add(system, 1);
+  while (queue.sequences.front()->generated() == 0) queue.step({512, 512});
+  queue.scheduler.remove(queue.sequences.front().get(), Scheduler::Keep::kAll);
+  const Sequence& stranger = queue.add(Tokens{60} + sequence_of(99, 90), 1);
+  int served = 0;
+  while (!stranger.began) {
+    const Sequence& sharer = queue.add(system + Tokens{served % 60}, 1);
+    queue.step({512, 512});
+    if (!sharer.began) continue;
+    ASSERT_LT(++served, 100);
+    queue.scheduler.remove(queue.sequences.back().get(), Scheduler::Keep::kPrompt);
+  }
+  EXPECT_EQ(served, 16);
+}
+
+TEST(StepPacer, KeepsStepsToTheirTimes) {
+  // A machine on which a decode row takes 4 ms beside 100, and a prompt's row 7 ms.
+  StepPacer pacer(1.0, 1.75, 512);
+  const auto step = [&](int32_t decode_rows, int32_t wanted) {
+    const PrefillBudget budget = pacer.budget(decode_rows);
+    const int32_t rows = std::min(wanted, decode_rows > 0 ? budget.beside : budget.alone);
+    const double seconds =
+        (decode_rows > 0 || rows > 0 ? 0.1 : 0.0) + 0.004 * decode_rows + 0.007 * rows;
+    pacer.note(decode_rows, rows, seconds);
+    return seconds;
+  };
+  for (int i = 0; i < 20; ++i) step(0, 512);
+  EXPECT_NEAR(step(0, 512), 1.0, 0.25);
+  const double alone = step(8, 0);
+  std::vector<double> beside;
+  int without = 0;
+  for (int i = 0; i < 200; ++i) {
+    beside.push_back(step(8, 512));
+    without += beside.back() == alone ? 1 : 0;
+  }
+  std::sort(beside.begin(), beside.end());
+  EXPECT_LE(beside.back(), 2 * alone);
+  EXPECT_GE(beside[100], 1.5 * alone) << "prompts advance";
+  EXPECT_NEAR(without, 200 / 33, 1) << "now and then a look at what decoding takes by itself";
+  EXPECT_EQ(pacer.budget(24).beside, 0) << "a look as well where three times as many decode";
+}
+
+TEST(StepPacer, PromptsAdvanceHoweverSlowTheyAre) {
+  StepPacer pacer(1.0, 1.5, 512);
+  pacer.note(0, 64, 1000);
+  EXPECT_EQ(pacer.budget(0).alone, 32);
+  pacer.note(4, 0, 0.001);
+  EXPECT_EQ(pacer.budget(4).beside, 8);
+  EXPECT_EQ(StepPacer(0, 1.5, 512).budget(4).beside, 512) << "no clock";
+  EXPECT_EQ(StepPacer(1, 0, 512).budget(4).beside, 128) << "no stretch: what a step can have";
+}
+
+TEST(EngineCore, AsManyMayRunAsThereAreSequenceIds) {
+  CoreOptions options = small_steps(kMaxSequences, 512);
+  Bench bench(8192, options);
+  bool pinned = false;
+  const Tokens system = sequence_of(50, 91);
+  PinRequest pin;
+  pin.tokens = system;
+  bench.core.pin(pin, {{}, [&](const PinnedPrompt&) { pinned = true; }, {}});
+  bench.run();
+  ASSERT_TRUE(pinned);
+  std::vector<std::shared_ptr<Outcome>> outs;
+  for (int32_t i = 0; i < 300; ++i)
+    outs.push_back(bench.submit(system + Tokens{i % 61, i / 61}, 9));
+  int32_t most = 0;
+  while (bench.step()) most = std::max(most, bench.core.scheduler().running());
+  EXPECT_EQ(most, kMaxSequences - 1) << "one id is the pinned prompt's";
+  for (int32_t i = 0; i < 300; ++i) {
+    expect_alone(bench, *outs[static_cast<size_t>(i)], system + Tokens{i % 61, i / 61}, 9);
+  }
 }
 
 TEST(EngineCore, WhatCanNeverFitIsRefused) {

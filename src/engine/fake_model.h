@@ -87,6 +87,34 @@ class FakeModel : public Model, public Vocabulary {
     }
   }
 
+  std::vector<uint8_t> save(SeqId seq, int32_t begin, int32_t end, SeqId unused) override {
+    if (!tokens_of(unused).empty()) throw std::logic_error("fake model: an id in use");
+    const std::vector<Token> tokens = tokens_of(seq);
+    std::vector<uint8_t> kv;
+    for (int32_t i = begin; i < end; ++i) {
+      const auto value = static_cast<uint32_t>(tokens.at(static_cast<size_t>(i)));
+      for (int shift = 0; shift < 32; shift += 8)
+        kv.push_back(static_cast<uint8_t>(value >> shift));
+    }
+    return kv;
+  }
+  bool restore(SeqId seq, int32_t begin, std::span<const uint8_t> kv, SeqId unused) override {
+    if (!tokens_of(unused).empty()) throw std::logic_error("fake model: an id in use");
+    const size_t count = kv.size() / kBytesPerToken;
+    if (static_cast<int32_t>(count) > cells() - used()) return false;
+    size_t at = 0;
+    for (size_t i = 0; i < count; ++i) {
+      while (cells_[at].members.any()) ++at;
+      uint32_t value = 0;
+      for (size_t b = kBytesPerToken; b-- > 0;) value = value << 8 | kv[kBytesPerToken * i + b];
+      cells_[at].position = begin + static_cast<int32_t>(i);
+      cells_[at].token = static_cast<Token>(value);
+      cells_[at].members.set(static_cast<size_t>(seq));
+    }
+    return true;
+  }
+  static constexpr size_t kBytesPerToken = 4;  ///< of what is saved
+
   std::string piece(Token token, bool) const override {
     return std::string(1, static_cast<char>('A' + token % 58));
   }

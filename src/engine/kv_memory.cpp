@@ -200,6 +200,38 @@ void KvMemory::unpin(SeqId seq) {
   retain(seq);
 }
 
+std::optional<std::vector<uint8_t>> KvMemory::save(const Salt& salt, std::span<const Token> tokens,
+                                                   int32_t begin, int32_t count) {
+  const auto length = static_cast<int32_t>(tokens.size());
+  const PrefixTree::Match match = tree_.match(salt, tokens, length);
+  if (match.length < length || free_ids_.empty()) return std::nullopt;
+  return model_.save(match.holder(), begin, begin + count, free_ids_.back());
+}
+
+bool KvMemory::restore(const Salt& salt, std::span<const Token> tokens, size_t token_bytes,
+                       const NextKv& next) {
+  const auto length = static_cast<int32_t>(tokens.size());
+  if (!prefix_caching_ || free_ids_.size() < 2 || length > cells_free()) return false;
+  if (tree_.match(salt, tokens, length).length == length) return true;
+  const SeqId seq = acquire_id();
+  running_.set(index(seq));
+  salt_of_[index(seq)] = salt;
+  while (this->length(seq) < length) {
+    const int32_t begin = this->length(seq);
+    const auto kv = next();
+    const auto count = kv ? static_cast<int32_t>(kv->size() / token_bytes) : 0;
+    if (count <= 0 || count > length - begin ||
+        !model_.restore(seq, begin, *kv, free_ids_.back())) {
+      drop(seq);
+      return false;
+    }
+    grow(seq, count);
+  }
+  publish(seq, salt, tokens);
+  retain(seq);
+  return true;
+}
+
 void KvMemory::clear_cache() {
   for (SeqId s = 0; s < kMaxSequences; ++s) {
     if (cached_.test(index(s))) drop(s);

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <span>
 #include <vector>
@@ -25,6 +26,7 @@ class KvMemory {
   KvMemory(Model& model, bool prefix_caching);
 
   Salt salt(const std::string& text) { return salts_.intern(text); }
+  Salt salt_of_digest(const std::string& digest) { return salts_.intern_digest(digest); }
   bool prefix_caching() const { return prefix_caching_; }
 
   /// Tokens of the longest cached prefix, at most `limit`. Changes nothing.
@@ -59,6 +61,21 @@ class KvMemory {
   void pin(SeqId seq);
   /// pinned -> cached.
   void unpin(SeqId seq);
+
+  /// What is worth keeping beyond this process: pinned prompts, and what so many have shared.
+  std::vector<PrefixTree::Prefix> lasting(uint32_t hits) const {
+    return tree_.prefixes(pinned_, hits);
+  }
+  /// The KV of a part of a prefix. None if it is no longer there, or no sequence id is free.
+  std::optional<std::vector<uint8_t>> save(const Salt& salt, std::span<const Token> tokens,
+                                           int32_t begin, int32_t count);
+  /// Hands over the KV of the next tokens, how many it likes; nothing: there is no more.
+  using NextKv = std::function<std::optional<std::vector<uint8_t>>()>;
+  /// A cached path for these tokens, from saved KV of so many bytes a token, unless it is there.
+  /// False if there are no free cells or ids for it, or not all KV comes: then nothing has changed.
+  bool restore(const Salt& salt, std::span<const Token> tokens, size_t token_bytes,
+               const NextKv& next);
+
   /// Drops every cached (not pinned) path.
   void clear_cache();
 

@@ -3,11 +3,14 @@
 #include <algorithm>
 #include <array>
 #include <filesystem>
+#include <fstream>
 #include <map>
 
 #include "base/unix_time.h"
+#include "build-info.h"
 #include "common.h"
 #include "engine/backend.h"
+#include "engine/sha256.h"
 #include "llama.h"
 
 namespace relay::engine {
@@ -34,14 +37,41 @@ void check(const EngineOptions& o) {
   const auto require = [](bool ok, const std::string& message) {
     if (!ok) throw EngineError(ErrorKind::kInvalidRequest, message);
   };
-  require(o.parallel >= 1 && o.parallel <= 240, "parallel must be 1 to 240.");
+  require(o.parallel >= 1 && o.parallel <= kMaxSequences,
+          "parallel must be 1 to " + std::to_string(kMaxSequences) + ".");
   require(o.batch_tokens >= o.parallel, "batch_tokens must be at least parallel.");
   require(o.ubatch_tokens >= 1 && o.ubatch_tokens <= o.batch_tokens,
           "ubatch_tokens must be 1 to batch_tokens.");
   require(o.kv_cells >= 0 && o.max_context >= 0, "kv_cells and max_context must not be negative.");
   require(o.max_queue >= 0, "max_queue must not be negative.");
   require(o.pin_budget >= 0 && o.pin_budget <= 1, "pin_budget must be 0 to 1.");
+  require(o.step_seconds >= 0, "step_seconds must not be negative.");
+  require(o.decode_stretch == 0 || o.decode_stretch > 1,
+          "decode_stretch must be above 1, or 0 for no such limit.");
   require(o.threads >= 0, "threads must not be negative.");
+}
+
+// Size, time of change and samples of a file. To read all of it would take as long as computing
+// the prompts that are kept.
+void append_identity(const std::string& path, std::string& text) {
+  constexpr uint64_t kSample = 64 << 10;
+  constexpr uint64_t kSamples = 64;
+  std::error_code error;
+  const uint64_t size = fs::file_size(path, error);
+  const auto changed = fs::last_write_time(path, error).time_since_epoch().count();
+  std::ifstream file(path, std::ios::binary);
+  if (error || !file) {
+    throw EngineError(ErrorKind::kModel, "The model file " + path + " cannot be read.");
+  }
+  text += std::to_string(size) + '\n' + std::to_string(changed) + '\n';
+  const uint64_t last = size > kSample ? size - kSample : 0;
+  std::string sample(kSample, '\0');
+  for (uint64_t i = 0; i < kSamples && i * kSample < size; ++i) {
+    file.seekg(static_cast<std::streamoff>(std::max(i * kSample, last / (kSamples - 1) * i)));
+    file.read(sample.data(), static_cast<std::streamsize>(kSample));
+    text.append(sample, 0, static_cast<size_t>(file.gcount()));
+    file.clear();
+  }
 }
 
 }  // namespace
@@ -128,7 +158,7 @@ void LlamaModel::create_context(const EngineOptions& options, bool relay_active)
   // keeps a row of logits for each.
   const int32_t most = window ? kMaxSequences / 2 : kMaxSequences;
   max_sequences_ = std::min(most, options.parallel + std::max(32, options.parallel));
-  if (options.parallel >= max_sequences_) {
+  if (window && options.parallel >= max_sequences_) {
     throw EngineError(ErrorKind::kInvalidRequest,
                       "This model has sliding-window layers: parallel must be below " +
                           std::to_string(most) + ".");
@@ -185,6 +215,7 @@ void LlamaModel::self_check() {
     return llama_state_get_size(context_);
   };
   const size_t one = compute(0);
+  learn_kv_layout();
   const size_t two = compute(1);
   share(0, 1, 0, 1);
   const size_t shared = llama_state_get_size(context_);
@@ -206,6 +237,73 @@ void LlamaModel::self_check() {
   const bool positions_2d = rope == LLAMA_ROPE_TYPE_MROPE || rope == LLAMA_ROPE_TYPE_IMROPE;
   info_.kv_bytes_per_token =
       static_cast<int64_t>(state_per_cell_ - caches * (positions_2d ? 20 : 8));
+}
+
+void LlamaModel::learn_kv_layout() {
+  if (shadow_ > 0) {
+    no_kv_layout_ = "it has sliding-window layers, of which llama.cpp saves the window alone";
+    return;
+  }
+  try {
+    kv_layout_ = read_kv_layout(sequence_state(0));
+  } catch (const std::runtime_error& e) {
+    no_kv_layout_ = e.what();
+  }
+}
+
+std::vector<uint8_t> LlamaModel::sequence_state(SeqId seq) {
+  std::vector<uint8_t> state(llama_state_seq_get_size(context_, seq));
+  state.resize(llama_state_seq_get_data(context_, state.data(), state.size(), seq));
+  return state;
+}
+
+const KvLayout& LlamaModel::kv_layout() const {
+  if (!kv_layout_) {
+    throw EngineError(ErrorKind::kModel,
+                      "The KV of " + info_.path + " cannot be saved: " + no_kv_layout_ + ".");
+  }
+  return *kv_layout_;
+}
+
+std::vector<std::string> LlamaModel::files() const {
+  std::array<char, 16> text{};
+  llama_model_meta_val_str(model_, "split.count", text.data(), text.size());
+  const int count = std::max(1, std::atoi(text.data()));
+  std::array<char, 4096> prefix{};
+  std::array<char, 4096> part{};
+  if (count == 1 ||
+      llama_split_prefix(prefix.data(), prefix.size(), info_.path.c_str(), 0, count) <= 0) {
+    return {info_.path};
+  }
+  std::vector<std::string> paths;
+  for (int i = 0; i < count; ++i) {
+    llama_split_path(part.data(), part.size(), prefix.data(), i, count);
+    paths.emplace_back(part.data());
+  }
+  return paths;
+}
+
+std::string LlamaModel::kv_key() const {
+  std::string text =
+      std::string(llama_commit()) + '\n' + kv_layout().describe() + '\n' + info_.description + '\n';
+  for (const std::string& path : files()) append_identity(path, text);
+  return sha256_hex({reinterpret_cast<const uint8_t*>(text.data()), text.size()});
+}
+
+std::vector<uint8_t> LlamaModel::save(SeqId seq, int32_t begin, int32_t end, SeqId unused) {
+  share(seq, unused, begin, end);
+  const std::vector<uint8_t> state = sequence_state(unused);
+  remove(unused, begin, end);
+  return take_kv(kv_layout(), state, begin, end - begin);
+}
+
+bool LlamaModel::restore(SeqId seq, int32_t begin, std::span<const uint8_t> kv, SeqId unused) {
+  const std::vector<uint8_t> state = make_kv_state(kv_layout(), begin, kv);
+  if (llama_state_seq_set_data(context_, state.data(), state.size(), unused) == 0) return false;
+  const auto end = begin + static_cast<int32_t>(kv.size() / kv_layout().bytes_per_token());
+  share(unused, seq, begin, end);
+  remove(unused, begin, end);
+  return true;
 }
 
 int32_t LlamaModel::count_cells() const {

@@ -3,10 +3,12 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "engine/engine.h"
+#include "engine/kv_state.h"
 #include "engine/model.h"
 #include "engine/tokenizer.h"
 
@@ -33,6 +35,15 @@ class LlamaModel : public Model, public Vocabulary {
   std::span<const float> logits(int32_t row) override;
   void share(SeqId from, SeqId to, int32_t begin, int32_t end) override;
   void remove(SeqId seq, int32_t begin, int32_t end) override;
+  std::vector<uint8_t> save(SeqId seq, int32_t begin, int32_t end, SeqId unused) override;
+  bool restore(SeqId seq, int32_t begin, std::span<const uint8_t> kv, SeqId unused) override;
+
+  /// How KV is saved. Throws EngineError (kModel) if this model's cannot be.
+  const KvLayout& kv_layout() const;
+  /// 64 hex digits that differ where saved KV means something else: another model, KV type or
+  /// version. The model's file is known by its size, its time of change and samples of its
+  /// contents.
+  std::string kv_key() const;
 
   std::string piece(Token token, bool special) const override;
   bool is_end(Token token) const override;
@@ -61,6 +72,9 @@ class LlamaModel : public Model, public Vocabulary {
   void open(const EngineOptions& options, const ProgressFn& progress);
   void create_context(const EngineOptions& options, bool relay_active);
   void self_check();
+  void learn_kv_layout();
+  std::vector<uint8_t> sequence_state(SeqId seq);
+  std::vector<std::string> files() const;
 
   ModelInfo info_;
   llama_model* model_ = nullptr;
@@ -72,6 +86,8 @@ class LlamaModel : public Model, public Vocabulary {
   // llama.cpp's, s and s + shadow_; 0: no window.
   int32_t shadow_ = 0;
   // How the saved state grows (self_check finds out); it names the owners of every cell.
+  std::optional<KvLayout> kv_layout_;
+  std::string no_kv_layout_;    // why there is none
   size_t state_fixed_ = 0;      // bytes however many cells (at least one)
   size_t state_per_cell_ = 0;   // for each cell, without its owners
   size_t state_per_owner_ = 0;  // for each owner of a cell

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <deque>
 #include <filesystem>
 #include <fstream>
 #include <random>
@@ -272,6 +273,63 @@ TEST(LlamaModel, RefusalsSayWhatIsWrong) {
   bad.model_path = no_model;
   EXPECT_NE(message(bad).find("could not load"), std::string::npos) << message(bad);
   std::filesystem::remove(no_model);
+}
+
+TEST(LlamaModelKv, WhatIsSavedContinuesElsewhereAsItWas) {
+  for (const char* type : {"f16", "q8_0"}) {
+    EngineOptions options = small_options("tiny", 1024);
+    options.cache_type_k = options.cache_type_v = type;
+    Bench first(options, true);
+    const Tokens prompt = random_tokens(*first.model, 150, 71);
+    const Tokens question = random_tokens(*first.model, 5, 72);
+    // Others before and beside it: its cells do not lie one after the other.
+    first.submit(random_tokens(*first.model, 40, 73), 4);
+    first.submit(prompt, 1);
+    first.submit(random_tokens(*first.model, 60, 74), 9);
+    first.run();
+    const Salt salt = first.core->kv().salt("");
+    const Tokens kept(prompt.begin(), prompt.end() - 1);
+    std::deque<std::vector<uint8_t>> pieces;
+    for (int32_t at = 0; at < 149; at += 64) {
+      auto piece = first.core->kv().save(salt, kept, at, std::min(64, 149 - at));
+      ASSERT_TRUE(piece);
+      pieces.push_back(std::move(*piece));
+    }
+    first.check();
+
+    Bench second(options, true);
+    second.submit(random_tokens(*second.model, 33, 75), 3);
+    second.run();
+    const auto next = [&]() -> std::optional<std::vector<uint8_t>> {
+      if (pieces.empty()) return std::nullopt;
+      auto piece = std::move(pieces.front());
+      pieces.pop_front();
+      return piece;
+    };
+    KvMemory& kv = second.core->kv();
+    ASSERT_TRUE(kv.restore(kv.salt(""), kept, second.model->kv_layout().bytes_per_token(), next));
+    second.check();
+    const auto there = first.submit(prompt + question, 12);
+    const auto here = second.submit(prompt + question, 12);
+    first.run();
+    second.run();
+    EXPECT_EQ(here->usage.cached_tokens, 149);
+    int identical = 0;
+    expect_same(*here, *there, identical);
+    EXPECT_EQ(first.model->kv_key(), second.model->kv_key());
+    options.cache_type_k = "f32";
+    EXPECT_NE(Bench(options, true).model->kv_key(), first.model->kv_key());
+  }
+}
+
+TEST(LlamaModelKv, SlidingWindowsCannotBeSavedAndSayWhy) {
+  Bench bench(small_options("tiny-gemma2", 512), true);
+  try {
+    bench.model->kv_layout();
+    FAIL() << "no error";
+  } catch (const EngineError& e) {
+    EXPECT_NE(std::string(e.what()).find("sliding-window"), std::string::npos);
+  }
 }
 
 }  // namespace

@@ -63,6 +63,13 @@ class Model {
   virtual void share(SeqId from, SeqId to, int32_t begin, int32_t end) = 0;
   /// Cells of `seq` at positions [begin, end) no longer belong to it; cells of nobody are free.
   virtual void remove(SeqId seq, int32_t begin, int32_t end) = 0;
+
+  /// The KV of `seq` at positions [begin, end) as bytes, the same number for each position.
+  /// `unused` is an id without cells, and is so again afterwards; here and below.
+  virtual std::vector<uint8_t> save(SeqId seq, int32_t begin, int32_t end, SeqId unused) = 0;
+  /// Free cells get this KV, of positions from `begin` on, and belong to `seq`. False: the model
+  /// did not take it; nothing has changed.
+  virtual bool restore(SeqId seq, int32_t begin, std::span<const uint8_t> kv, SeqId unused) = 0;
 };
 
 /// The part of a tokenizer that turns tokens into text.

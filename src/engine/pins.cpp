@@ -74,7 +74,8 @@ void Pins::pin(const PinRequest& request, uint64_t arrival, PinCallbacks callbac
   jobs_.push_back(std::move(job));
 }
 
-void Pins::finish() {
+bool Pins::finish() {
+  const size_t before = jobs_.size();
   for (size_t i = 0; i < jobs_.size();) {
     Job& job = *jobs_[i];
     Sequence& s = job.sequence;
@@ -102,6 +103,7 @@ void Pins::finish() {
     job.callbacks.done(it->second.prompt);
     jobs_.erase(jobs_.begin() + static_cast<std::ptrdiff_t>(i));
   }
+  return jobs_.size() < before;
 }
 
 std::vector<PinnedPrompt> Pins::list() const {

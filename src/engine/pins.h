@@ -41,8 +41,8 @@ class Pins {
   void unpin(const std::string& id);                                 ///< throws EngineError
 
   bool computing() const { return !jobs_.empty(); }
-  /// After a step: tells how far prompts are and pins those that are computed.
-  void finish();
+  /// After a step: tells how far prompts are and pins those that are computed. Returns whether any.
+  bool finish();
   void expire();
   /// The prompt that this sequence computes is given up.
   void fail(const Sequence& sequence, ErrorKind kind, const std::string& message,

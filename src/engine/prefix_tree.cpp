@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "engine/sha256.h"
+
 namespace relay::engine {
 
 namespace {
@@ -34,14 +36,18 @@ void for_each_node(const PrefixTree::Node* node, const Visit& visit) {
 }  // namespace
 
 Salt SaltTable::intern(const std::string& text) {
+  return intern_digest(sha256_hex({reinterpret_cast<const uint8_t*>(text.data()), text.size()}));
+}
+
+Salt SaltTable::intern_digest(const std::string& digest) {
   if (entries_.size() >= sweep_at_) {
     std::erase_if(entries_, [](const auto& entry) { return entry.second.expired(); });
     sweep_at_ = std::max<size_t>(64, 2 * entries_.size());
   }
-  auto& slot = entries_[text];
+  auto& slot = entries_[digest];
   Salt salt = slot.lock();
   if (!salt) {
-    salt = std::make_shared<const SaltEntry>(SaltEntry{next_id_++, text});
+    salt = std::make_shared<const SaltEntry>(SaltEntry{next_id_++, digest});
     slot = salt;
   }
   return salt;
@@ -92,6 +98,7 @@ void PrefixTree::split(Node* node, int32_t at) {
   lower->tokens.assign(node->tokens.begin() + at, node->tokens.end());
   lower->members = node->members;
   lower->last_used = node->last_used;
+  lower->hits = node->hits;
   lower->children = std::move(node->children);
   for (auto& [key, child] : lower->children) child->parent = lower.get();
   for (Node*& tail : tails_) {
@@ -106,6 +113,7 @@ void PrefixTree::attach(SeqId seq, const Match& match) {
   if (match.in_node < match.node->size()) split(match.node, match.in_node);
   ++clock_;
   for (Node* node = match.node; node != root_.get(); node = node->parent) {
+    if (!node->members.test(static_cast<size_t>(seq))) ++node->hits;
     node->members.set(static_cast<size_t>(seq));
     node->last_used = clock_;
   }
@@ -144,6 +152,7 @@ void PrefixTree::merge_with_child(Node* node) {
   const std::unique_ptr<Node> child = std::move(slot);
   node->tokens.insert(node->tokens.end(), child->tokens.begin(), child->tokens.end());
   node->last_used = std::max(node->last_used, child->last_used);
+  node->hits = std::max(node->hits, child->hits);
   node->children = std::move(child->children);
   for (auto& [key, grandchild] : node->children) grandchild->parent = node;
   for (Node*& tail : tails_) {
@@ -239,6 +248,27 @@ PrefixTree::Sharing PrefixTree::sharing(const SeqSet& readers) const {
       result.group = static_cast<int32_t>(count);
       result.prefix = node->end();
     }
+  });
+  return result;
+}
+
+std::vector<PrefixTree::Prefix> PrefixTree::prefixes(const SeqSet& set, uint32_t hits) const {
+  const auto chosen = [&](const Node* node) {
+    return (node->members & set).any() || node->hits >= hits;
+  };
+  std::vector<Prefix> result;
+  for_each_node(root_.get(), [&](const Node* node) {
+    if (!chosen(node)) return;
+    for (const auto& [key, child] : node->children) {
+      if (child->salt == node->salt && chosen(child.get())) return;
+    }
+    Prefix prefix;
+    prefix.salt = node->salt;
+    prefix.tokens.resize(static_cast<size_t>(node->end()));
+    for (const Node* n = node; n != root_.get(); n = n->parent) {
+      std::copy(n->tokens.begin(), n->tokens.end(), prefix.tokens.begin() + n->begin);
+    }
+    result.push_back(std::move(prefix));
   });
   return result;
 }

@@ -24,14 +24,16 @@ namespace relay::engine {
 /// for all) may be entered by paths of every salt. Compared by pointer; see SaltTable.
 struct SaltEntry {
   uint64_t id;  ///< > 0, never used again
-  std::string text;
+  std::string digest;
 };
 using Salt = std::shared_ptr<const SaltEntry>;  ///< null: public
 
-/// One SaltEntry for each text in use.
+/// One SaltEntry for each digest in use.
 class SaltTable {
  public:
+  /// Salts are known by the SHA-256 of their texts: what is kept on disk does not show these.
   Salt intern(const std::string& text);
+  Salt intern_digest(const std::string& digest);
   size_t size() const { return entries_.size(); }
 
  private:
@@ -49,6 +51,7 @@ class PrefixTree {
     std::vector<Token> tokens;
     SeqSet members;  ///< sequences whose path includes this node; never empty but the root's
     uint64_t last_used = 0;  ///< clock of the last attach
+    uint32_t hits = 0;       ///< sequences that have joined its first
     std::map<std::pair<uint64_t, Token>, std::unique_ptr<Node>> children;  ///< by salt, first token
 
     int32_t size() const { return static_cast<int32_t>(tokens.size()); }
@@ -109,6 +112,14 @@ class PrefixTree {
     int64_t saved_tokens = 0;   ///< further readers of the shared ones
   };
   Sharing sharing(const SeqSet& readers) const;
+
+  struct Prefix {
+    Salt salt;
+    std::vector<Token> tokens;
+  };
+  /// The prefixes whose nodes have members in `set` or so many hits: of each salt those that no
+  /// longer one includes.
+  std::vector<Prefix> prefixes(const SeqSet& set, uint32_t hits) const;
 
   size_t nodes() const;
   /// Throws std::logic_error if an invariant is broken. For tests.

@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <unordered_map>
 
 namespace relay::engine {
 
 namespace {
+
+constexpr int32_t kMostOvertaken = 16;
 
 void insert_in_order(std::vector<Sequence*>& list, Sequence* sequence) {
   const auto place =
@@ -25,16 +28,16 @@ int32_t common_prefix(const std::vector<Token>& a, const std::vector<Token>& b, 
 
 void Scheduler::enqueue(Sequence* sequence) { insert_in_order(waiting_, sequence); }
 
-StepPlan Scheduler::plan(int32_t prefill_rows) {
+StepPlan Scheduler::plan(PrefillBudget budget) {
   StepPlan plan;
   for (;;) {
     plan.slices.clear();
     plan.rows = plan.prefill_rows = 0;
     plan_decode(plan);
-    int32_t budget = std::min(prefill_rows, options_.batch_tokens - plan.rows);
+    plan_admissions(plan);
     plan_prefill(plan, budget);
-    plan_admissions(plan, budget);
-    // (An admitted sequence without a slice is one to pin that was in the cache already.)
+    // (An admitted sequence without a slice is one to pin that was in the cache already, or has to
+    // wait for its turn.)
     if (!plan.slices.empty() || !plan.admitted.empty() || running_.empty()) break;
     // Every running sequence is in its prefill and none can have another cell.
     if (!preempt_youngest()) {
@@ -51,6 +54,11 @@ StepPlan Scheduler::plan(int32_t prefill_rows) {
   return plan;
 }
 
+int32_t Scheduler::decoding() const {
+  return static_cast<int32_t>(std::count_if(running_.begin(), running_.end(),
+                                            [](const Sequence* s) { return s->pending() == 1; }));
+}
+
 void Scheduler::add_slice(StepPlan& plan, Sequence* sequence, int32_t count) {
   plan.slices.push_back({sequence, count, sequence->generates && count == sequence->pending()});
   plan.rows += count;
@@ -58,27 +66,53 @@ void Scheduler::add_slice(StepPlan& plan, Sequence* sequence, int32_t count) {
 }
 
 void Scheduler::plan_decode(StepPlan& plan) {
-  const auto decoding = [](const Sequence* s) { return s->pending() == 1; };
-  for (;;) {
-    const auto rows =
-        static_cast<int32_t>(std::count_if(running_.begin(), running_.end(), decoding));
-    if (kv_.make_room(rows)) break;
+  while (!kv_.make_room(decoding())) {
     if (!preempt_youngest()) return;  // alone and out of cells: plan() sees no slices
   }
   for (Sequence* s : running_) {
-    if (decoding(s)) add_slice(plan, s, 1);
+    if (s->pending() == 1) add_slice(plan, s, 1);
   }
 }
 
-void Scheduler::plan_prefill(StepPlan& plan, int32_t& budget) {
+void Scheduler::plan_prefill(StepPlan& plan, PrefillBudget budget) {
+  std::vector<Sequence*> prompts;
   for (Sequence* s : running_) {
-    if (s->pending() <= 1) continue;
-    int32_t count = std::min(s->pending(), budget);
-    if (count <= 0) break;
+    if (s->pending() > 1) prompts.push_back(s);
+  }
+  if (prompts.empty()) return;
+  Sequence* first = prompts.front();
+  std::stable_sort(prompts.begin(), prompts.end(), [](const Sequence* a, const Sequence* b) {
+    return a->priority != b->priority ? a->priority < b->priority : a->pending() < b->pending();
+  });
+  const int32_t decode_rows = plan.rows;
+  int32_t rows = decode_rows > 0 ? budget.beside : budget.alone;
+  const int32_t for_first = rows - rows / 2;
+  int32_t short_ones = 0;
+  int32_t their_rows = 0;
+  for (const Sequence* s : prompts) {
+    if (!s->generates) continue;
+    if (their_rows + s->pending() > budget.alone) break;
+    ++short_ones;
+    their_rows += s->pending();
+  }
+  if (short_ones > decode_rows) rows = std::max(rows, their_rows + for_first);
+  rows = std::min(rows, options_.batch_tokens - plan.rows);
+
+  std::vector<int32_t> counts(prompts.size(), 0);
+  const auto give = [&](size_t i, int32_t most) {
+    most = std::min({most, rows, prompts[i]->pending() - counts[i]});
+    counts[i] += most;
+    rows -= most;
+  };
+  const auto at =
+      static_cast<size_t>(std::find(prompts.begin(), prompts.end(), first) - prompts.begin());
+  give(at, for_first);
+  for (size_t i = 0; i < prompts.size(); ++i) give(i, rows);
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    int32_t count = counts[i];
+    if (count <= 0) continue;
     if (!kv_.make_room(plan.rows + count)) count = std::min(count, kv_.cells_free() - plan.rows);
-    if (count <= 0) break;
-    add_slice(plan, s, count);
-    budget -= count;
+    if (count > 0) add_slice(plan, prompts[i], count);
   }
 }
 
@@ -117,35 +151,48 @@ int32_t Scheduler::promised_cells() const {
   return cells;
 }
 
-void Scheduler::plan_admissions(StepPlan& plan, int32_t& budget) {
+std::vector<Sequence*> Scheduler::admission_order() const {
+  std::vector<Sequence*> order = waiting_;
+  if (!kv_.prefix_caching() || order.size() < 2) return order;
+  // Within a priority: who has been overtaken often enough, then who shares most of its prompt.
+  std::unordered_map<const Sequence*, int32_t> rank;
+  for (const Sequence* s : order) {
+    const auto shares = [&] {
+      return 2 * kv_.cached_prefix(s->salt, s->all(), s->match_limit()) >= s->length();
+    };
+    rank[s] = s->overtaken >= kMostOvertaken ? 0 : shares() ? 1 : 2;
+  }
+  std::stable_sort(order.begin(), order.end(), [&](const Sequence* a, const Sequence* b) {
+    return a->priority != b->priority ? a->priority < b->priority : rank[a] < rank[b];
+  });
+  return order;
+}
+
+void Scheduler::plan_admissions(StepPlan& plan) {
+  if (waiting_.empty()) return;
   // In order, so that small ones behind do not starve a large one. Those that are not admitted
   // still note whom they could follow, so as not to miss most of it.
-  bool closed = false;
-  for (size_t i = 0; i < waiting_.size();) {
-    Sequence* s = waiting_[i];
-    closed = closed || running() >= options_.parallel || budget <= 0;
-    if (follows_another(*s) || closed) {
-      ++i;
-      continue;
-    }
+  bool closed = running() >= options_.parallel;
+  for (Sequence* s : closed ? waiting_ : admission_order()) {
+    closed = closed || running() >= options_.parallel;
+    if (follows_another(*s) || closed) continue;
     const auto admission =
         kv_.admit(s->salt, s->all(), s->match_limit(), headroom(*s), promised_cells());
     if (!admission) {
       closed = true;
       continue;
     }
-    waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(i));
+    std::erase(waiting_, s);
+    for (Sequence* other : waiting_) {
+      if (before(*other, *s) && other->priority == s->priority) ++other->overtaken;
+    }
     s->kv = admission->seq;
     s->computed = admission->cached;
     if (!s->began) s->cached = std::min(admission->cached, s->prompt_length);
     s->began = true;
     insert_in_order(running_, s);
     plan.admitted.push_back(s);
-    const int32_t count = std::min(s->pending(), budget);
-    if (count > 0) {
-      add_slice(plan, s, count);
-      budget -= count;
-    }
+    if (s->pending() == 1) add_slice(plan, s, 1);
   }
 }
 

@@ -2,7 +2,11 @@
 // large a piece of a prompt goes beside the decode rows, and who gives way when cells run out.
 //
 // A sequence that decodes is one whose pending part is a single token; nothing else tells prefill
-// from decode. Order of service is (priority, arrival) throughout.
+// from decode. Order of service is (priority, arrival), with two exceptions, both bounded: of a
+// step's prefill rows one half goes to the first prompt in that order, the other to those with the
+// fewest tokens left, so that neither long nor short ones starve; and a request whose prompt is for
+// the most part cached may be admitted before others, each of which is overtaken kMostOvertaken
+// times at most.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +17,13 @@
 #include "engine/sequence.h"
 
 namespace relay::engine {
+
+/// Most prefill rows of a step.
+struct PrefillBudget {
+  int32_t beside = 0;  ///< where requests decode
+  int32_t alone = 0;   ///< where none does, or where the step brings more requests to their first
+                       ///< token than it holds up
+};
 
 struct SchedulerOptions {
   int32_t parallel = 64;        ///< most sequences running
@@ -44,9 +55,9 @@ class Scheduler {
   /// The sequence stays its owner's, who removes it before destroying it.
   void enqueue(Sequence* sequence);
 
-  /// What to compute next, with at most `prefill_rows` rows of prefill. Cells for all rows are free
-  /// when it returns. May admit and preempt. No slices: nothing to do (or see exhausted).
-  StepPlan plan(int32_t prefill_rows);
+  /// What to compute next. Cells for all rows are free when it returns. May admit and preempt. No
+  /// slices: nothing to do (or see exhausted).
+  StepPlan plan(PrefillBudget budget);
 
   /// The plan's rows are in the cache: records them and publishes prompts.
   void commit(const StepPlan& plan);
@@ -62,6 +73,7 @@ class Scheduler {
   /// fewer than two are running.
   bool preempt_youngest();
 
+  int32_t decoding() const;
   int32_t running() const { return static_cast<int32_t>(running_.size()); }
   int32_t waiting() const { return static_cast<int32_t>(waiting_.size()); }
   int64_t preemptions() const { return preemptions_; }
@@ -72,8 +84,9 @@ class Scheduler {
   int32_t headroom(const Sequence& sequence) const;
   int32_t promised_cells() const;
   void plan_decode(StepPlan& plan);
-  void plan_prefill(StepPlan& plan, int32_t& budget);
-  void plan_admissions(StepPlan& plan, int32_t& budget);
+  void plan_admissions(StepPlan& plan);
+  void plan_prefill(StepPlan& plan, PrefillBudget budget);
+  std::vector<Sequence*> admission_order() const;
   void add_slice(StepPlan& plan, Sequence* sequence, int32_t count);
   void order_by_prefix(StepPlan& plan) const;
   void preempt(Sequence* sequence);

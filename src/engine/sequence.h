@@ -36,7 +36,8 @@ struct Sequence {
   bool began = false;         ///< was admitted at least once
   int32_t cached = 0;         ///< prompt tokens found in the cache when it began
   int32_t preemptions = 0;
-  uint64_t leader = 0;  ///< arrival of the sequence whose prefill it waits for; 0: none
+  int32_t overtaken = 0;  ///< admissions of later ones while it waited
+  uint64_t leader = 0;    ///< arrival of the sequence whose prefill it waits for; 0: none
   std::chrono::steady_clock::time_point last_token_at{};
 
   int32_t length() const { return static_cast<int32_t>(tokens.size()); }

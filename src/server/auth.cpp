@@ -3,6 +3,7 @@
 #include <cctype>
 #include <fstream>
 
+#include "engine/sha256.h"
 #include "relay/types.h"
 
 namespace relay::server {
@@ -38,6 +39,10 @@ int find_key(const std::vector<std::string>& keys, std::string_view candidate) {
     found = equal ? static_cast<int>(i) : found;
   }
   return found;
+}
+
+std::string digest_of(const std::string& key) {
+  return engine::sha256_hex({reinterpret_cast<const uint8_t*>(key.data()), key.size()});
 }
 
 }  // namespace
@@ -78,9 +83,9 @@ Caller KeyRing::identify(std::string_view authorization, std::string_view x_api_
   caller.admin = admin >= 0;
   caller.allowed = open() || admin >= 0 || user >= 0;
   if (admin >= 0) {
-    caller.salt = "admin#" + std::to_string(admin);
+    caller.salt = "admin#" + digest_of(admin_keys_[static_cast<size_t>(admin)]);
   } else if (user >= 0) {
-    caller.salt = "key#" + std::to_string(user);
+    caller.salt = "key#" + digest_of(api_keys_[static_cast<size_t>(user)]);
   }
   return caller;
 }

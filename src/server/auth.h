@@ -18,7 +18,8 @@ struct Caller {
   bool allowed = false;
   bool admin = false;
   /// Isolates the KV of callers with different keys; empty where no keys are in use. It names the
-  /// key by its place in the list, so that the key itself travels no further.
+  /// key by its SHA-256, so that the key itself travels no further; not by its place in the list,
+  /// for KV may outlive the list.
   std::string salt;
 };
 

@@ -38,6 +38,9 @@ TEST(Auth, KeysAdminsAndSalts) {
   EXPECT_TRUE(ring.identify("Bearer root", "").admin);
   EXPECT_TRUE(ring.identify("Bearer root", "").allowed);
   EXPECT_NE(ring.identify("Bearer alpha", "").salt, ring.identify("Bearer beta", "").salt);
+  EXPECT_EQ(KeyRing({"new", "beta", "alpha"}, {}).identify("Bearer alpha", "").salt,
+            ring.identify("Bearer alpha", "").salt)
+      << "what is on disk is still for the same key when the list has changed";
   EXPECT_EQ(ring.identify("Bearer alpha", "").salt.find("alpha"), std::string::npos);
 }
 

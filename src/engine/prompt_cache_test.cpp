@@ -1,0 +1,338 @@
+// Prefixes on disk: what comes back is what was stored, and nothing else does, whatever the files
+// and the disk are like.
+#include "engine/prompt_cache.h"
+
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <fstream>
+#include <iterator>
+#include <random>
+
+#include "engine/engine_core.h"
+#include "engine/fake_model.h"
+#include "engine/kv_state.h"
+
+namespace relay::engine {
+namespace {
+
+namespace fs = std::filesystem;
+using Tokens = std::vector<Token>;
+
+const std::string kKey(64, 'a');
+
+Tokens sequence_of(int32_t count, unsigned seed) {
+  std::mt19937 random(seed);
+  Tokens tokens(static_cast<size_t>(count));
+  for (Token& t : tokens) t = static_cast<Token>(random() % 61);
+  return tokens;
+}
+
+class PromptCacheTest : public testing::Test {
+ protected:
+  PromptCacheTest() { fs::remove_all(folder); }
+  ~PromptCacheTest() override { fs::remove_all(folder); }
+
+  PromptCacheOptions options() {
+    PromptCacheOptions o;
+    o.folder = folder;
+    o.max_bytes = 1 << 20;
+    o.piece_bytes = 256;  // many pieces, and a last one that is shorter
+    o.expected = {.key = kKey,
+                  .token_bytes = FakeModel::kBytesPerToken,
+                  .most_tokens = 1000,
+                  .vocabulary = 61};
+    o.notice = [this](const std::string& text) {
+      const std::lock_guard lock(mutex);
+      notices += text + '\n';
+    };
+    return o;
+  }
+  /// An engine from its start to its end; `use` is what happens in between.
+  EngineStats engine(const std::function<void(FakeModel&, EngineCore&)>& use,
+                     const PromptCacheOptions& o, int32_t cells = 2000) {
+    FakeModel model(cells);
+    PromptCache cache(o);
+    CoreOptions c;
+    c.step_seconds = 0;
+    c.pin_budget = 0.5;
+    EngineCore core(model, model, c, &cache);
+    core.restore_prompts({});
+    core.kv().validate();
+    EXPECT_EQ(core.kv().cells_used(), model.used());
+    const EngineStats stats = core.stats();
+    if (use) use(model, core);
+    core.store_prompts(std::chrono::seconds(10));
+    cache.flush();
+    core.kv().validate();
+    return stats;
+  }
+  static void pin(EngineCore& core, const Tokens& tokens, const std::string& salt = {}) {
+    PinRequest request;
+    request.tokens = tokens;
+    request.cache_salt = salt;
+    bool pinned = false;
+    core.pin(request, {{},
+                       [&](const PinnedPrompt&) { pinned = true; },
+                       [](ErrorKind, const std::string& why) { ADD_FAILURE() << why; }});
+    while (!pinned && core.step()) {
+    }
+    EXPECT_TRUE(pinned);
+  }
+  std::vector<fs::path> files() const {
+    std::vector<fs::path> paths;
+    for (const auto& entry : fs::directory_iterator(folder)) paths.push_back(entry.path());
+    std::sort(paths.begin(), paths.end());
+    return paths;
+  }
+  static std::string content(const fs::path& path) {
+    std::ifstream file(path, std::ios::binary);
+    return {std::istreambuf_iterator<char>(file), {}};
+  }
+  static void write(const fs::path& path, const std::string& bytes) {
+    std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
+  }
+
+  const fs::path folder =
+      fs::temp_directory_path() / ("relay-prompt-cache-test-" + std::to_string(::getpid()));
+  std::mutex mutex;
+  std::string notices;
+};
+
+TEST_F(PromptCacheTest, APinnedPromptNeedsNoPrefillAtTheNextStart) {
+  const Tokens prompt = sequence_of(700, 1);
+  engine([&](FakeModel&, EngineCore& core) { pin(core, prompt); }, options());
+  ASSERT_EQ(files().size(), 1u);
+  struct stat info{};
+  ASSERT_EQ(::stat(files()[0].c_str(), &info), 0);
+  EXPECT_EQ(info.st_mode & 0777, 0600u);
+  ASSERT_EQ(::stat(folder.c_str(), &info), 0);
+  EXPECT_EQ(info.st_mode & 0777, 0700u);
+  const EngineStats restored = engine(
+      [&](FakeModel& model, EngineCore& core) {
+        pin(core, prompt);
+        EXPECT_EQ(model.rows_computed, 0);
+        EXPECT_EQ(core.kv().cells_pinned(), 700);
+        bool held = false;
+        for (SeqId s = 0; s < kMaxSequences; ++s) held = held || model.tokens_of(s) == prompt;
+        EXPECT_TRUE(held) << "each position has its own KV";
+      },
+      options());
+  EXPECT_EQ(restored.restored_tokens, 700);
+  EXPECT_EQ(notices, "");
+}
+
+TEST_F(PromptCacheTest, WhatManyShareIsKeptAndTheRestIsNot) {
+  const Tokens system = sequence_of(100, 2);
+  class Quiet : public Sink {
+    void on_tokens(int32_t, TokensDelta) override {}
+    void on_choice_finish(int32_t, FinishReason, const std::string&) override {}
+    void on_done(const Usage&, const RequestTimings&) override {}
+    void on_error(ErrorKind, const std::string& why) override { ADD_FAILURE() << why; }
+  };
+  const auto ask = [&](EngineCore& core, RequestId id, const Tokens& prompt,
+                       const std::string& salt) {
+    auto r = std::make_unique<Request>();
+    r->id = id;
+    r->sink = std::make_shared<Quiet>();
+    r->prompt = prompt;
+    r->cache_salt = salt;
+    r->max_tokens = 3;
+    r->samplers.push_back(std::make_unique<GreedySampler>());
+    core.submit(std::move(r));
+    while (!core.idle()) core.step();
+  };
+  engine(
+      [&](FakeModel&, EngineCore& core) {
+        for (int i = 0; i < 8; ++i) {
+          Tokens prompt = system;
+          for (const Token t : sequence_of(50, 10 + static_cast<unsigned>(i))) prompt.push_back(t);
+          ask(core, static_cast<RequestId>(i + 1), prompt, "tenant");
+        }
+        ask(core, 9, sequence_of(300, 3), "tenant");
+      },
+      options());
+  ASSERT_EQ(files().size(), 1u);
+  const std::string bytes = content(files()[0]);
+  EXPECT_EQ(bytes.find("tenant"), std::string::npos) << "a salt is a secret";
+  engine(
+      [&](FakeModel&, EngineCore& core) {
+        const auto cached = [&](const std::string& salt) {
+          return core.kv().cached_prefix(core.kv().salt(salt), system, 100);
+        };
+        EXPECT_EQ(core.stats().restored_tokens, 100);
+        EXPECT_EQ(cached("tenant"), 100);
+        EXPECT_EQ(cached("another"), 0) << "nothing crosses tenants on disk either";
+        EXPECT_EQ(cached(""), 0);
+      },
+      options());
+}
+
+TEST_F(PromptCacheTest, ADamagedFileIsRefusedAndComputedAnew) {
+  const Tokens prompt = sequence_of(300, 4);
+  const auto start = [&] {
+    const auto use = [&](FakeModel&, EngineCore& core) { pin(core, prompt); };
+    return engine(use, options()).restored_tokens;
+  };
+  start();
+  ASSERT_EQ(files().size(), 1u);
+  const fs::path path = files()[0];
+  const std::string whole = content(path);
+  ASSERT_EQ(start(), 300);
+  const auto damaged = [&](const std::string& bytes, const std::string& says) {
+    write(path, bytes);
+    notices.clear();
+    EXPECT_EQ(start(), 0) << says;
+    EXPECT_NE(notices.find(says), std::string::npos) << notices;
+    EXPECT_EQ(content(path), whole) << "stored anew";
+  };
+  damaged("", "cut short");
+  damaged(whole.substr(0, 100), "cut short");
+  damaged(whole.substr(0, whole.size() - 1), "cut short");
+  damaged(whole + "x", "too long");
+  for (const size_t at : {size_t{0}, size_t{10}, size_t{80}, size_t{136}, size_t{140}, size_t{144},
+                          size_t{152}, size_t{160}, whole.size() - 1}) {
+    std::string changed = whole;
+    changed[at] = static_cast<char>(changed[at] ^ 1);
+    damaged(changed, "is not used: it ");
+  }
+}
+
+TEST_F(PromptCacheTest, AFileOfAnotherModelIsRefused) {
+  engine([&](FakeModel&, EngineCore& core) { pin(core, sequence_of(300, 5)); }, options());
+  PromptCacheOptions other = options();
+  other.expected.key = std::string(64, 'b');
+  EXPECT_EQ(engine({}, other).restored_tokens, 0);
+  EXPECT_EQ(notices, "") << "of its name one sees that it is another's";
+  fs::path renamed = folder / ("bbbbbbbbbbbbbbbb" + files()[0].filename().string().substr(16));
+  fs::rename(files()[0], renamed);
+  EXPECT_EQ(engine({}, other).restored_tokens, 0);
+  EXPECT_NE(notices.find("another model"), std::string::npos) << notices;
+}
+
+TEST_F(PromptCacheTest, WhatOthersCanWriteIsRefused) {
+  engine([&](FakeModel&, EngineCore& core) { pin(core, sequence_of(300, 6)); }, options());
+  ASSERT_EQ(::chmod(files()[0].c_str(), 0666), 0);
+  EXPECT_EQ(engine({}, options()).restored_tokens, 0);
+  EXPECT_NE(notices.find("written by others"), std::string::npos) << notices;
+  const fs::path moved = folder / "elsewhere";
+  const fs::path name = files()[0];
+  ASSERT_EQ(::chmod(name.c_str(), 0600), 0);
+  fs::rename(name, moved);
+  fs::create_symlink(moved, name);
+  notices.clear();
+  EXPECT_EQ(engine({}, options()).restored_tokens, 0);
+  EXPECT_NE(notices.find("cannot be opened"), std::string::npos) << notices;
+}
+
+TEST_F(PromptCacheTest, TheOldestGoesWhenTheFolderIsFull) {
+  PromptCacheOptions small = options();
+  small.max_bytes = 7000;  // two files of 300 tokens
+  const auto store = [&](unsigned seed) {
+    engine(
+        [&](FakeModel&, EngineCore& core) {
+          core.kv().clear_cache();  // what was restored is not of interest here
+          pin(core, sequence_of(300, seed));
+        },
+        small);
+  };
+  store(7);
+  const fs::path oldest = files()[0];
+  store(8);
+  ASSERT_EQ(files().size(), 2u);
+  store(9);
+  EXPECT_EQ(files().size(), 2u);
+  EXPECT_FALSE(fs::exists(oldest));
+  small.max_bytes = 100;
+  store(10);
+  EXPECT_NE(notices.find("was not written: it needs"), std::string::npos) << notices;
+}
+
+TEST_F(PromptCacheTest, ALongerPrefixTakesThePlaceOfTheShorter) {
+  const Tokens prompt = sequence_of(400, 11);
+  const Tokens shorter(prompt.begin(), prompt.begin() + 200);
+  engine([&](FakeModel&, EngineCore& core) { pin(core, shorter); }, options());
+  engine([&](FakeModel&, EngineCore& core) { pin(core, prompt); }, options());
+  EXPECT_EQ(files().size(), 1u);
+  engine(
+      [&](FakeModel& model, EngineCore& core) {
+        pin(core, prompt);
+        pin(core, shorter);
+        EXPECT_EQ(model.rows_computed, 0);
+      },
+      options());
+  EXPECT_EQ(files().size(), 1u);
+}
+
+TEST_F(PromptCacheTest, AFullDiskDisturbsNothing) {
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &before), 0);
+  const rlimit tight{1000, before.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &tight), 0);
+  engine([&](FakeModel&, EngineCore& core) { pin(core, sequence_of(300, 12)); }, options());
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &before), 0);
+  EXPECT_NE(notices.find("was not written"), std::string::npos) << notices;
+  EXPECT_TRUE(files().empty()) << "no half of a file is left";
+}
+
+TEST_F(PromptCacheTest, AFolderThatCannotBeUsedIsAnError) {
+  PromptCacheOptions o = options();
+  o.folder = folder / "not" / "there";
+  EXPECT_THROW(PromptCache cache(o), EngineError);
+  write(folder, "a file");
+  EXPECT_THROW(PromptCache cache(options()), EngineError);
+}
+
+TEST_F(PromptCacheTest, OnlyWhatFitsComesBack) {
+  engine(
+      [&](FakeModel&, EngineCore& core) {
+        for (unsigned i = 0; i < 4; ++i) pin(core, sequence_of(200, 20 + i));
+      },
+      options());
+  ASSERT_EQ(files().size(), 4u);
+  EXPECT_EQ(engine({}, options(), 500).restored_tokens, 400);
+}
+
+// --- llama.cpp's form
+
+std::string bytes_of(std::initializer_list<uint32_t> words) {
+  std::string bytes;
+  for (const uint32_t w : words) bytes.append(reinterpret_cast<const char*>(&w), 4);
+  return bytes;
+}
+
+std::span<const uint8_t> view(const std::string& bytes) {
+  return {reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size()};
+}
+
+TEST(KvState, RowsComeInTheOrderOfPositions) {
+  // One layer: keys of 4 bytes, values of 8.
+  const std::string one =
+      bytes_of({0xaf143cd8, 5, 1, 1, 0, 1, 5, 0, 1, 1, 4, 0, 11, 1, 8, 0, 21, 22});
+  const KvLayout layout = read_kv_layout(view(one));
+  EXPECT_EQ(layout.layers, 1u);
+  EXPECT_EQ(layout.bytes_per_token(), 12u);
+  const std::string two = bytes_of({0xaf143cd8, 5, 1, 2,   8,   1, 5, 7, 1,   5,   0,   1,  //
+                                    1,          4, 0, 800, 700, 1, 8, 0, 801, 802, 701, 702});
+  const std::vector<uint8_t> kv = take_kv(layout, view(two), 7, 2);
+  const std::string expected = bytes_of({700, 800, 701, 702, 801, 802});
+  EXPECT_EQ(std::string(kv.begin(), kv.end()), expected);
+  const std::vector<uint8_t> state = make_kv_state(layout, 7, kv);
+  EXPECT_EQ(take_kv(layout, state, 7, 2), kv) << "and back";
+
+  EXPECT_THROW(take_kv(layout, view(two), 6, 2), std::runtime_error);
+  EXPECT_THROW(take_kv(layout, view(two), 7, 3), std::runtime_error);
+  for (size_t length = 0; length < two.size(); ++length) {
+    EXPECT_THROW(take_kv(layout, view(two).first(length), 7, 2), std::runtime_error);
+  }
+  for (size_t length = 0; length < one.size(); ++length) {
+    if (length == 52) continue;  // keys alone are a form that there is
+    EXPECT_THROW(read_kv_layout(view(one).first(length)), std::runtime_error) << length;
+  }
+  EXPECT_THROW(read_kv_layout(view(one + "x")), std::runtime_error);
+}
+
+}  // namespace
+}  // namespace relay::engine

@@ -1,0 +1,113 @@
+#include "engine/prompt_persistence.h"
+
+#include <algorithm>
+#include <exception>
+#include <string>
+
+namespace relay::engine {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr auto kLookEvery = std::chrono::seconds(10);
+constexpr auto kWaitForDisk = std::chrono::milliseconds(20);
+constexpr uint32_t kHotHits = 3;  // sequences that shared a prefix after the one that computed it
+constexpr size_t kLeastTokens = 32;  // below that it is computed as fast
+
+std::string digest_of(const Salt& salt) { return salt ? salt->digest : std::string(); }
+
+}  // namespace
+
+int64_t PromptPersistence::restore(int32_t most, const ProgressFn& progress) {
+  if (cache_ == nullptr) return 0;
+  std::vector<PromptCache::Stored> chosen;
+  size_t room = static_cast<size_t>(kv_.cells_free());
+  for (PromptCache::Stored& stored : cache_->list()) {
+    if (stored.header.tokens.size() > room || static_cast<int32_t>(chosen.size()) >= most) continue;
+    room -= stored.header.tokens.size();
+    chosen.push_back(std::move(stored));
+  }
+  // Those for all first, so that others share them; then the oldest, which are evicted first.
+  std::reverse(chosen.begin(), chosen.end());
+  std::stable_partition(chosen.begin(), chosen.end(),
+                        [](const PromptCache::Stored& s) { return s.header.salt.empty(); });
+  int64_t tokens = 0;
+  size_t done = 0;
+  for (const PromptCache::Stored& stored : chosen) {
+    const KvFileHeader& header = stored.header;
+    const Salt salt = header.salt.empty() ? nullptr : kv_.salt_of_digest(header.salt);
+    if (kv_.restore(salt, header.tokens, header.token_bytes, cache_->read(stored))) {
+      tokens += static_cast<int64_t>(header.tokens.size());
+    }
+    if (progress) {
+      progress(static_cast<double>(++done) / static_cast<double>(chosen.size()),
+               "restoring prompts");
+    }
+  }
+  return tokens;
+}
+
+bool PromptPersistence::step(bool idle) {
+  if (cache_ == nullptr) return false;
+  try {
+    return advance(idle);
+  } catch (const std::exception& e) {
+    cache_->give_up(e.what());
+    cache_ = nullptr;
+    return false;
+  }
+}
+
+bool PromptPersistence::advance(bool idle) {
+  if (storing_) {
+    if (idle ? !cache_->wait_ready(kWaitForDisk) : !cache_->ready()) return idle;
+    const PrefixTree::Prefix& prefix = queue_.front();
+    const auto [begin, count] = cache_->next_piece();
+    if (count > 0) {
+      if (auto kv = kv_.save(prefix.salt, prefix.tokens, begin, count)) {
+        cache_->add(std::move(*kv));
+        return true;
+      }
+      cache_->abandon();
+    }
+    storing_ = false;
+    queue_.pop_front();
+    return true;
+  }
+  if (!queue_.empty()) {
+    const PrefixTree::Prefix& prefix = queue_.front();
+    storing_ = cache_->wants(digest_of(prefix.salt), prefix.tokens);
+    if (storing_) {
+      cache_->begin(digest_of(prefix.salt), prefix.tokens);
+    } else {
+      queue_.pop_front();
+    }
+    return true;
+  }
+  if (Clock::now() < next_look_) return false;
+  look();
+  return !queue_.empty();
+}
+
+void PromptPersistence::look() {
+  next_look_ = Clock::now() + kLookEvery;
+  for (PrefixTree::Prefix& prefix : kv_.lasting(kHotHits)) {
+    if (prefix.tokens.size() < kLeastTokens) continue;
+    if (prefix.salt) {
+      queue_.push_back(std::move(prefix));
+    } else {
+      queue_.push_front(std::move(prefix));  // of use to most
+    }
+  }
+}
+
+void PromptPersistence::finish(std::chrono::seconds time) {
+  const auto end = Clock::now() + time;
+  look_soon();
+  while (Clock::now() < end && step(true)) {
+  }
+  if (cache_ != nullptr && storing_) cache_->abandon();
+}
+
+}  // namespace relay::engine

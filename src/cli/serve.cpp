@@ -166,6 +166,9 @@ void serve(ServeOptions options) {
   const engine::ModelInfo& info = engine->info();
   spdlog::info("{} ({}), context {} tokens, KV cache {} tokens", info.name, info.description,
                info.context_length, info.kv_cells);
+  if (info.kv_prefix > 0) {
+    spdlog::info("KV prefix of {} positions before every request", info.kv_prefix);
+  }
   spdlog::info("{}", info.backend);
   const auto chats = std::make_shared<server::PinnedChats>(engine);
   const int64_t pinned = pin_prompts(*chats, prompts, progress);

@@ -61,6 +61,7 @@ class LlamaModel : public Model, public Vocabulary {
   void open(const EngineOptions& options, const ProgressFn& progress);
   void create_context(const EngineOptions& options, bool relay_active);
   void self_check();
+  void load_kv_prefix(const std::string& path);
 
   ModelInfo info_;
   llama_model* model_ = nullptr;
@@ -71,6 +72,9 @@ class LlamaModel : public Model, public Vocabulary {
   // only, and would so take apart prefixes that are kept. There, each sequence is two of
   // llama.cpp's, s and s + shadow_; 0: no window.
   int32_t shadow_ = 0;
+  // A learned KV prefix belongs to every sequence for good, at the first positions; what the engine
+  // calls position 0 comes after it.
+  int32_t prefix_ = 0;
   // How the saved state grows (self_check finds out); it names the owners of every cell.
   size_t state_fixed_ = 0;      // bytes however many cells (at least one)
   size_t state_per_cell_ = 0;   // for each cell, without its owners

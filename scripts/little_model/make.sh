@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the little model in build/little_model: little.gguf and hf/, a Hugging Face folder. Trained anew only
-# where its sources have changed. Two minutes on two cores; its Python packages go into .venv-jax.
+# where its sources have changed. A few minutes on two cores; its Python packages go into .venv-jax.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=build/little_model

@@ -1,4 +1,4 @@
-"""Trains the little model and writes it, as GGUF and as a Hugging Face folder: about two minutes.
+"""Trains the little model and writes it, as GGUF and as a Hugging Face folder: a few minutes.
 
 usage: python train.py <folder>          (scripts/little_model/make.sh calls it)
 """

@@ -6,11 +6,12 @@ SHELL := /bin/bash
 # Paths relative to the sources: every clone of the repository shares the compiler cache.
 export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
-.PHONY: help setup setup-build build demo demo-gpu test bench bench-full bench-docs format lint clean
+.PHONY: help setup setup-build build demo demo-gpu little-model test bench bench-full bench-docs format lint clean
 
 help:
 	@echo 'make demo    set up, build, and compare relay serve with llama-server on a long prompt'
 	@echo 'make demo-gpu    set up vLLM for NVIDIA GPUs, and compare it with and without Relay there'
+	@echo 'make little-model    train a small model whose answers can be checked, into build/little_model'
 	@echo 'make test    set up, and run everything that CI checks (scripts/test.sh --list)'
 	@echo 'make bench   set up, build, and measure the evaluation'\''s figures (15 minutes; needs an idle machine)'
 	@echo 'make bench-full    the whole evaluation (most of a day; needs vLLM); make bench-docs writes docs/evaluation.md'
@@ -31,6 +32,9 @@ build: setup-build
 
 demo: build
 	@.venv/bin/python scripts/demo
+
+little-model: setup-build
+	@scripts/little_model/make.sh
 
 demo-gpu:
 	@scripts/demo_gpu.sh

@@ -3,7 +3,9 @@
 Makes a model (or takes RELAY_DEMO_MODEL), cuts a real text to a system prompt of several thousand
 tokens, starts llama-server and `relay serve` in turn, sends both the same concurrent streaming chat
 requests, and ends with one table. Then it repeats a round with sharing off and compares the greedy
-answers. Results go to build/demo/: results.json, requests.csv and, with matplotlib, demo.png.
+answers. At last it asks a little model, which is trained to look facts up in its prompt, in each
+engine: how many answers are right? Results go to build/demo/: results.json, requests.csv and, with
+matplotlib, demo.png.
 
 llama-server is given its best: the prompt is computed once, saved, and restored into every slot
 through its slot API (as it stands, it would compute it once per slot); each slot has a KV cache of
@@ -24,6 +26,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from answers import Exam, ask_all, make_little_model, report
 from console import START, DemoError, say
 from results import Outcome, compare, plot, table, write_results
 from servers import Server
@@ -40,6 +43,8 @@ from setup import (
     relay_server,
 )
 from users import chat_body, run_round
+
+LITTLE_QUESTIONS = 64
 
 
 def run_stock(setup: Setup, flash: str) -> Outcome:
@@ -139,6 +144,10 @@ def demo(args: argparse.Namespace) -> None:
     unshared = run_relay(setup, "off", 1)
     agreement = compare(relay.rounds[0], unshared.rounds[0])
     with_stock = compare(relay.answers(), stock.answers())
+    say("whether answers are right: the little model and its prompt of facts")
+    make_little_model()
+    exam = Exam.draw(LITTLE_QUESTIONS)
+    little = ask_all(exam, build, out / "answers")
 
     machine = f"{cpu_name()}, {os.cpu_count()} CPUs"
     title = (
@@ -158,6 +167,8 @@ def demo(args: argparse.Namespace) -> None:
         "kv_bytes_per_token": setup.kv_bytes_per_token,
         "greedy_sharing_on_off": asdict(agreement),
         "greedy_relay_stock": asdict(with_stock),
+        "answers_right": {name: exam.right(given) for name, given in little.items()},
+        "answers_asked": LITTLE_QUESTIONS,
         "sharing_off_decode_tokens_per_s": unshared.decode_rate(),
         "servers": {},
     }
@@ -174,6 +185,8 @@ def demo(args: argparse.Namespace) -> None:
     print(f"Relay's decode with sharing off: {unshared.decode_rate():.1f} tokens/s (one round).")
     print(f"Greedy, sharing on and off: {agreement} agree.")
     print(f"Greedy, Relay and llama-server: {with_stock} agree.")
+    print("Answers right, of a little model that looks facts up in its prompt:")
+    print("\n".join(f"  {line}" for line in report(exam, little)))
     files = "results.json, requests.csv" + (", demo.png" if plotted else "")
     print(f"\nResults: {out}: {files}. Took {time.monotonic() - START:.0f} s.")
 

@@ -167,6 +167,9 @@ void serve(ServeOptions options) {
   const engine::ModelInfo& info = engine->info();
   spdlog::info("{} ({}), context {} tokens, KV cache {} tokens", info.name, info.description,
                info.context_length, info.kv_cells);
+  if (info.kv_prefix > 0) {
+    spdlog::info("KV prefix of {} positions before every request", info.kv_prefix);
+  }
   spdlog::info("{}", info.backend);
   if (!options.engine.prompt_cache_dir.empty()) {
     const engine::EngineStats stats = engine->stats();

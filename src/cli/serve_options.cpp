@@ -18,6 +18,12 @@ void add_model_options(CLI::App& app, ServeOptions& o) {
       ->allow_extra_args(false)
       ->option_text("NAME,...")
       ->group(kGroup);
+  app.add_option("--kv-prefix", o.engine.kv_prefix,
+                 "Learned keys and values that stand before every prompt (prefix tuning), made by "
+                 "scripts/kv_prefix_from_peft.py; held once, shared by all requests")
+      ->envname("RELAY_KV_PREFIX")
+      ->option_text("FILE")
+      ->group(kGroup);
   app.add_option("--chat-template-file", o.engine.chat_template_file,
                  "Jinja chat template instead of the model's own")
       ->envname("RELAY_CHAT_TEMPLATE_FILE")

@@ -59,6 +59,7 @@ class EngineError : public std::runtime_error {
 struct EngineOptions {
   std::string model_path;          ///< a GGUF file
   std::string model_alias;         ///< the model's public name; empty: the file's stem
+  std::string kv_prefix;           ///< a file of learned KV (kv_prefix.h) before every sequence
   std::string chat_template_file;  ///< a Jinja template to use instead of the model's; empty: none
   std::string template_kwargs_json;  ///< object: what every chat template is given, unless the chat
                                      ///< itself says otherwise; empty: nothing
@@ -105,6 +106,7 @@ struct ModelInfo {
   int32_t train_context = 0;   ///< the context the model was trained for
   int32_t vocab_size = 0;
   int32_t kv_cells = 0;            ///< token positions of the KV cache
+  int32_t kv_prefix = 0;           ///< positions of the learned prefix beside them
   int64_t kv_bytes_per_token = 0;  ///< KV bytes of one position over all layers
   int32_t parallel = 0;            ///< most sequences that run at once
   bool prefix_caching = true;      ///< as in EngineOptions

@@ -10,6 +10,7 @@
 #include "build-info.h"
 #include "common.h"
 #include "engine/backend.h"
+#include "engine/kv_prefix.h"
 #include "engine/sha256.h"
 #include "llama.h"
 
@@ -95,6 +96,7 @@ std::unique_ptr<LlamaModel> LlamaModel::load(const EngineOptions& options, bool 
   m->create_context(options, relay_active);
   if (progress) progress(1.0, "warming up");
   m->self_check();
+  if (!options.kv_prefix.empty()) m->load_kv_prefix(options.kv_prefix);
   std::array<char, 64> pre{};
   llama_model_meta_val_str(m->model_, "tokenizer.ggml.pre", pre.data(), pre.size());
   m->tokenizer_ = std::make_unique<Tokenizer>(m->vocab_, pre.data());
@@ -306,6 +308,51 @@ bool LlamaModel::restore(SeqId seq, int32_t begin, std::span<const uint8_t> kv, 
   return true;
 }
 
+void LlamaModel::load_kv_prefix(const std::string& path) {
+  const auto require = [](bool ok, const std::string& what) {
+    if (!ok) throw std::runtime_error(what);
+  };
+  try {
+    require(shadow_ == 0, "this model has sliding windows, out of which first positions fall");
+    std::array<char, 64> text{};
+    llama_model_meta_val_str(model_, "general.architecture", text.data(), text.size());
+    const std::string architecture = text.data();
+    const bool halves = llama_model_rope_type(model_) == LLAMA_ROPE_TYPE_NEOX;
+    require(halves || architecture == "llama",
+            "how models of kind " + architecture +
+                " order the elements of keys is not known; it is of llama and of those that rotate "
+                "halves");
+    const KvPrefix prefix = read_kv_prefix(path);
+    const int32_t heads = llama_model_n_head_kv(model_);
+    require(prefix.kv_heads == heads, "it has " + std::to_string(prefix.kv_heads) +
+                                          " KV heads, and the model " + std::to_string(heads));
+    const int32_t room = std::min(info_.train_context, info_.kv_cells) - prefix.positions;
+    require(room > 0, "its " + std::to_string(prefix.positions) + " positions fill the context");
+
+    Batch one;
+    one.add(0, 0, 0, false);
+    require(decode(one) == DecodeStatus::kOk, "llama.cpp failed to compute a token");
+    std::vector<uint8_t> state(llama_state_seq_get_size(context_, 0));
+    state.resize(llama_state_seq_get_data(context_, state.data(), state.size(), 0));
+    const KvLayout layout = read_kv_layout(state);
+    const auto order = halves ? KeyOrder::kHalves : KeyOrder::kNeighbours;
+    state = make_kv_state(layout, 0, kv_bytes(prefix, layout, order));
+    require(llama_state_seq_set_data(context_, state.data(), state.size(), 0) != 0,
+            "llama.cpp refused it: " + take_llama_errors());
+    for (SeqId seq = 1; seq < max_sequences_; ++seq) share(0, seq, 0, prefix.positions);
+    prefix_ = prefix.positions;
+    info_.kv_prefix = prefix_;
+    info_.kv_cells -= prefix_;
+    info_.context_length = std::min(info_.context_length, room);
+    // What is saved begins at position 0, which is the prefix's.
+    kv_layout_.reset();
+    no_kv_layout_ = "it has a learned prefix";
+  } catch (const std::runtime_error& e) {
+    throw EngineError(ErrorKind::kModel,
+                      "The KV prefix " + path + " cannot be used: " + e.what() + ".");
+  }
+}
+
 int32_t LlamaModel::count_cells() const {
   llama_memory_t memory = llama_get_memory(context_);
   size_t owners = 0;
@@ -318,7 +365,7 @@ int32_t LlamaModel::count_cells() const {
   if (bytes % state_per_cell_ != 0) {
     throw EngineError(ErrorKind::kInternal, "The size of llama.cpp's state is not understood.");
   }
-  return static_cast<int32_t>(bytes / state_per_cell_);
+  return static_cast<int32_t>(bytes / state_per_cell_) - prefix_;
 }
 
 DecodeStatus LlamaModel::decode(const Batch& batch) {
@@ -328,9 +375,10 @@ DecodeStatus LlamaModel::decode(const Batch& batch) {
   b.ids.resize(rows);
   b.seq_id.resize(rows);
   b.token.assign(batch.token.begin(), batch.token.end());
-  b.position.assign(batch.position.begin(), batch.position.end());
+  b.position.resize(rows);
   b.logits.assign(batch.wants_logits.begin(), batch.wants_logits.end());
   for (size_t i = 0; i < rows; ++i) {
+    b.position[i] = prefix_ + batch.position[i];
     b.ids[i] = {batch.seq[i], batch.seq[i] + shadow_};
     b.seq_id[i] = b.ids[i].data();
   }
@@ -354,12 +402,16 @@ std::span<const float> LlamaModel::logits(int32_t row) {
 
 void LlamaModel::share(SeqId from, SeqId to, int32_t begin, int32_t end) {
   llama_memory_t memory = llama_get_memory(context_);
+  begin += prefix_;
+  end += prefix_;
   llama_memory_seq_cp(memory, from, to, begin, end);
   if (shadow_ > 0) llama_memory_seq_cp(memory, from, to + shadow_, begin, end);
 }
 
 void LlamaModel::remove(SeqId seq, int32_t begin, int32_t end) {
   llama_memory_t memory = llama_get_memory(context_);
+  begin += prefix_;
+  end += prefix_;
   llama_memory_seq_rm(memory, seq, begin, end);
   if (shadow_ > 0) llama_memory_seq_rm(memory, seq + shadow_, begin, end);
 }

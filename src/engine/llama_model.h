@@ -75,6 +75,7 @@ class LlamaModel : public Model, public Vocabulary {
   void learn_kv_layout();
   std::vector<uint8_t> sequence_state(SeqId seq);
   std::vector<std::string> files() const;
+  void load_kv_prefix(const std::string& path);
 
   ModelInfo info_;
   llama_model* model_ = nullptr;
@@ -85,6 +86,9 @@ class LlamaModel : public Model, public Vocabulary {
   // only, and would so take apart prefixes that are kept. There, each sequence is two of
   // llama.cpp's, s and s + shadow_; 0: no window.
   int32_t shadow_ = 0;
+  // A learned KV prefix belongs to every sequence for good, at the first positions; what the engine
+  // calls position 0 comes after it.
+  int32_t prefix_ = 0;
   // How the saved state grows (self_check finds out); it names the owners of every cell.
   std::optional<KvLayout> kv_layout_;
   std::string no_kv_layout_;    // why there is none

@@ -22,7 +22,8 @@ using Json = common_json;
 
 // llama.cpp's converter recurses as deep as a schema is.
 constexpr int kMaxDepth = 64;
-constexpr size_t kMaxKeys = 5'000;  // of one object: finding one takes as long as there are many
+constexpr int kMaxComparedDepth = 8;  // of the schemas of a oneOf
+constexpr size_t kMaxKeys = 5'000;    // of one object: finding one takes as long as there are many
 constexpr size_t kMaxNameBytes = 256;
 constexpr size_t kMaxOptional = 256;
 constexpr int64_t kMaxMultiples = 1'000;
@@ -522,6 +523,7 @@ class Normaliser {
   /// Whether it is plain that no value that a grammar of `a` allows satisfies `b`. Both are
   /// normalised.
   bool misses(const Json& a, const Json& b, int depth) {
+    if (depth > kMaxComparedDepth) return false;  // a recursive schema has no end
     count("#", depth);
     if (contains(a, "$ref")) return misses(definition(a), b, depth + 1);
     if (contains(b, "$ref")) return misses(a, definition(b), depth + 1);

@@ -192,6 +192,17 @@ TEST(JsonSchema, OneOfIsKeptWhereNoValueMatchesTwo) {
              "$ref":"#/$defs/T"})",
       {"null", "[null,[]]"}, {"1"});
 
+  // Told apart by what stands behind a recursive property.
+  expect(R"({"$defs":{
+               "T":{"oneOf":[{"$ref":"#/$defs/A"},{"$ref":"#/$defs/B"},{"type":"null"}]},
+               "A":{"type":"object","required":["next","tag"],"properties":{
+                      "next":{"$ref":"#/$defs/T"},"tag":{"const":"a"}}},
+               "B":{"type":"object","required":["next","tag"],"properties":{
+                      "next":{"$ref":"#/$defs/T"},"tag":{"const":"b"}}}},
+             "$ref":"#/$defs/T"})",
+         {R"({"next":null,"tag":"a"})", R"({"next":{"next":null,"tag":"a"},"tag":"b"})"},
+         {R"({"next":null})"});
+
   const char* kTwo = "'oneOf' is not supported where a value may match two of its schemas";
   refuses(R"({"oneOf":[{"type":"number"},{"type":"integer"}]})", kTwo);
   refuses(R"({"oneOf":[{"type":"string"},{"const":"a"}]})", kTwo);

@@ -55,6 +55,11 @@ function(relay_add_llama_cpp)
     string(APPEND CMAKE_C_FLAGS " -mcpu=${RELAY_LLAMA_MARCH}")
     string(APPEND CMAKE_CXX_FLAGS " -mcpu=${RELAY_LLAMA_MARCH}")
   endif()
+  if(RELAY_SANITIZE)
+    # libllama itself is compiled as in a release, so that the compiler cache has it.
+    set(CMAKE_BUILD_TYPE Release)
+    set(GGML_OPENMP OFF)  # libgomp's barriers are unknown to TSan; ggml's own pool has none of them
+  endif()
   add_subdirectory("${dir}" "${CMAKE_BINARY_DIR}/llama.cpp" EXCLUDE_FROM_ALL)
 
   set(programs llama-server llama-batched-bench llama-bench llama-quantize)
@@ -70,6 +75,16 @@ function(relay_add_llama_cpp)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     set_property(SOURCE "${dir}/ggml/src/ggml-cpu/amx/mmq.cpp" TARGET_DIRECTORY ggml-cpu
                  APPEND PROPERTY COMPILE_OPTIONS -fno-tree-dse -fno-dse)
+  endif()
+
+  # ggml runs our code on its threads and hands it its memory.
+  if(RELAY_SANITIZE)
+    string(REPLACE ",undefined" "" sanitize "${RELAY_SANITIZE}")  # undefined behaviour: ours alone
+    foreach(target ggml ggml-base ggml-cpu)
+      target_compile_options(${target} PRIVATE -O1 -g1 -fsanitize=${sanitize}
+                                               -fno-omit-frame-pointer)
+      target_link_options(${target} PRIVATE -fsanitize=${sanitize})
+    endforeach()
   endif()
 
   # ggml's own operator suite.

@@ -11,7 +11,7 @@ targets=(batch mask request kv_file kv_prefix constraint)
 cmake --preset release >/dev/null || exit 1
 mkdir -p build/fuzz
 if ! cmake --build --preset release --target "${targets[@]/#/fuzz_}"; then
-  echo "fuzz: not built. The targets need clang with libFuzzer (Debian, Ubuntu: apt install clang)" >&2
+  echo "fuzz: not built. The targets need clang with libFuzzer: scripts/setup.sh installs both" >&2
   exit 1
 fi
 

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 
 usage() {
   cat <<'TEXT'
-usage: scripts/setup.sh [--no-cross] [--no-cuda] [--help]
+usage: scripts/setup.sh [--no-cross] [--no-fuzz] [--no-cuda] [--help]
 
 Installs with apt (as root, or through sudo) the compiler, build tools and libraries, and with pip,
 into .venv, the Python packages of scripts/requirements-dev.txt. For Debian 12 and newer and Ubuntu
@@ -14,15 +14,18 @@ pinned one goes into .venv-cuda (100 MB to download, 300 MB there); no driver an
 A second run finds everything in place and takes about a second.
 
   --no-cross   without the Arm cross compiler and emulator, which only the tests need
+  --no-fuzz    without clang and libFuzzer: the tests then skip the fuzz targets
   --no-cuda    without the CUDA compiler, which only the tests and -DRELAY_CUDA=ON need
 TEXT
 }
 
 cross=1
+fuzz=1
 cuda=1
 for arg in "$@"; do
   case "$arg" in
     --no-cross) cross=0 ;;
+    --no-fuzz) fuzz=0 ;;
     --no-cuda) cuda=0 ;;
     -h | --help) usage; exit 0 ;;
     *) echo "setup: unknown option $arg" >&2; usage >&2; exit 2 ;;
@@ -44,6 +47,9 @@ if [ "$cross" = 1 ]; then
   # The Arm kernels are checked on any machine: cross-compiled, with GoogleTest from its sources,
   # and run under qemu.
   needs+=(g++-aarch64-linux-gnu qemu-user googletest)
+fi
+if [ "$fuzz" = 1 ]; then
+  needs+=(clang 'libclang-rt-dev|libclang-rt-18-dev')  # the second: libFuzzer and the sanitizers
 fi
 
 installed() {
@@ -78,7 +84,8 @@ install_with_apt() {
   local as_root=() packages=() need alternative
   if [ "$(id -u)" != 0 ]; then
     command -v sudo >/dev/null || fail "these packages are missing, and this is neither root nor is
-  there sudo. As root run: apt-get install $*"
+  there sudo. As root run: apt-get install ${*//|/ or }
+  What only the tests need is left out with --no-cross, --no-fuzz and --no-cuda."
     as_root=(sudo)
   fi
   as_root+=(env DEBIAN_FRONTEND=noninteractive)

@@ -10,8 +10,8 @@ declare -A about=(
   [cuda]="the CUDA operator compiled, warnings are errors; its tests as far as there is a GPU"
   [lint]="clang-tidy over our sources"
   [unit]="unit tests, once for every ISA of this CPU"
-  [asan]="unit tests of core, server and engine (without llama.cpp) under ASan and UBSan"
-  [tsan]="the same under TSan"
+  [asan]="unit tests of core, server, engine and ggml module under ASan and UBSan"
+  [tsan]="unit tests of what has threads, under TSan"
   [fuzz]="each libFuzzer target for a while, where there is clang"
   [aarch64]="the core's unit tests for 64-bit Arm, under qemu"
   [ggml-ops]="ggml's own suite for FLASH_ATTN_EXT through libggml-relay.so, and who served it"
@@ -84,6 +84,9 @@ stage_unit() {
 }
 
 tests_under() {  # a preset, stage, ctest arguments
+  # Two folders with the same sanitizers share the core's objects: their debug information may name
+  # the other folder.
+  local -x CCACHE_NOHASHDIR=1
   cmake --preset "$1" -DRELAY_WERROR=ON && cmake --build --preset "$1" && run_tests "$@"
 }
 stage_asan() {
@@ -106,7 +109,7 @@ stage_tsan() {
 # For long, by hand: scripts/fuzz.sh.
 stage_fuzz() {
   if ! command -v clang++ >/dev/null; then
-    echo "fuzz: skipped, there is no clang++ (the corpora were run by the unit tests)"
+    echo "fuzz: skipped, there is no clang++ (scripts/setup.sh installs it; only the corpora were run, by the unit tests)"
     return 0
   fi
   scripts/fuzz.sh 20

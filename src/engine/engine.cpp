@@ -223,6 +223,8 @@ class ThreadedEngine : public Engine {
   std::optional<Refusal> check(const GenerateRequest& request) const;
   void post(std::function<void()> message);
   void run();
+  template <typename Work>
+  void contain(const Work& work);
   void publish_state();
 
   // Runs `question` on the engine thread and waits for its answer or exception.
@@ -349,7 +351,7 @@ SubmitResult ThreadedEngine::submit(GenerateRequest request, std::shared_ptr<Sin
     // std::function wants to copy what it holds.
     auto shared = std::make_shared<std::unique_ptr<Request>>(std::move(r));
     inbox_.emplace_back([this, shared, n = request.n] {
-      core_.submit(std::move(*shared));
+      contain([&] { core_.submit(std::move(*shared)); });
       const std::lock_guard inner(mutex_);
       arriving_ -= n;
       stats_.waiting = core_.scheduler().waiting();
@@ -403,7 +405,14 @@ PinnedPrompt ThreadedEngine::pin_prompt(const PinRequest& request, const Progres
   {
     const std::lock_guard lock(mutex_);
     if (!accepting_) throw EngineError(ErrorKind::kShuttingDown, "The engine is shutting down.");
-    inbox_.emplace_back([this, request, callbacks] { core_.pin(request, callbacks); });
+    inbox_.emplace_back([this, request, callbacks] {
+      try {
+        core_.pin(request, callbacks);
+      } catch (const std::exception& e) {
+        callbacks.failed(ErrorKind::kInternal, std::string("The engine failed: ") + e.what());
+        throw;
+      }
+    });
   }
   wake_.notify_all();
   std::unique_lock lock(wait->mutex);
@@ -443,6 +452,22 @@ void ThreadedEngine::publish_state() {
   pinned_ = std::move(pinned);
 }
 
+/// What reaches the engine thread's own loop is a broken invariant: no request may be answered from
+/// cells that cannot be trusted, so all of them fail. The engine takes new ones.
+template <typename Work>
+void ThreadedEngine::contain(const Work& work) {
+  std::string why = "an exception of an unknown type";
+  try {
+    work();
+    return;
+  } catch (const std::exception& e) {
+    why = e.what();
+  } catch (...) {
+  }
+  std::fprintf(stderr, "relay: the engine failed: %s\n", why.c_str());
+  core_.fail_all(ErrorKind::kInternal, "The engine failed: " + why);
+}
+
 void ThreadedEngine::run() {
   bool more = false;
   for (;;) {
@@ -462,16 +487,12 @@ void ThreadedEngine::run() {
       messages.swap(inbox_);
       busy_ = busy_ || !messages.empty();
     }
-    for (const auto& message : messages) message();
-    try {
+    for (const auto& message : messages) contain(message);
+    more = false;
+    contain([&] {
       more = core_.step();
-    } catch (const std::exception& e) {
-      // A broken invariant: no request may be answered from cells that cannot be trusted.
-      std::fprintf(stderr, "relay: the engine failed: %s\n", e.what());
-      core_.fail_all(ErrorKind::kInternal, std::string("The engine failed: ") + e.what());
-      more = false;
-    }
-    publish_state();
+      publish_state();
+    });
   }
   // Those still in the inbox get their answer as well.
   std::deque<std::function<void()>> messages;
@@ -479,10 +500,12 @@ void ThreadedEngine::run() {
     const std::lock_guard lock(mutex_);
     messages.swap(inbox_);
   }
-  for (const auto& message : messages) message();
-  core_.cancel_all();
-  publish_state();
-  core_.store_prompts(std::chrono::seconds(10));
+  for (const auto& message : messages) contain(message);
+  contain([&] {
+    core_.cancel_all();
+    publish_state();
+  });
+  contain([&] { core_.store_prompts(std::chrono::seconds(10)); });
   const std::lock_guard lock(mutex_);
   busy_ = false;
   idle_.notify_all();

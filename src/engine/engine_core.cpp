@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <stdexcept>
 #include <utility>
 
@@ -59,6 +60,8 @@ void EngineCore::submit(std::unique_ptr<Request> request) {
                          "with a larger KV cache.");
     return;
   }
+  // First of all, so that fail_all() finds the request if something below throws.
+  requests_.emplace(r.id, std::move(request));
   r.usage.prompt_tokens = prompt;
   r.open = static_cast<int32_t>(r.samplers.size());
   for (size_t i = 0; i < r.samplers.size(); ++i) {
@@ -73,12 +76,11 @@ void EngineCore::submit(std::unique_ptr<Request> request) {
     s->sampler = std::move(r.samplers[i]);
     s->text = TextStream(r.stop);
     s->tokens = r.prompt;
-    scheduler_.enqueue(s.get());
     r.choices.push_back(std::move(s));
+    scheduler_.enqueue(r.choices.back().get());
   }
   r.prompt.clear();
   r.prompt.shrink_to_fit();
-  requests_.emplace(r.id, std::move(request));
 }
 
 void EngineCore::cancel(RequestId id) {
@@ -102,7 +104,11 @@ void EngineCore::cancel_all() {
 
 void EngineCore::fail_all(ErrorKind kind, const std::string& message) {
   while (!requests_.empty()) {
-    fail_request(*requests_.begin()->second, kind, message, Scheduler::Keep::kNothing);
+    try {
+      fail_request(*requests_.begin()->second, kind, message, Scheduler::Keep::kNothing);
+    } catch (const std::exception& e) {  // the others have to be told all the same
+      std::fprintf(stderr, "relay: a request could not be told its failure: %s\n", e.what());
+    }
   }
   pins_.fail_all(kind, message);
 }
@@ -320,9 +326,9 @@ void EngineCore::finish_choice(Request& r, Sequence& s, FinishReason reason) {
       ++counters_.finished_error;
       break;
   }
-  r.sink->on_choice_finish(s.choice, reason, s.text.stop_string());
+  const std::unique_ptr<Sequence> finished = std::move(r.choices[static_cast<size_t>(s.choice)]);
   --r.open;
-  r.choices[static_cast<size_t>(s.choice)].reset();
+  r.sink->on_choice_finish(finished->choice, reason, finished->text.stop_string());
 }
 
 void EngineCore::finish_request(Request& r, FinishReason reason) {
@@ -337,12 +343,13 @@ void EngineCore::finish_request(Request& r, FinishReason reason) {
   t.total = seconds_between(r.submitted, now);
   if (observer_) observer_->on_request_end(reason, r.usage, t);
   if (before_end_) before_end_();
+  const auto ended = requests_.extract(r.id);
   r.sink->on_done(r.usage, t);
-  requests_.erase(r.id);
 }
 
 void EngineCore::fail_request(Request& r, ErrorKind kind, const std::string& message,
                               Scheduler::Keep keep) {
+  const auto ended = requests_.extract(r.id);
   for (auto& s : r.choices) {
     if (!s) continue;
     scheduler_.remove(s.get(), keep);
@@ -350,7 +357,6 @@ void EngineCore::fail_request(Request& r, ErrorKind kind, const std::string& mes
   }
   if (before_end_) before_end_();
   r.sink->on_error(kind, message);
-  requests_.erase(r.id);
 }
 
 void EngineCore::fail_sequence(Sequence& sequence, ErrorKind kind, const std::string& message,

@@ -678,6 +678,40 @@ TEST(EngineCore, AFailedStepEndsItsRequestsOnly) {
   bench.expect_no_leak();
 }
 
+// A sink must not throw; one that does must not keep the others from hearing of a failure.
+TEST(EngineCore, AFailureOfAllReachesAll) {
+  class Throws : public Recorder {
+   public:
+    using Recorder::Recorder;
+    void on_choice_finish(int32_t, FinishReason, const std::string&) override {
+      throw std::runtime_error("no room for the finish");
+    }
+    void on_error(ErrorKind, const std::string&) override {
+      throw std::runtime_error("no room for the error");
+    }
+  };
+  Bench bench(512, small_steps());
+  std::vector<std::shared_ptr<Outcome>> others;
+  for (int i = 0; i < 4; ++i) {
+    if (i == 2) {
+      auto request = std::make_unique<Request>();
+      request->id = 1000;
+      request->sink = std::make_shared<Throws>(std::make_shared<Outcome>());
+      request->prompt = sequence_of(10, 7);
+      request->max_tokens = 5;
+      for (int n = 0; n < 2; ++n) request->samplers.push_back(std::make_unique<GreedySampler>());
+      bench.core.submit(std::move(request));
+    }
+    others.push_back(bench.submit(sequence_of(10 + i, 30 + i), 50));
+  }
+  bench.step();
+  EXPECT_THROW(bench.core.cancel(1000), std::runtime_error);
+  bench.core.fail_all(ErrorKind::kInternal, "broken");
+  for (const auto& other : others) EXPECT_TRUE(other->failed);
+  bench.check();
+  bench.expect_no_leak();
+}
+
 TEST(EngineCore, SequenceIdsRunOutBeforeCells) {
   Bench bench(4096, small_steps(4), 6);
   std::vector<std::shared_ptr<Outcome>> outs;

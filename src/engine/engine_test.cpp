@@ -9,6 +9,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <stdexcept>
 #include <thread>
 
 #include "engine/test_models.h"
@@ -603,6 +604,48 @@ TEST(EngineLife, StopCancelsWhatRuns) {
   EXPECT_EQ(sink->choices[0].reason, FinishReason::kCancelled);
   EXPECT_THROW(engine->unpin("cp_x"), EngineError);
   engine->stop();
+}
+
+// Cancelling is a message to the engine thread, and no step.
+TEST(EngineLife, AnExceptionBetweenStepsFailsWhatRunsAndNothingElse) {
+  class Throws : public Collector {
+   public:
+    void on_choice_finish(int32_t, FinishReason, const std::string&) override {
+      throw std::runtime_error("no room");
+    }
+  };
+  const auto engine = Engine::load(small_options());
+  GenerateRequest r;
+  r.prompt = engine->tokenize("never ending", true, false);
+  r.max_tokens = 1500;
+  r.sampling.ignore_eos = true;
+  const auto bystander = std::make_shared<Collector>();
+  ASSERT_TRUE(std::holds_alternative<RequestId>(engine->submit(r, bystander)));
+  const auto broken = std::make_shared<Throws>();
+  const SubmitResult id = engine->submit(r, broken);
+  ASSERT_TRUE(std::holds_alternative<RequestId>(id));
+  broken->wait_for_tokens(1);
+  engine->cancel(std::get<RequestId>(id));
+  for (const auto& sink : {bystander, std::shared_ptr<Collector>(broken)}) {
+    sink->wait();
+    EXPECT_EQ(sink->error, ErrorKind::kInternal);
+    EXPECT_NE(sink->error_message.find("no room"), std::string::npos) << sink->error_message;
+  }
+  r.max_tokens = 3;
+  const auto next = std::make_shared<Collector>();
+  ASSERT_TRUE(std::holds_alternative<RequestId>(engine->submit(r, next)));
+  next->wait();
+  EXPECT_EQ(next->choices[0].tokens.size(), 3u);
+  EXPECT_EQ(engine->stats().running, 0);
+
+  // One that is still there when the engine stops.
+  r.max_tokens = 1500;
+  const auto last = std::make_shared<Throws>();
+  ASSERT_TRUE(std::holds_alternative<RequestId>(engine->submit(r, last)));
+  last->wait_for_tokens(1);
+  engine->stop();
+  last->wait();
+  EXPECT_EQ(last->error, ErrorKind::kInternal);
 }
 
 TEST(EngineLife, WrongOptionsAndFilesAreErrors) {

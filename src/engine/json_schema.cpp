@@ -7,6 +7,7 @@
 #include <map>
 #include <set>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "engine/engine.h"
@@ -21,9 +22,11 @@ using Json = common_json;
 
 // llama.cpp's converter recurses as deep as a schema is.
 constexpr int kMaxDepth = 64;
-constexpr size_t kMaxKeys = 5'000;  // of one object: finding one takes as long as there are many
+constexpr int kMaxComparedDepth = 8;  // of the schemas of a oneOf
+constexpr size_t kMaxKeys = 5'000;    // of one object: finding one takes as long as there are many
 constexpr size_t kMaxNameBytes = 256;
 constexpr size_t kMaxOptional = 256;
+constexpr int64_t kMaxMultiples = 1'000;
 constexpr int64_t kMaxCount = 65'536;  // minItems, maxItems, minLength, maxLength
 // The converter's integers have up to 16 digits.
 constexpr int64_t kMaxInteger = 9'999'999'999'999'999;
@@ -130,6 +133,7 @@ class Normaliser {
       definitions_[names_.at(ref)] = node(target(ref, ref), ref, 0);
     }
     check_cycles();
+    for (const auto& [alternatives, path] : exclusive_) check_exclusive(alternatives, path);
     if (!definitions_.empty()) result["$defs"] = definitions_;
     return result;
   }
@@ -494,9 +498,110 @@ class Normaliser {
       alternatives.push_back(
           node(merge(flat(one, at, depth + 1, false), beside, at), at, depth + 1, immediate));
     }
+    if (strict_ && keyword == std::string("oneOf")) exclusive_.emplace_back(alternatives, path);
     result[keyword] = alternatives;
     return result;
   }
+
+  // --- Exactly one of several
+
+  /// A grammar says any of several, and so 'oneOf' only where no value matches two of them.
+  void check_exclusive(const Json& alternatives, const std::string& path) {
+    for (size_t i = 0; i < alternatives.size(); ++i) {
+      for (size_t j = 0; j < alternatives.size(); ++j) {
+        if (i == j || misses(alternatives.at(i), alternatives.at(j), 0)) continue;
+        refuse(path,
+               "'oneOf' is not supported where a value may match two of its schemas, as here "
+               "those at " +
+                   std::to_string(std::min(i, j)) + " and " + std::to_string(std::max(i, j)) +
+                   " (use 'anyOf', or give each object a "
+                   "required property with a 'const' of its own)");
+      }
+    }
+  }
+
+  /// Whether it is plain that no value that a grammar of `a` allows satisfies `b`. Both are
+  /// normalised.
+  bool misses(const Json& a, const Json& b, int depth) {
+    if (depth > kMaxComparedDepth) return false;  // a recursive schema has no end
+    count("#", depth);
+    if (contains(a, "$ref")) return misses(definition(a), b, depth + 1);
+    if (contains(b, "$ref")) return misses(a, definition(b), depth + 1);
+    for (const char* keyword : {"anyOf", "oneOf"}) {
+      if (contains(a, keyword)) {
+        return all_of(a.at(keyword), [&](const Json& one) { return misses(one, b, depth + 1); });
+      }
+      if (contains(b, keyword)) {
+        return all_of(b.at(keyword), [&](const Json& one) { return misses(a, one, depth + 1); });
+      }
+    }
+    if (contains(a, "enum")) {
+      return all_of(a.at("enum"), [&](const Json& value) { return excluded(value, b); });
+    }
+    if (contains(b, "enum")) {
+      return all_of(b.at("enum"), [&](const Json& value) { return excluded(value, a); });
+    }
+    if (!contains(a, "type") || !contains(b, "type")) return false;
+    const auto type = a.at("type").get<std::string>();
+    const auto other = b.at("type").get<std::string>();
+    if (group_of_type(type) == Group::kNumber && group_of_type(other) == Group::kNumber) {
+      return lies_below(a, b) || lies_below(b, a);
+    }
+    if (type != other) return true;
+    return type == "object" && objects_miss(a, b, depth);
+  }
+
+  template <typename Test>
+  static bool all_of(const Json& list, const Test& test) {
+    for (const Json& one : list) {
+      if (!test(one)) return false;
+    }
+    return true;
+  }
+
+  const Json& definition(const Json& reference) const {
+    const auto ref = reference.at("$ref").get<std::string>();
+    return definitions_.at(ref.substr(std::string("#/$defs/").size()));
+  }
+
+  static bool excluded(const Json& value, const Json& schema) {
+    if (contains(schema, "enum")) {
+      return all_of(schema.at("enum"), [&](const Json& one) { return one != value; });
+    }
+    return contains(schema, "type") && !has_type(value, schema.at("type").get<std::string>());
+  }
+
+  static bool lies_below(const Json& a, const Json& b) {
+    return contains(a, "maximum") && contains(b, "minimum") &&
+           a.at("maximum").get<double>() < b.at("minimum").get<double>();
+  }
+
+  bool objects_miss(const Json& a, const Json& b, int depth) {
+    const auto names = [](const Json& object, const std::string& name) {
+      return contains(object, "properties") && object.at("properties").contains(name);
+    };
+    const auto may_have_more = [](const Json& object) {
+      return contains(object, "additionalProperties") && object.at("additionalProperties") != false;
+    };
+    const bool b_is_closed = contains(b, "additionalProperties") && !may_have_more(b);
+    for (const bool of_a : {true, false}) {
+      const Json& object = of_a ? a : b;
+      if (!contains(object, "required")) continue;
+      for (const Json& required : object.at("required")) {
+        const auto name = required.get<std::string>();
+        if (names(a, name) && names(b, name)) {
+          if (misses(a.at("properties").at(name), b.at("properties").at(name), depth + 1)) {
+            return true;
+          }
+        } else if (of_a ? b_is_closed && !names(b, name) : !names(a, name) && !may_have_more(a)) {
+          return true;
+        }
+      }
+    }
+    return false;
+  }
+
+  // --- One type
 
   Json typed(Json schema, const std::string& path, int depth) {
     std::vector<std::string> types;
@@ -791,16 +896,44 @@ class Normaliser {
     }
   }
 
-  void number(Json& own, const std::string& path) {
-    if (contains(own, "multipleOf")) {
-      if (own.at("multipleOf") == 1 || own.at("multipleOf") == 1.0) {
-        rewritten_ = rewritten_ || own.at("type") != "integer";
-        own["type"] = "integer";
-      } else {
-        drop_keyword(own, "multipleOf", path);
-      }
-      own.erase("multipleOf");
+  /// Takes 'multipleOf' out; multiples of a whole number are integers. 1: every one of them.
+  int64_t take_step(Json& own, const std::string& path) {
+    if (!contains(own, "multipleOf")) return 1;
+    const Json value = own.at("multipleOf");
+    if (!value.is_number() || value.get<double>() <= 0) {
+      refuse(path, "'multipleOf' must be a number above 0");
     }
+    const auto step = value.get<double>();
+    if (step != std::floor(step) || step > static_cast<double>(kMaxInteger)) {
+      drop_keyword(own, "multipleOf", path);
+      own.erase("multipleOf");
+      return 1;
+    }
+    rewritten_ = rewritten_ || own.at("type") != "integer";
+    own.erase("multipleOf");
+    own["type"] = "integer";
+    return static_cast<int64_t>(step);
+  }
+
+  /// The multiples of `step` between the bounds, one by one.
+  void list_multiples(Json& own, int64_t step, int64_t low, int64_t high, const std::string& path) {
+    const int64_t first = low / step + (low % step > 0 ? 1 : 0);
+    const int64_t last = high / step - (high % step < 0 ? 1 : 0);
+    if (first > last) refuse(path, "no multiple of 'multipleOf' lies between the bounds");
+    if (last - first >= kMaxMultiples) {
+      drop(path, "'multipleOf' is supported for at most " + std::to_string(kMaxMultiples) +
+                     " values between a 'minimum' and a 'maximum'");
+      return;
+    }
+    Json values = Json::array();
+    for (int64_t i = first; i <= last; ++i) values.push_back(i * step);
+    rewritten_ = true;
+    for (const char* keyword : {"type", "minimum", "maximum"}) own.erase(keyword);
+    own["enum"] = values;
+  }
+
+  void number(Json& own, const std::string& path) {
+    const int64_t step = take_step(own, path);
     const bool whole = own.at("type") == "integer";
     bool bounded = false;
     double low = -static_cast<double>(kMaxInteger);
@@ -829,12 +962,17 @@ class Normaliser {
     }
     if (!whole) return;
     for (const char* keyword : {"exclusiveMinimum", "exclusiveMaximum"}) own.erase(keyword);
-    if (!bounded) return;
+    if (!bounded && step == 1) return;
     if (low > high) refuse(path, "no integer lies between 'minimum' and 'maximum'");
-    // Always both: with one of them alone the converter lets shorter numbers in.
-    rewritten_ = true;
-    own["minimum"] = static_cast<int64_t>(low);
-    own["maximum"] = static_cast<int64_t>(high);
+    if (bounded) {
+      // Always both: with one of them alone the converter lets shorter numbers in.
+      rewritten_ = true;
+      own["minimum"] = static_cast<int64_t>(low);
+      own["maximum"] = static_cast<int64_t>(high);
+    }
+    if (step != 1) {
+      list_multiples(own, step, static_cast<int64_t>(low), static_cast<int64_t>(high), path);
+    }
   }
 
   const Json& root_;
@@ -848,6 +986,7 @@ class Normaliser {
   std::vector<std::string> todo_;             // references whose targets are still to make
   std::map<std::string, std::set<std::string>> edges_;  // from a definition to those it begins with
   std::set<std::string> inlining_;
+  std::vector<std::pair<Json, std::string>> exclusive_;  // the lists of oneOf, and where
   Json definitions_ = Json::object();
 };
 

@@ -418,6 +418,50 @@ TEST(Logits, OneSlotFarAboveAllBefore) {
   }
 }
 
+TEST(Logits, TwoSlotsShowHowExactTheExponentialIs) {
+  // Over many slots its error drowns in that of the sums. Here the output is w / (1 + w) with the
+  // one weight w = 2^x, through all fractions of x. Bound: 2.5e-7 of the exponential
+  // (math-inl.h), 1.5e-7 of its rounded argument, four roundings of 6e-8.
+  constexpr double kBound = 7e-7;
+  constexpr int32_t kSteps = 161;
+  for (int32_t rows : {1, kSteps}) {
+    const ForestCase c = shared_prefix_case(2, std::vector<int64_t>(rows, 0));
+    OperatorConfig config = config_of(DType::kF32);
+    config.shape.q_heads = config.shape.kv_heads = 1;
+    OperatorCase op = make_case(config, c);
+    for (int64_t slot : {0, 1}) {
+      std::vector<float> key(64, 0.0f);
+      key[5] = static_cast<float>(slot);
+      op.kv.k.set(slot, 0, key);
+      op.kv.v.set(slot, 0, std::vector<float>(64, static_cast<float>(slot)));
+    }
+    Forest forest;
+    build_from_tree(c, Sharing::kOn, c.seed, forest);
+    const PlanPtr plan = make_plan(forest, op.options(1));
+    Workspace workspace(*plan);
+    for (int32_t first = 0; first < kSteps; first += rows) {
+      std::vector<double> logits;
+      for (int32_t row = 0; row < rows; ++row) {
+        const double x = -2.5 + 5.0 * (first + row) / (kSteps - 1);
+        std::vector<float> query(64, 0.0f);
+        query[5] = static_cast<float>(x * std::numbers::ln2 / op.scale);
+        op.q.set(row, 0, query);
+        logits.push_back(double{query[5]} * op.scale);
+      }
+      for_each_isa([&](const std::string&) {
+        op.out.reset();
+        attend(*plan, op.inputs(), workspace, 0);
+        for (int32_t row = 0; row < rows; ++row) {
+          const double weight = std::exp(logits[row]);
+          const double expected = weight / (1 + weight);
+          ASSERT_NEAR(op.out.out(row, 0, 17) / expected, 1, kBound)
+              << "x = " << logits[row] / std::numbers::ln2 << ", " << rows << " rows";
+        }
+      });
+    }
+  }
+}
+
 TEST(Logits, SinksThatTakeAllAndNothing) {
   for (DType type : {DType::kF16, DType::kBF16}) {
     OperatorConfig config = config_of(type);

@@ -248,7 +248,7 @@ TEST_P(Reuse, PlanningAgainAndRunningAllocateNothing) {
   });
 }
 
-// --- Company -------------------------------------------------------------------------------------
+// --- Batch composition ---------------------------------------------------------------------------
 
 /// How far two results of one row may lie apart (rms, relative), by what the kernels round: each
 /// about so far from the truth, over 537 slots of random values. To lose one slot would make 0.04.
@@ -267,9 +267,9 @@ double most_apart(Form form) {
   throw std::logic_error("no such form");
 }
 
-TEST(Company, ARowDoesNotDependOnWhoSharesBeyondRounding) {
+TEST(BatchComposition, ARowDoesNotDependOnWhoSharesBeyondRounding) {
   // Request 0 alone, then with ever more others on its prefix: each within the bound of the oracle,
-  // and the row in company no further from the row alone than rounding makes it.
+  // and the row among others no further from the row alone than rounding makes it.
   for (DType type : {DType::kF16, DType::kBF16, DType::kQ8_0}) {
     OperatorConfig config;
     config.shape = {.q_heads = 8, .kv_heads = 2, .qk_dim = 64, .v_dim = 64};
@@ -312,7 +312,7 @@ TEST(Company, ARowDoesNotDependOnWhoSharesBeyondRounding) {
   }
 }
 
-TEST(Company, OrderOfRequestsDoesNotMatterBeyondRounding) {
+TEST(BatchComposition, OrderOfRequestsDoesNotMatterBeyondRounding) {
   ForestLimits limits;
   limits.max_rows = 40;
   limits.max_slots = 2000;

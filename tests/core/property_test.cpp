@@ -1,5 +1,5 @@
 // Random operators over random forests against the oracle: every builder, kernel set, element type,
-// head shape, layout and number of threads, in random company.
+// head shape, layout and number of threads, in random batches.
 #include <gtest/gtest.h>
 
 #include <algorithm>

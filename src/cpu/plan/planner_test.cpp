@@ -320,7 +320,7 @@ TEST(Cutting, OneRequestIsPlannedAlikeWithSharingAndWithout) {
   }
 }
 
-// --- Foretelling ---------------------------------------------------------------------------------
+// --- Simulation ----------------------------------------------------------------------------------
 
 /// `rows` rows of two KV heads; blocks and items are added by hand.
 struct Sketch {
@@ -376,7 +376,7 @@ struct Sketch {
   }
 };
 
-TEST(Foretold, WhoeverComesSecondMerges) {
+TEST(Simulation, WhoeverComesSecondMerges) {
   Sketch s(2, 1, 0.5);
   s.block({0}, 2);
   s.item(0, 0, 0, 2, 5);
@@ -388,7 +388,7 @@ TEST(Foretold, WhoeverComesSecondMerges) {
   EXPECT_DOUBLE_EQ(schedule.idle_share(), 3.0 / 12);
 }
 
-TEST(Foretold, WhoeverIsLastMergesWhatTheOthersHaveMerged) {
+TEST(Simulation, WhoeverIsLastMergesWhatTheOthersHaveMerged) {
   Sketch s(4, 1, 1);
   s.block({0}, 4);
   s.item(0, 0, 0, 2, 5);
@@ -400,7 +400,7 @@ TEST(Foretold, WhoeverIsLastMergesWhatTheOthersHaveMerged) {
   EXPECT_EQ(schedule.seconds, 9 + 2 * 2);
 }
 
-TEST(Foretold, HeadsAreMergedApart) {
+TEST(Simulation, HeadsAreMergedApart) {
   Sketch s(2, 1, 0.5);
   s.block({0}, 2);
   s.item(0, 0, 0, 2, 1);
@@ -412,7 +412,7 @@ TEST(Foretold, HeadsAreMergedApart) {
   EXPECT_EQ(schedule.idle_share(), 0);
 }
 
-TEST(Foretold, ARowOfTwoBlocksIsMergedWithTheLast) {
+TEST(Simulation, ARowOfTwoBlocksIsMergedWithTheLast) {
   Sketch s(2, 2, 0.25);
   s.block({0, 1}, 1);
   s.block({0}, 1);  // row 1 has one result, and nothing to merge
@@ -423,7 +423,7 @@ TEST(Foretold, ARowOfTwoBlocksIsMergedWithTheLast) {
   EXPECT_EQ(schedule.seconds, 6 + 0.5);
 }
 
-TEST(Foretold, NobodyTakesAnItemWhileMerging) {
+TEST(Simulation, NobodyTakesAnItemWhileMerging) {
   Sketch s(2, 3, 2);
   s.block({0}, 2);
   s.block({1}, 1);
@@ -487,7 +487,7 @@ TEST(MergeTree, HeadsHaveBits) {
   EXPECT_EQ(heads.back(), 127);
 }
 
-TEST(Foretold, AnyItemMayTakeLonger) {
+TEST(Simulation, AnyItemMayTakeLonger) {
   Sketch s(2, 3, 0);
   s.block({0}, 1);
   s.block({1}, 1);
@@ -500,13 +500,13 @@ TEST(Foretold, AnyItemMayTakeLonger) {
   EXPECT_DOUBLE_EQ(schedule.worst, 10 * 1.1);
 }
 
-TEST(Foretold, NothingToDoIsNoIdleness) {
+TEST(Simulation, NothingToDoIsNoIdleness) {
   const Schedule schedule = simulate(Sketch(4, 0, 1).plan);
   EXPECT_EQ(schedule.seconds, 0);
   EXPECT_EQ(schedule.idle_share(), 0);
 }
 
-TEST(Foretold, EveryPartialIsMergedOnce) {
+TEST(Simulation, EveryPartialIsMergedOnce) {
   for (const Case& c : realistic_cases()) {
     const PlanPtr plan = plan_of(c, 8);
     int64_t merges = 0;

@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
@@ -46,6 +47,8 @@ class FakeEngine : public engine::Engine {
   std::atomic<int> running{0};
   std::atomic<int> cancelled{0};
   std::atomic<int> pins{0};
+  mutable std::atomic<int> pin_lookups{0};
+  std::atomic<bool> pin_lookups_fail{false};  ///< with an exception that nobody expects
   engine::GenerateRequest last_request() {
     const std::lock_guard lock(mutex_);
     return last_;
@@ -169,6 +172,8 @@ class FakeEngine : public engine::Engine {
     return prompt;
   }
   std::vector<engine::PinnedPrompt> pinned_prompts() const override {
+    ++pin_lookups;
+    if (pin_lookups_fail) throw std::runtime_error("no memory for the list");
     const std::lock_guard lock(mutex_);
     return pinned_;
   }

@@ -350,6 +350,25 @@ TEST_F(HttpSessionTest, Keys) {
   EXPECT_EQ(connect().post(kChat, chat(), "Authorization: Bearer k1\r\n").status, 200);
 }
 
+// The timer's work runs on a thread that nobody waits for.
+TEST_F(HttpSessionTest, ATimerThatFailsGoesOn) {
+  ServerOptions options;
+  options.admin_keys = {"root"};
+  options.pin_refresh = std::chrono::milliseconds(2);
+  start({}, options);
+  const std::string key = "Authorization: Bearer root\r\n";
+  ASSERT_EQ(connect().post("/v1/cached_prompts", chat(), key).status, 201);
+  engine_->pin_lookups_fail = true;
+  const int before = engine_->pin_lookups;
+  for (int i = 0; i < 2000 && engine_->pin_lookups < before + 3; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  EXPECT_GE(engine_->pin_lookups, before + 3);
+  EXPECT_EQ(connect().get("/v1/cached_prompts", key).status, 500);
+  engine_->pin_lookups_fail = false;
+  EXPECT_EQ(connect().get("/v1/cached_prompts", key).json()["data"].size(), 1u);
+}
+
 TEST_F(HttpSessionTest, CachedPrompts) {
   ServerOptions options;
   options.admin_keys = {"root"};

@@ -55,6 +55,18 @@ void refuse_connection(tcp::socket& socket) {
   socket.close(ignored);
 }
 
+/// A handler's exception leaves run(), which may be called again.
+void run_handlers(net::io_context& io) {
+  for (;;) {
+    try {
+      io.run();
+      return;
+    } catch (const std::exception& failure) {
+      spdlog::error("an event could not be handled: {}", failure.what());
+    }
+  }
+}
+
 }  // namespace
 
 struct Server::State {
@@ -65,6 +77,7 @@ struct Server::State {
         refresh_timer(strand) {}
 
   net::awaitable<void> accept_loop();
+  void take(tcp::socket socket);
   net::awaitable<void> refresh_loop();
 
   Runtime runtime;
@@ -77,6 +90,16 @@ struct Server::State {
   std::string host_in_url;
   uint16_t port = 0;
 };
+
+void Server::State::take(tcp::socket socket) {
+  if (runtime.connections() >= runtime.service.options().max_connections) {
+    refuse_connection(socket);
+    return;
+  }
+  const auto session = std::make_shared<HttpSession>(std::move(socket), runtime);
+  session->start();
+  if (runtime.stopping) session->close(/*at_once=*/true);  // shutdown() may have missed it
+}
 
 net::awaitable<void> Server::State::accept_loop() {
   net::steady_timer pause(acceptor.get_executor());
@@ -91,13 +114,11 @@ net::awaitable<void> Server::State::accept_loop() {
       co_await pause.async_wait(net::as_tuple(net::use_awaitable));
       continue;
     }
-    if (runtime.connections() >= runtime.service.options().max_connections) {
-      refuse_connection(socket);
-      continue;
+    try {
+      take(std::move(socket));
+    } catch (const std::exception& failure) {  // it is one connection's
+      spdlog::error("a connection could not be served: {}", failure.what());
     }
-    const auto session = std::make_shared<HttpSession>(std::move(socket), runtime);
-    session->start();
-    if (runtime.stopping) session->close(/*at_once=*/true);  // shutdown() may have missed it
   }
 }
 
@@ -108,7 +129,11 @@ net::awaitable<void> Server::State::refresh_loop() {
     co_await refresh_timer.async_wait(net::as_tuple(net::use_awaitable));
     if (runtime.stopping || refreshing.exchange(true)) continue;
     net::post(runtime.waiters, [this] {
-      runtime.service.refresh_pinned();
+      try {
+        runtime.service.refresh_pinned();
+      } catch (const std::exception& failure) {
+        spdlog::error("the pinned prompts could not be looked at: {}", failure.what());
+      }
       refreshing = false;
     });
   }
@@ -163,7 +188,7 @@ void Server::listen() {
     net::co_spawn(state.strand, state.refresh_loop(), net::detached);
   }
   for (int32_t i = 0; i < options.io_threads; ++i) {
-    state.threads.emplace_back([&io = state.runtime.io] { io.run(); });
+    state.threads.emplace_back([&io = state.runtime.io] { run_handlers(io); });
   }
 }
 

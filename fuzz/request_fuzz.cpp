@@ -40,7 +40,7 @@ void check_error(const ApiError& error) {
 void check_common(const CommonRequest& request, const RequestLimits& limits) {
   const relay::engine::GenerateRequest& generate = request.generate;
   require(generate.n >= 1 && generate.n <= limits.max_choices, "n");
-  require(generate.max_tokens == -1 || generate.max_tokens >= 1, "max_tokens");
+  require(generate.max_tokens >= -1, "max_tokens");
   require(generate.stop.size() <= limits.max_stop_strings, "stop");
   for (const std::string& stop : generate.stop) {
     require(!stop.empty() && stop.size() <= limits.max_stop_bytes, "stop string");
@@ -73,12 +73,14 @@ void run(uint8_t which, const std::string& input) {
     case 0: {
       const ChatCompletionRequest request = parse_chat_completion(input, limits);
       check_common(request.common, limits);
+      require(request.common.generate.max_tokens != 0, "a chat generates");
       check_chat(request.chat, limits);
       break;
     }
     case 1: {
       const CompletionRequest request = parse_completion(input, limits);
       check_common(request.common, limits);
+      require(request.echo || request.common.generate.max_tokens != 0, "no tokens with echo alone");
       require(!request.prompts.empty() && request.prompts.size() <= limits.max_prompts, "prompts");
       for (const Prompt& prompt : request.prompts) {
         for (const relay::engine::Token token : prompt.tokens) {

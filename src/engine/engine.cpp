@@ -257,13 +257,16 @@ std::optional<Refusal> ThreadedEngine::check(const GenerateRequest& request) con
   if (request.max_tokens < -1) {
     return refusal(ErrorKind::kInvalidRequest, "max_tokens must not be negative.", "max_tokens");
   }
+  if (request.prompt_logprobs && request.sampling.logprobs < 0) {
+    return refusal(ErrorKind::kInvalidRequest, "prompt_logprobs needs logprobs.", "logprobs");
+  }
   for (const std::string& stop : request.stop) {
     if (stop.empty()) {
       return refusal(ErrorKind::kInvalidRequest, "A stop string must not be empty.", "stop");
     }
   }
   const auto prompt = static_cast<int64_t>(request.prompt.size());
-  const int64_t wanted = std::max(1, request.max_tokens);
+  const int64_t wanted = request.max_tokens < 0 ? 1 : request.max_tokens;
   if (prompt + wanted > info.context_length) {
     return refusal(
         ErrorKind::kContextLengthExceeded,
@@ -293,9 +296,10 @@ SubmitResult ThreadedEngine::submit(GenerateRequest request, std::shared_ptr<Sin
   r->prompt = std::move(request.prompt);
   r->max_tokens_may_shrink = request.max_tokens < 0;
   r->max_tokens = request.max_tokens < 0 ? model_->info().context_length - prompt
-                                         : std::max(1, request.max_tokens);
+                                         : request.max_tokens;
   r->ignore_end = request.sampling.ignore_eos;
   r->logprobs = request.sampling.logprobs;
+  r->prompt_logprobs = request.prompt_logprobs;
   r->stop = std::move(request.stop);
   if (request.format) r->visible = request.format->visible;
 

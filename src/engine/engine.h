@@ -171,12 +171,16 @@ struct SamplingParams {
 
 struct GenerateRequest {
   std::vector<Token> prompt;  ///< at least one token
-  int32_t max_tokens = -1;    ///< of each choice; -1: as many as the context has room for; 0 is 1
+  int32_t max_tokens = -1;    ///< of each choice; -1: as many as the context has room for; 0: the
+                              ///< prompt alone is computed
   SamplingParams sampling;
   std::vector<std::string> stop;  ///< generation ends before any of these; none may be empty
   std::string grammar;            ///< GBNF; empty: none
   std::string json_schema;        ///< JSON schema text; empty: none. Not together with grammar.
   OutputFormatPtr format;         ///< of render_chat(); its grammar yields to the two above
+  /// The prompt's own log probabilities, too; needs sampling.logprobs >= 0. Then nothing of the
+  /// prompt is taken from the cache: their logits are nowhere but in its computation.
+  bool prompt_logprobs = false;
   int32_t n = 1;                  ///< choices; they share the prompt
   std::string cache_salt;         ///< only requests with equal salts share KV (pinned: all)
   int32_t priority = 0;           ///< lower is served earlier; equal ones in order of arrival
@@ -185,7 +189,8 @@ struct GenerateRequest {
 struct TokenLogprob {
   Token token = -1;
   std::string bytes;     ///< the token's text; may be part of a UTF-8 character
-  float logprob = 0.0f;  ///< natural log, of the model's own distribution at temperature 1
+  float logprob = 0.0f;  ///< natural log, of the model's own distribution at temperature 1; NaN
+                         ///< for a prompt's first token, which follows nothing
 };
 
 struct GeneratedToken {
@@ -205,7 +210,10 @@ struct Usage {
 struct TokensDelta {
   std::string text;  ///< valid UTF-8; may lag behind the tokens (a partial character, the possible
                      ///< start of a stop string) and then be empty. Never contains a stop string.
-  std::vector<GeneratedToken> tokens;  ///< end-of-text tokens are counted but not listed
+  std::vector<GeneratedToken> tokens;  ///< end-of-text tokens are counted, but listed only where
+                                       ///< GenerateRequest::prompt_logprobs asks for every row
+  std::vector<GeneratedToken> prompt;  ///< with prompt_logprobs, before `tokens`: the prompt's, in
+                                       ///< order and in pieces as they are computed
   Usage usage;                         ///< of the request so far
 };
 

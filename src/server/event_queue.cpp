@@ -4,13 +4,17 @@ namespace relay::server {
 
 namespace {
 
-size_t size_of(const engine::TokensDelta& delta) {
-  size_t bytes = sizeof(Event) + delta.text.size();
-  for (const engine::GeneratedToken& token : delta.tokens) {
+size_t size_of(const std::vector<engine::GeneratedToken>& tokens) {
+  size_t bytes = 0;
+  for (const engine::GeneratedToken& token : tokens) {
     bytes += sizeof(token) + token.self.bytes.size();
     for (const engine::TokenLogprob& other : token.top) bytes += sizeof(other) + other.bytes.size();
   }
   return bytes;
+}
+
+size_t size_of(const engine::TokensDelta& delta) {
+  return sizeof(Event) + delta.text.size() + size_of(delta.tokens) + size_of(delta.prompt);
 }
 
 }  // namespace

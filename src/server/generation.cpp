@@ -1,6 +1,7 @@
 #include "server/generation.h"
 
 #include <algorithm>
+#include <iterator>
 #include <stdexcept>
 
 #include "base/unix_time.h"
@@ -61,6 +62,7 @@ std::unique_ptr<Generation> Generation::start(CompletionRequest request,
   std::unique_ptr<Generation> self(
       new Generation(Api::kCompletion, std::move(request.common), std::move(context)));
   const engine::Engine& engine = *self->context_.engine;
+  int64_t prompt_logprobs = 0;
   for (Prompt& prompt : request.prompts) {
     self->with_api_errors("prompt", [&] {
       if (prompt.is_text) {
@@ -73,6 +75,15 @@ std::unique_ptr<Generation> Generation::start(CompletionRequest request,
     });
     if (prompt.tokens.empty()) throw invalid_request("prompt", "A prompt has no tokens.");
     engine::GenerateRequest generate = self->common_.generate;
+    if (generate.prompt_logprobs) {
+      const int64_t of_each = (1 + generate.sampling.logprobs) * int64_t{generate.n};
+      prompt_logprobs += static_cast<int64_t>(prompt.tokens.size()) * of_each;
+      if (prompt_logprobs > self->context_.max_prompt_logprobs) {
+        throw invalid_request("logprobs", "'echo' with 'logprobs' asks for more than " +
+                                              std::to_string(self->context_.max_prompt_logprobs) +
+                                              " log probabilities: send fewer or shorter prompts.");
+      }
+    }
     generate.prompt = std::move(prompt.tokens);
     self->submit(std::move(generate), request.echo ? std::move(prompt.text) : "");
   }
@@ -159,12 +170,15 @@ void Generation::on_tokens(Part& part, int32_t index, engine::TokensDelta delta,
   Choice& choice = part.choices[static_cast<size_t>(index)];
   part.usage = delta.usage;
   if (common_.logprobs) {
-    for (engine::GeneratedToken& token : delta.tokens) choice.tokens.push_back(std::move(token));
+    std::move(delta.prompt.begin(), delta.prompt.end(), std::back_inserter(choice.tokens));
+    std::move(delta.tokens.begin(), delta.tokens.end(), std::back_inserter(choice.tokens));
   }
   if (!common_.stream) {
     choice.text += delta.text;
     return;
   }
+  const bool prompt_alone = !delta.prompt.empty() && delta.tokens.empty();
+  if (prompt_alone) return;  // goes out with the first token
 
   if (api_ == Api::kCompletion) {
     std::string text = choice.begun ? "" : part.echo;

@@ -26,6 +26,7 @@ struct GenerationContext {
   std::string fingerprint;
   std::string caller_salt;  ///< isolates callers with different keys; may be empty
   size_t max_queued_bytes = 1 << 20;
+  int64_t max_prompt_logprobs = 0;  ///< see RequestLimits
   std::function<void()> wake;  ///< see EventQueue
 };
 

@@ -22,6 +22,7 @@ struct RequestLimits {
   size_t max_stop_strings = 32;
   size_t max_stop_bytes = 1024;  ///< of each
   size_t max_logit_bias = 4096;
+  int64_t max_prompt_logprobs = 1'000'000;  ///< of all prompts of a request, alternatives included
   size_t max_schema_bytes = 256 * 1024;  ///< of a JSON schema or grammar
 };
 
@@ -51,7 +52,7 @@ struct Prompt {
 struct CompletionRequest {
   CommonRequest common;
   std::vector<Prompt> prompts;
-  bool echo = false;               ///< the answer begins with the prompt
+  bool echo = false;               ///< the answer begins with the prompt, and so do its logprobs
   bool add_special_tokens = true;  ///< begin-of-text in front of a text prompt
 };
 

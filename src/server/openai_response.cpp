@@ -102,8 +102,13 @@ Json completion_logprobs(const std::vector<engine::GeneratedToken>& tokens, bool
   for (const engine::GeneratedToken& token : tokens) {
     offsets.push_back(text_offset);
     text_offset += characters(token.self.bytes);
-    logprobs.push_back(finite(token.self.logprob));
     texts.push_back(printable(token.self.bytes));
+    if (std::isnan(token.self.logprob)) {  // the first of a prompt
+      logprobs.push_back(nullptr);
+      tops.push_back(nullptr);
+      continue;
+    }
+    logprobs.push_back(finite(token.self.logprob));
     Json top = Json::object();
     for (const engine::TokenLogprob& other : token.top) {
       top[printable(other.bytes)] = finite(other.logprob);

@@ -190,6 +190,7 @@ std::unique_ptr<Generation> Service::generate(Endpoint endpoint, std::string_vie
     context.fingerprint = fingerprint_;
   }
   const RequestLimits bounds = limits(*context.engine);
+  context.max_prompt_logprobs = bounds.max_prompt_logprobs;
   if (endpoint == Endpoint::kChatCompletions) {
     ChatCompletionRequest request = parse_chat_completion(body, bounds);
     context.model = resolve_model(*context.engine, request.common.model);

@@ -119,6 +119,35 @@ def test_echo(client):
     assert len(answer.choices[0].text) > len("Say after me")
 
 
+def test_logprobs_of_the_prompt(client):
+    """What evaluation harnesses ask for: how likely a given continuation is, token by token."""
+    text = client.completions.create(prompt="Say after me", logprobs=1, **GREEDY)
+    whole = "Say after me" + text.choices[0].text
+    answer = client.completions.create(
+        model="tiny", prompt=whole, echo=True, logprobs=2, max_tokens=0, temperature=0
+    )
+    scored = answer.choices[0].logprobs
+    assert answer.choices[0].text == whole and answer.usage.completion_tokens == 0
+    assert scored.token_logprobs[0] is None and scored.top_logprobs[0] is None
+    assert all(score <= 0 for score in scored.token_logprobs[1:])
+    assert len(scored.tokens) == len(scored.top_logprobs) == answer.usage.prompt_tokens
+    # The text was chosen greedily, so each of its last tokens is the most probable there.
+    generated = text.choices[0].logprobs
+    for back in range(1, 6):
+        if scored.tokens[-back] != generated.tokens[-back]:
+            break  # the text reads as other tokens than it was written in
+        assert abs(scored.token_logprobs[-back] - generated.token_logprobs[-back]) < 0.05
+    # Scored prompts are computed whole; what they leave in the cache serves others.
+    again = client.completions.create(
+        model="tiny", prompt=[whole, "Another"], echo=True, logprobs=1, max_tokens=1, temperature=0
+    )
+    assert [c.logprobs.token_logprobs[0] for c in again.choices] == [None, None]
+    last = again.choices[0].logprobs.token_logprobs[1:-1]
+    assert all(abs(a - b) < 0.05 for a, b in zip(last, scored.token_logprobs[1:], strict=True))
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny", prompt="a", max_tokens=0)
+
+
 def test_n_choices_differ_and_repeat_with_a_seed(client):
     options = {"model": "tiny", "max_tokens": 8, "n": 3, "seed": 5, "temperature": 1}
     first = client.chat.completions.create(messages=HELLO, **options)

@@ -162,6 +162,9 @@ class ThreadedEngine : public Engine {
     s.refused += refused_;
     return s;
   }
+  std::vector<PrefixNode> prefix_nodes() const override {
+    return ask<std::vector<PrefixNode>>([this] { return core_.kv().nodes(); });
+  }
   void set_observer(std::shared_ptr<Observer> observer) override {
     post([this, observer = std::move(observer)]() mutable {
       core_.set_observer(std::move(observer));
@@ -203,7 +206,7 @@ class ThreadedEngine : public Engine {
 
   // Runs `question` on the engine thread and waits for its answer or exception.
   template <typename T>
-  T ask(const std::function<T()>& question) {
+  T ask(const std::function<T()>& question) const {
     auto task = std::make_shared<std::packaged_task<T()>>(question);
     std::future<T> answer = task->get_future();
     {
@@ -221,9 +224,9 @@ class ThreadedEngine : public Engine {
   EngineCore core_;  // the engine thread's
 
   mutable std::mutex mutex_;  // guards what follows
-  std::condition_variable wake_;
+  mutable std::condition_variable wake_;
   std::condition_variable idle_;
-  std::deque<std::function<void()>> inbox_;
+  mutable std::deque<std::function<void()>> inbox_;  // questions come from const functions, too
   EngineStats stats_;
   std::vector<PinnedPrompt> pinned_;
   int32_t arriving_ = 0;  // sequences in the inbox
@@ -295,8 +298,8 @@ SubmitResult ThreadedEngine::submit(GenerateRequest request, std::shared_ptr<Sin
   r->priority = request.priority;
   r->prompt = std::move(request.prompt);
   r->max_tokens_may_shrink = request.max_tokens < 0;
-  r->max_tokens = request.max_tokens < 0 ? model_->info().context_length - prompt
-                                         : request.max_tokens;
+  r->max_tokens =
+      request.max_tokens < 0 ? model_->info().context_length - prompt : request.max_tokens;
   r->ignore_end = request.sampling.ignore_eos;
   r->logprobs = request.sampling.logprobs;
   r->prompt_logprobs = request.prompt_logprobs;

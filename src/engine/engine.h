@@ -181,9 +181,9 @@ struct GenerateRequest {
   /// The prompt's own log probabilities, too; needs sampling.logprobs >= 0. Then nothing of the
   /// prompt is taken from the cache: their logits are nowhere but in its computation.
   bool prompt_logprobs = false;
-  int32_t n = 1;                  ///< choices; they share the prompt
-  std::string cache_salt;         ///< only requests with equal salts share KV (pinned: all)
-  int32_t priority = 0;           ///< lower is served earlier; equal ones in order of arrival
+  int32_t n = 1;           ///< choices; they share the prompt
+  std::string cache_salt;  ///< only requests with equal salts share KV (pinned: all)
+  int32_t priority = 0;    ///< lower is served earlier; equal ones in order of arrival
 };
 
 struct TokenLogprob {
@@ -316,6 +316,15 @@ struct EngineStats {
   double seconds_sampling = 0;
 };
 
+/// A run of tokens in the prefix tree whose KV exists once; parents come before their children.
+struct PrefixNode {
+  int32_t parent = -1;  ///< index; -1: begins prompts
+  int32_t tokens = 0;
+  int32_t running = 0;  ///< sequences that share it now
+  bool pinned = false;
+  int64_t hits = 0;  ///< sequences that found it in the cache so far
+};
+
 class Engine {
  public:
   /// Loads the backend modules and the model, allocates the KV cache, warms up and starts the
@@ -369,6 +378,8 @@ class Engine {
   virtual void unpin(const std::string& id) = 0;
 
   virtual EngineStats stats() const = 0;
+  /// The prefix tree as of now. Waits for the engine thread. Throws EngineError (kShuttingDown).
+  virtual std::vector<PrefixNode> prefix_nodes() const = 0;
   /// nullptr takes it away. Set it before the first submit, or while nothing runs.
   virtual void set_observer(std::shared_ptr<Observer> observer) = 0;
 

@@ -89,6 +89,7 @@ class EngineCore {
     pins_.set_before_done(hook);
   }
   KvMemory& kv() { return kv_; }
+  const KvMemory& kv() const { return kv_; }
   const Scheduler& scheduler() const { return scheduler_; }
 
  private:

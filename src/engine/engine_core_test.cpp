@@ -19,7 +19,7 @@ namespace {
 using Tokens = std::vector<Token>;
 
 struct Outcome {
-  std::map<int32_t, Tokens> tokens;  // by choice
+  std::map<int32_t, Tokens> tokens;                     // by choice
   std::map<int32_t, std::vector<TokenLogprob>> prompt;  // with prompt_logprobs
   std::map<int32_t, std::string> text;
   std::map<int32_t, FinishReason> reasons;
@@ -653,6 +653,29 @@ TEST(EngineCore, RowsOverOnePrefixLieTogetherInTheBatch) {
   };
   bench.run();
   EXPECT_GT(batches, 3);
+}
+
+TEST(EngineCore, NodesShowWhoSharesWhat) {
+  Bench bench(512);
+  const Tokens prompt = sequence_of(64, 3);
+  const auto first = bench.submit(prompt, 2);
+  bench.run();
+  Tokens longer = prompt;
+  for (const Token t : sequence_of(16, 4)) longer.push_back(t);
+  const auto second = bench.submit(longer, 20);
+  const auto third = bench.submit(longer, 20);
+  for (int i = 0; i < 4; ++i) bench.step();
+  const std::vector<PrefixNode> nodes = bench.core.kv().nodes();
+  ASSERT_GE(nodes.size(), 2u);
+  EXPECT_EQ(nodes[0].parent, -1);
+  EXPECT_EQ(nodes[0].tokens, 64);
+  EXPECT_EQ(nodes[0].running, 2);
+  EXPECT_EQ(nodes[0].hits, 2);
+  EXPECT_FALSE(nodes[0].pinned);
+  int32_t tokens = 0;
+  for (const PrefixNode& node : nodes) tokens += node.tokens;
+  EXPECT_EQ(tokens, bench.core.kv().tree().tokens());
+  bench.run();
 }
 
 TEST(EngineCore, StatisticsOfSharing) {

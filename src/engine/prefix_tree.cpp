@@ -92,6 +92,7 @@ void PrefixTree::split(Node* node, int32_t at) {
   lower->tokens.assign(node->tokens.begin() + at, node->tokens.end());
   lower->members = node->members;
   lower->last_used = node->last_used;
+  lower->hits = node->hits;
   lower->children = std::move(node->children);
   for (auto& [key, child] : lower->children) child->parent = lower.get();
   for (Node*& tail : tails_) {
@@ -106,6 +107,7 @@ void PrefixTree::attach(SeqId seq, const Match& match) {
   if (match.in_node < match.node->size()) split(match.node, match.in_node);
   ++clock_;
   for (Node* node = match.node; node != root_.get(); node = node->parent) {
+    node->hits += !node->members.test(static_cast<size_t>(seq));
     node->members.set(static_cast<size_t>(seq));
     node->last_used = clock_;
   }

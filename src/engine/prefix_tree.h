@@ -49,6 +49,7 @@ class PrefixTree {
     std::vector<Token> tokens;
     SeqSet members;  ///< sequences whose path includes this node; never empty but the root's
     uint64_t last_used = 0;  ///< clock of the last attach
+    int64_t hits = 0;        ///< sequences that found it here
     std::map<std::pair<uint64_t, Token>, std::unique_ptr<Node>> children;  ///< by salt, first token
 
     int32_t size() const { return static_cast<int32_t>(tokens.size()); }

@@ -25,8 +25,8 @@ struct Sequence {
   int32_t choice = 0;
   Salt salt;
   int32_t prompt_length = 0;
-  int32_t max_tokens = 0;  ///< generate at most so many
-  bool generates = true;   ///< false: only the KV of its tokens is wanted (pinning)
+  int32_t max_tokens = 0;      ///< generate at most so many
+  bool generates = true;       ///< false: only the KV of its tokens is wanted (pinning)
   bool scores_prompt = false;  ///< the prompt's log probabilities are wanted, too
   std::unique_ptr<Sampler> sampler;
   TextStream text;

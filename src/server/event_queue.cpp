@@ -69,13 +69,14 @@ void QueueSink::on_tokens(int32_t choice, engine::TokensDelta delta) {
 }
 
 void QueueSink::on_choice_finish(int32_t choice, engine::FinishReason reason,
-                                 const std::string& /*stop_string*/) {
+                                 const std::string& stop_string) {
   Event event;
   event.kind = Event::Kind::kFinish;
   event.prompt = prompt_;
   event.choice = choice;
   event.reason = reason;
-  queue_->push(std::move(event), sizeof(Event));
+  event.message = stop_string;
+  queue_->push(std::move(event), sizeof(Event) + stop_string.size());
 }
 
 void QueueSink::on_done(const engine::Usage& usage, const engine::RequestTimings& /*timings*/) {

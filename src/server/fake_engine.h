@@ -201,6 +201,9 @@ class FakeEngine : public engine::Engine {
     stats.kv_tokens_read_shared = 5;
     return stats;
   }
+  std::vector<engine::PrefixNode> prefix_nodes() const override {
+    return {{-1, 400, 2, true, 7}, {0, 20, 1, false, 0}};
+  }
   void set_observer(std::shared_ptr<engine::Observer> observer) override {
     observer_ = std::move(observer);
   }

@@ -10,7 +10,6 @@ namespace relay::server {
 
 namespace {
 
-constexpr size_t kMaxNameBytes = 256;
 constexpr size_t kUnbounded = SIZE_MAX;  // bounded by the body
 
 /// Fields that ask for something, with the value that asks for nothing (besides null, false, 0 and
@@ -211,8 +210,8 @@ int32_t parse_max_tokens(const JsonFields& body, int32_t fallback, bool none_all
   return fallback;
 }
 
-CommonRequest parse_common(const JsonFields& body, const RequestLimits& limits,
-                           int32_t max_tokens, bool none_allowed = false) {
+CommonRequest parse_common(const JsonFields& body, const RequestLimits& limits, int32_t max_tokens,
+                           bool none_allowed = false) {
   refuse_unsupported(body);
   CommonRequest request;
   request.model = body.string("model", kMaxNameBytes).value_or("");
@@ -462,19 +461,7 @@ bool is_token_list(const Json& value) {
 }
 
 Prompt parse_tokens(const Json& list, const std::string& param, const RequestLimits& limits) {
-  Prompt prompt;
-  prompt.is_text = false;
-  prompt.tokens.reserve(list.size());
-  for (const Json& item : list) {
-    const bool valid = item.is_number_unsigned() &&
-                       item.get<uint64_t>() < static_cast<uint64_t>(limits.vocab_size);
-    if (!valid) {
-      throw invalid_request(param, "'" + param + "' must hold token ids of this model (0 to " +
-                                       std::to_string(limits.vocab_size - 1) + ").");
-    }
-    prompt.tokens.push_back(item.get<engine::Token>());
-  }
-  return prompt;
+  return Prompt{"", parse_token_list(list, param, limits), false};
 }
 
 std::vector<Prompt> parse_prompts(const JsonFields& body, const RequestLimits& limits) {
@@ -507,8 +494,27 @@ std::vector<Prompt> parse_prompts(const JsonFields& body, const RequestLimits& l
 
 }  // namespace
 
+std::vector<engine::Token> parse_token_list(const Json& list, const std::string& param,
+                                            const RequestLimits& limits) {
+  std::vector<engine::Token> tokens;
+  tokens.reserve(list.size());
+  for (const Json& item : list) {
+    const bool valid = item.is_number_unsigned() &&
+                       item.get<uint64_t>() < static_cast<uint64_t>(limits.vocab_size);
+    if (!valid) {
+      throw invalid_request(param, "'" + param + "' must hold token ids of this model (0 to " +
+                                       std::to_string(limits.vocab_size - 1) + ").");
+    }
+    tokens.push_back(item.get<engine::Token>());
+  }
+  return tokens;
+}
+
 ChatCompletionRequest parse_chat_completion(std::string_view text, const RequestLimits& limits) {
-  const Json json = parse_json(text);
+  return read_chat_completion(parse_json(text), limits);
+}
+
+ChatCompletionRequest read_chat_completion(const Json& json, const RequestLimits& limits) {
   const JsonFields body(json, "");
   ChatCompletionRequest request;
   request.common = parse_common(body, limits, /*max_tokens=*/-1);

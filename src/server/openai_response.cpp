@@ -12,12 +12,6 @@ namespace {
 /// JSON has no infinities; clients expect a number.
 double finite(float logprob) { return std::isfinite(logprob) ? logprob : -9999.0; }
 
-Json byte_array(const std::string& bytes) {
-  Json array = Json::array();
-  for (const char byte : bytes) array.push_back(static_cast<unsigned char>(byte));
-  return array;
-}
-
 Json chat_token(const engine::TokenLogprob& token) {
   return Json{{"token", token.bytes},
               {"logprob", finite(token.logprob)},
@@ -70,6 +64,12 @@ std::string random_id(const std::string& prefix) {
     for (int digit = 0; digit < 16; ++digit, bits >>= 4) id += kHex[bits & 15];
   }
   return id;
+}
+
+Json byte_array(const std::string& bytes) {
+  Json array = Json::array();
+  for (const char byte : bytes) array.push_back(static_cast<unsigned char>(byte));
+  return array;
 }
 
 Json usage_json(const engine::Usage& usage) {

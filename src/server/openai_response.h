@@ -25,6 +25,8 @@ struct ResponseHead {
 /// `prefix` followed by 32 random hex digits: unique, not secret.
 std::string random_id(const std::string& prefix);
 
+Json byte_array(const std::string& bytes);
+
 Json usage_json(const engine::Usage& usage);
 
 /// choices[].logprobs of a chat: {"content": [...], "refusal": null}.

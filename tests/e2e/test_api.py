@@ -6,7 +6,7 @@ import subprocess
 import httpx
 import openai
 import pytest
-from conftest import RELAY, Server
+from conftest import LONG_PROMPT, RELAY, Server
 
 HELLO = [{"role": "user", "content": "Hello, who are you?"}]
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 12}
@@ -119,10 +119,9 @@ def test_echo(client):
     assert len(answer.choices[0].text) > len("Say after me")
 
 
-def test_logprobs_of_the_prompt(client):
+def test_logprobs_of_the_prompt(client, server):
     """What evaluation harnesses ask for: how likely a given continuation is, token by token."""
-    text = client.completions.create(prompt="Say after me", logprobs=1, **GREEDY)
-    whole = "Say after me" + text.choices[0].text
+    whole = "Say after me, and then on your own: " + LONG_PROMPT[:200]
     answer = client.completions.create(
         model="tiny", prompt=whole, echo=True, logprobs=2, max_tokens=0, temperature=0
     )
@@ -131,12 +130,16 @@ def test_logprobs_of_the_prompt(client):
     assert scored.token_logprobs[0] is None and scored.top_logprobs[0] is None
     assert all(score <= 0 for score in scored.token_logprobs[1:])
     assert len(scored.tokens) == len(scored.top_logprobs) == answer.usage.prompt_tokens
-    # The text was chosen greedily, so each of its last tokens is the most probable there.
-    generated = text.choices[0].logprobs
-    for back in range(1, 6):
-        if scored.tokens[-back] != generated.tokens[-back]:
-            break  # the text reads as other tokens than it was written in
-        assert abs(scored.token_logprobs[-back] - generated.token_logprobs[-back]) < 0.05
+    # The same as asking for the next token after each beginning of the prompt.
+    with server.http() as http:
+        ids = http.post("/tokenize", json={"prompt": whole}).json()["tokens"]
+    assert len(ids) == len(scored.tokens)
+    for at in (1, len(ids) // 2, len(ids) - 1):
+        step = client.completions.create(
+            model="tiny", prompt=ids[:at], logprobs=1, max_tokens=1, temperature=0
+        )
+        best = step.choices[0].logprobs.token_logprobs[0]
+        assert abs(best - max(scored.top_logprobs[at].values())) < 0.05
     # Scored prompts are computed whole; what they leave in the cache serves others.
     again = client.completions.create(
         model="tiny", prompt=[whole, "Another"], echo=True, logprobs=1, max_tokens=1, temperature=0

@@ -120,11 +120,13 @@ int32_t EngineCore::prefill_rows() const {
   // cancellation. So the piece of prompt is what fits the time at the speed last seen.
   constexpr int32_t kFirst = 128;
   constexpr int32_t kLeast = 32;
-  // Every row of a scored prompt needs its logits: 64 MB for so many at a vocabulary of 128k.
-  constexpr int32_t kMostScored = 128;
+  // Every row of a scored prompt needs its logits, and a model makes room for those of as many rows
+  // as it has sequences; each running one may need one.
+  const int32_t most_scored =
+      std::max(1, std::min(model_.max_sequences(), kMaxSequences) - options_.scheduler.parallel);
   const bool scoring = std::any_of(requests_.begin(), requests_.end(),
                                    [](const auto& r) { return r.second->prompt_logprobs; });
-  if (scoring) return std::min(kMostScored, options_.scheduler.batch_tokens);
+  if (scoring) return std::min(most_scored, options_.scheduler.batch_tokens);
   if (options_.step_seconds <= 0) return options_.scheduler.batch_tokens;
   if (rows_per_second_ <= 0) return std::min(kFirst, options_.scheduler.batch_tokens);
   const double rows = std::min(rows_per_second_ * options_.step_seconds, 1e6);

@@ -1,8 +1,10 @@
 """The page at / in headless Chromium, and the state behind it."""
 
 import base64
+import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -23,7 +25,8 @@ class Browser:
 
         def place_pipe():
             # Chromium reads from descriptor 3 and writes to 4; the copies keep them apart.
-            reader, writer = os.dup(to_browser), os.dup(from_browser)
+            reader = fcntl.fcntl(to_browser, fcntl.F_DUPFD, 10)
+            writer = fcntl.fcntl(from_browser, fcntl.F_DUPFD, 10)
             os.dup2(reader, 3)
             os.dup2(writer, 4)
 
@@ -65,6 +68,7 @@ class Browser:
 
     def _read(self):
         while b"\0" not in self._buffer:
+            assert select.select([self._in], [], [], 60)[0], "the browser does not answer"
             data = os.read(self._in, 1 << 16)
             assert data, "the browser has ended"
             self._buffer += data

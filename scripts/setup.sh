@@ -39,8 +39,6 @@ needs=(
   'prometheus-cpp-dev|libprometheus-cpp-dev'
   # Boost.Beast with C++20 coroutines; Debian 12's default, 1.74, is too old for it.
   'libboost1.83-dev|libboost1.81-dev|libboost1.88-dev|libboost1.90-dev|libboost-dev'
-  # For the test of the page; Ubuntu has it as a snap only, and does without.
-  'chromium-headless-shell|ca-certificates'
 )
 if [ "$cross" = 1 ]; then
   # The Arm kernels are checked on any machine: cross-compiled, with GoogleTest from its sources,

@@ -1,5 +1,5 @@
-// Fuzzing of everything that reads a request before the engine sees it: JSON, the OpenAI request
-// parsers, the router, and keys. The first byte chooses the parser, the rest is the input.
+// Fuzzing of everything that reads a request before the engine sees it: JSON, the request parsers
+// of each API, the router, and keys. The first byte chooses the parser, the rest is the input.
 //
 // Whatever the input, the parsers either accept it within their limits or throw an ApiError with a
 // status of 4xx and a well-formed, bounded body. Anything else aborts.
@@ -11,11 +11,14 @@
 #include <string_view>
 
 #include "base/utf8.h"
+#include "server/anthropic.h"
 #include "server/auth.h"
 #include "server/errors.h"
 #include "server/json.h"
 #include "server/openai_request.h"
+#include "server/responses.h"
 #include "server/router.h"
+#include "server/tokenizer_api.h"
 
 namespace {
 
@@ -32,6 +35,9 @@ void check_error(const ApiError& error) {
   require(std::string_view(error.what()).size() <= 1024, "messages are bounded");
   const Json body = Json::parse(error.body());
   require(body["error"]["code"].is_string() && !body["error"]["code"].empty(), "code is a string");
+  const Json anthropic = Json::parse(error.anthropic_body());
+  require(anthropic["error"]["message"].get_ref<const std::string&>().size() <= 1024,
+          "bounded too");
   for (const auto& [name, value] : error.headers()) {
     require(value.find_first_of("\r\n") == std::string::npos, "headers hold one line");
   }
@@ -40,7 +46,7 @@ void check_error(const ApiError& error) {
 void check_common(const CommonRequest& request, const RequestLimits& limits) {
   const relay::engine::GenerateRequest& generate = request.generate;
   require(generate.n >= 1 && generate.n <= limits.max_choices, "n");
-  require(generate.max_tokens == -1 || generate.max_tokens >= 1, "max_tokens");
+  require(generate.max_tokens >= -1, "max_tokens");
   require(generate.stop.size() <= limits.max_stop_strings, "stop");
   for (const std::string& stop : generate.stop) {
     require(!stop.empty() && stop.size() <= limits.max_stop_bytes, "stop string");
@@ -69,16 +75,18 @@ void check_chat(const relay::engine::ChatRequest& chat, const RequestLimits& lim
 void run(uint8_t which, const std::string& input) {
   RequestLimits limits;
   limits.vocab_size = 1000;
-  switch (which % 8) {
+  switch (which % 16) {
     case 0: {
       const ChatCompletionRequest request = parse_chat_completion(input, limits);
       check_common(request.common, limits);
+      require(request.common.generate.max_tokens != 0, "a chat generates");
       check_chat(request.chat, limits);
       break;
     }
     case 1: {
       const CompletionRequest request = parse_completion(input, limits);
       check_common(request.common, limits);
+      require(request.echo || request.common.generate.max_tokens != 0, "no tokens with echo alone");
       require(!request.prompts.empty() && request.prompts.size() <= limits.max_prompts, "prompts");
       for (const Prompt& prompt : request.prompts) {
         for (const relay::engine::Token token : prompt.tokens) {
@@ -110,7 +118,33 @@ void run(uint8_t which, const std::string& input) {
       require(!caller.allowed || knows, "nobody gets in without a key");
       break;
     }
-    case 7: {
+    case 8: {
+      const MessagesRequest request = parse_messages(input, limits);
+      check_common(request.chat.common, limits);
+      check_chat(request.chat.chat, limits);
+      break;
+    }
+    case 9:
+      check_chat(parse_count_tokens(input, limits).chat, limits);
+      break;
+    case 10: {
+      const ResponsesRequest request = parse_responses(input, limits);
+      check_common(request.chat.common, limits);
+      check_chat(request.chat.chat, limits);
+      require(request.echo.is_object(), "what the answer repeats");
+      break;
+    }
+    case 11: {
+      const TokenizeRequest request = parse_tokenize(input, limits);
+      if (request.form == TokenizeRequest::Form::kMessages) check_chat(request.chat, limits);
+      break;
+    }
+    case 12:
+      for (const relay::engine::Token token : parse_detokenize(input, limits).tokens) {
+        require(token >= 0 && token < limits.vocab_size, "a token of the vocabulary");
+      }
+      break;
+    default: {
       const Json value = parse_json(input);
       require(relay::is_valid_utf8(input), "what parses is UTF-8");
       require(parse_json(dump(value)) == value, "what is written reads the same");

@@ -1,5 +1,5 @@
-// The subcommands of `relay`: one file each, <name>.cpp. serve and synth are there in a program
-// with llama.cpp (RELAY_BUILD_LLAMA).
+// The subcommands of `relay`: one file each, <name>.cpp. serve, batch and synth are there in a
+// program with llama.cpp (RELAY_BUILD_LLAMA).
 //
 // add_<name> registers the subcommand's options and its callback on `app`. A callback that fails
 // throws: any std::exception prints "relay: error: <what>" and exits with 1,
@@ -16,6 +16,7 @@ inline const CLI::Range kPositive{1, INT32_MAX};
 inline const CLI::Range kNotNegative{0, INT32_MAX};
 
 void add_serve(CLI::App& app);     ///< relay serve: the OpenAI-compatible server
+void add_batch(CLI::App& app);     ///< relay batch: files in OpenAI's batch format
 void add_synth(CLI::App& app);     ///< relay synth: GGUF models with random weights
 void add_bench_op(CLI::App& app);  ///< relay bench op: `app` is the subcommand "bench"
 /// relay bench trace: what a trace shares, on paper; `app` is "bench"

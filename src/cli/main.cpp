@@ -15,14 +15,14 @@
 namespace {
 
 /// llama.cpp's short names of two and three letters, which CLI11 would read as -n p. Rewritten for
-/// `relay serve` alone: elsewhere they mean nothing.
+/// serve and batch alone: elsewhere they mean nothing.
 std::vector<std::string> arguments(int argc, char** argv) {
   const std::map<std::string, std::string> long_names = {{"-np", "--parallel"},
                                                          {"-ub", "--ubatch-size"},
                                                          {"-ctk", "--cache-type-k"},
                                                          {"-ctv", "--cache-type-v"}};
   std::vector<std::string> result(argv + 1, argv + argc);
-  if (result.empty() || result.front() != "serve") return result;
+  if (result.empty() || (result.front() != "serve" && result.front() != "batch")) return result;
   for (std::string& argument : result) {
     const auto found = long_names.find(argument);
     if (found != long_names.end()) argument = found->second;
@@ -58,6 +58,7 @@ int main(int argc, char** argv) {
   try {
 #ifdef RELAY_CLI_WITH_LLAMA
     relay::cli::add_serve(app);
+    relay::cli::add_batch(app);
     relay::cli::add_synth(app);
 #endif
     CLI::App* bench = app.add_subcommand("bench", "Measures parts of Relay on this machine");

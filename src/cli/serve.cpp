@@ -21,6 +21,7 @@
 #include "server/auth.h"
 #include "server/errors.h"
 #include "server/json.h"
+#include "server/json_log.h"
 #include "server/openai_request.h"
 #include "server/server.h"
 
@@ -29,14 +30,6 @@ namespace relay::cli {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-void check_readable(const std::string& path, const char* what) {
-  std::error_code error;
-  if (std::filesystem::is_directory(path, error)) {
-    throw Error(std::string(what) + " '" + path + "' is a folder");
-  }
-  if (!std::ifstream(path)) throw Error(std::string(what) + " '" + path + "' cannot be read");
-}
 
 /// The chat that every request with this system prompt begins with.
 engine::ChatRequest read_prompt_file(const std::string& path) {
@@ -59,17 +52,6 @@ engine::ChatRequest read_prompt_file(const std::string& path) {
   engine::ChatRequest chat;
   chat.messages_json = server::dump(server::Json::array({{{"role", "system"}, {"content", text}}}));
   return chat;
-}
-
-void check_template_kwargs(const std::string& json) {
-  if (json.empty()) return;
-  std::string why = "it is another kind of JSON";
-  try {
-    if (server::parse_json(json).is_object()) return;
-  } catch (const server::ApiError& error) {
-    why = error.what();
-  }
-  throw Error("--chat-template-kwargs must be a JSON object; " + json + " is none: " + why);
 }
 
 struct PromptFile {
@@ -109,23 +91,24 @@ bool is_loopback(const std::string& host) {
   return host == "localhost" || host == "::1" || host.rfind("127.", 0) == 0;
 }
 
-void set_up_logging(const std::string& level) {
+void set_up_logging(const std::string& level, bool json) {
   // Standard output is for the line that says the server is ready.
   spdlog::set_default_logger(spdlog::stderr_color_mt("relay"));
-  spdlog::set_pattern("%Y-%m-%d %H:%M:%S.%e %^%l%$ %v");
+  if (json) {
+    spdlog::set_formatter(server::make_json_formatter());
+  } else {
+    spdlog::set_pattern("%Y-%m-%d %H:%M:%S.%e %^%l%$ %v");
+  }
   spdlog::set_level(spdlog::level::from_str(level));
 }
 
 void serve(ServeOptions options) {
-  set_up_logging(options.log_level);
+  options.server.json_logs = options.log_format == "json";
+  set_up_logging(options.log_level, options.server.json_logs);
   Signals* signals = new Signals;  // its thread lives as long as the program
 
   // What can be wrong with the command line is said before the long work begins.
-  check_readable(options.engine.model_path, "the model file");
-  if (!options.engine.chat_template_file.empty()) {
-    check_readable(options.engine.chat_template_file, "the chat template");
-  }
-  check_template_kwargs(options.engine.template_kwargs_json);
+  prepare_engine_options(options);
   std::vector<PromptFile> prompts;
   for (const std::string& path : options.pin_prompts) {
     prompts.push_back({path, read_prompt_file(path)});
@@ -136,17 +119,6 @@ void serve(ServeOptions options) {
   };
   add_keys(options.server.api_keys, options.api_key_file);
   add_keys(options.server.admin_keys, options.admin_key_file);
-  if (options.engine.batch_tokens < options.engine.parallel) {
-    throw Error(
-        "--batch-size must be at least --parallel: each step computes a token of every "
-        "running request");
-  }
-  options.engine.relay = options.relay == "on";
-  options.engine.prefix_caching = options.prefix_caching == "on";
-  if (!options.server.model_names.empty()) {
-    options.engine.model_alias = options.server.model_names.front();
-  }
-
   options.server.pin_refresh =
       std::chrono::milliseconds(static_cast<int64_t>(options.pin_refresh_seconds * 1000));
 

@@ -1,8 +1,26 @@
 #include "cli/serve_options.h"
 
+#include <filesystem>
+#include <fstream>
+
+#include "relay/types.h"
+#include "server/errors.h"
+#include "server/json.h"
+
 namespace relay::cli {
 
 namespace {
+
+void check_template_kwargs(const std::string& json) {
+  if (json.empty()) return;
+  std::string why = "it is another kind of JSON";
+  try {
+    if (server::parse_json(json).is_object()) return;
+  } catch (const server::ApiError& error) {
+    why = error.what();
+  }
+  throw Error("--chat-template-kwargs must be a JSON object; " + json + " is none: " + why);
+}
 
 void add_model_options(CLI::App& app, ServeOptions& o) {
   constexpr const char* kGroup = "Model";
@@ -36,6 +54,10 @@ void add_model_options(CLI::App& app, ServeOptions& o) {
       ->envname("RELAY_CHAT_TEMPLATE_KWARGS")
       ->option_text("JSON")
       ->group(kGroup);
+}
+
+void add_prompt_options(CLI::App& app, ServeOptions& o) {
+  constexpr const char* kGroup = "Model";
   app.add_option("--pin-prompt", o.pin_prompts,
                  "Prompt to compute at start-up and hold: a text file is a system prompt, a .json "
                  "file an array of messages (or an object with messages and tools). May be given "
@@ -55,7 +77,7 @@ void add_model_options(CLI::App& app, ServeOptions& o) {
       ->group(kGroup);
 }
 
-void add_engine_options(CLI::App& app, ServeOptions& o) {
+void add_computing_options(CLI::App& app, ServeOptions& o) {
   constexpr const char* kGroup = "Engine";
   const auto cache_types =
       CLI::IsMember({"f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"});
@@ -201,6 +223,14 @@ void add_http_options(CLI::App& app, ServeOptions& o) {
       ->envname("RELAY_ADMIN_KEY_FILE")
       ->option_text("FILE")
       ->group(kGroup);
+  app.add_option("--cors-origin", s.cors_origins,
+                 "Origin(s) whose pages may use this server from a browser, e.g. "
+                 "https://chat.example.com; * for all. Default: none but its own")
+      ->envname("RELAY_CORS_ORIGIN")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->option_text("ORIGIN,...")
+      ->group(kGroup);
   app.add_option("--max-body", s.max_body_bytes, "Largest request body, e.g. 16MiB")
       ->envname("RELAY_MAX_BODY")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false))
@@ -231,13 +261,51 @@ void add_http_options(CLI::App& app, ServeOptions& o) {
       ->capture_default_str()
       ->option_text("LEVEL")
       ->group(kGroup);
+  app.add_option("--log-format", o.log_format,
+                 "text, or json: an object a line, that of a request with its id")
+      ->envname("RELAY_LOG_FORMAT")
+      ->check(CLI::IsMember({"text", "json"}))
+      ->capture_default_str()
+      ->option_text("FORMAT")
+      ->group(kGroup);
 }
 
 }  // namespace
 
-void add_serve_options(CLI::App& app, ServeOptions& options) {
+void add_engine_options(CLI::App& app, ServeOptions& options) {
   add_model_options(app, options);
+  add_computing_options(app, options);
+}
+
+void check_readable(const std::string& path, const char* what) {
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error)) {
+    throw Error(std::string(what) + " '" + path + "' is a folder");
+  }
+  if (!std::ifstream(path)) throw Error(std::string(what) + " '" + path + "' cannot be read");
+}
+
+void prepare_engine_options(ServeOptions& options) {
+  check_readable(options.engine.model_path, "the model file");
+  if (!options.engine.chat_template_file.empty()) {
+    check_readable(options.engine.chat_template_file, "the chat template");
+  }
+  check_template_kwargs(options.engine.template_kwargs_json);
+  if (options.engine.batch_tokens < options.engine.parallel) {
+    throw Error(
+        "--batch-size must be at least --parallel: each step computes a token of every "
+        "running request");
+  }
+  options.engine.relay = options.relay == "on";
+  options.engine.prefix_caching = options.prefix_caching == "on";
+  if (!options.server.model_names.empty()) {
+    options.engine.model_alias = options.server.model_names.front();
+  }
+}
+
+void add_serve_options(CLI::App& app, ServeOptions& options) {
   add_engine_options(app, options);
+  add_prompt_options(app, options);
   add_http_options(app, options);
 }
 

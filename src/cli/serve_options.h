@@ -19,11 +19,19 @@ struct ServeOptions {
   std::string relay = "on";
   std::string prefix_caching = "on";
   std::string log_level = "info";
+  std::string log_format = "text";
   double drain_seconds = 60;
   double pin_refresh_seconds = 60;
 };
 
-/// Registers them all; `options` outlives `app`.
+/// The model's and the engine's alone. `options` outlives `app`, as below.
+void add_engine_options(CLI::App& app, ServeOptions& options);
+/// Says what is wrong with them (Error) before the long work begins, and settles the rest.
+void prepare_engine_options(ServeOptions& options);
+/// Throws Error unless the file can be read.
+void check_readable(const std::string& path, const char* what);
+
+/// Registers them all.
 void add_serve_options(CLI::App& app, ServeOptions& options);
 
 }  // namespace relay::cli

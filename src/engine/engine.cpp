@@ -165,6 +165,9 @@ class ThreadedEngine : public Engine {
     s.refused += refused_;
     return s;
   }
+  std::vector<PrefixNode> prefix_nodes() const override {
+    return ask<std::vector<PrefixNode>>([this] { return core_.kv().nodes(); });
+  }
   void set_observer(std::shared_ptr<Observer> observer) override {
     post([this, observer = std::move(observer)]() mutable {
       core_.set_observer(std::move(observer));
@@ -229,7 +232,7 @@ class ThreadedEngine : public Engine {
 
   // Runs `question` on the engine thread and waits for its answer or exception.
   template <typename T>
-  T ask(const std::function<T()>& question) {
+  T ask(const std::function<T()>& question) const {
     auto task = std::make_shared<std::packaged_task<T()>>(question);
     std::future<T> answer = task->get_future();
     {
@@ -248,9 +251,9 @@ class ThreadedEngine : public Engine {
   EngineCore core_;  // the engine thread's
 
   mutable std::mutex mutex_;  // guards what follows
-  std::condition_variable wake_;
+  mutable std::condition_variable wake_;
   std::condition_variable idle_;
-  std::deque<std::function<void()>> inbox_;
+  mutable std::deque<std::function<void()>> inbox_;  // questions come from const functions, too
   EngineStats stats_;
   std::vector<PinnedPrompt> pinned_;
   int32_t arriving_ = 0;  // sequences in the inbox
@@ -284,13 +287,16 @@ std::optional<Refusal> ThreadedEngine::check(const GenerateRequest& request) con
   if (request.max_tokens < -1) {
     return refusal(ErrorKind::kInvalidRequest, "max_tokens must not be negative.", "max_tokens");
   }
+  if (request.prompt_logprobs && request.sampling.logprobs < 0) {
+    return refusal(ErrorKind::kInvalidRequest, "prompt_logprobs needs logprobs.", "logprobs");
+  }
   for (const std::string& stop : request.stop) {
     if (stop.empty()) {
       return refusal(ErrorKind::kInvalidRequest, "A stop string must not be empty.", "stop");
     }
   }
   const auto prompt = static_cast<int64_t>(request.prompt.size());
-  const int64_t wanted = std::max(1, request.max_tokens);
+  const int64_t wanted = request.max_tokens < 0 ? 1 : request.max_tokens;
   if (prompt + wanted > info.context_length) {
     return refusal(
         ErrorKind::kContextLengthExceeded,
@@ -319,10 +325,11 @@ SubmitResult ThreadedEngine::submit(GenerateRequest request, std::shared_ptr<Sin
   r->priority = request.priority;
   r->prompt = std::move(request.prompt);
   r->max_tokens_may_shrink = request.max_tokens < 0;
-  r->max_tokens = request.max_tokens < 0 ? model_->info().context_length - prompt
-                                         : std::max(1, request.max_tokens);
+  r->max_tokens =
+      request.max_tokens < 0 ? model_->info().context_length - prompt : request.max_tokens;
   r->ignore_end = request.sampling.ignore_eos;
   r->logprobs = request.sampling.logprobs;
+  r->prompt_logprobs = request.prompt_logprobs;
   r->stop = std::move(request.stop);
   if (request.format) r->visible = request.format->visible;
 

@@ -180,21 +180,26 @@ struct SamplingParams {
 
 struct GenerateRequest {
   std::vector<Token> prompt;  ///< at least one token
-  int32_t max_tokens = -1;    ///< of each choice; -1: as many as the context has room for; 0 is 1
+  int32_t max_tokens = -1;    ///< of each choice; -1: as many as the context has room for; 0: the
+                              ///< prompt alone is computed
   SamplingParams sampling;
   std::vector<std::string> stop;  ///< generation ends before any of these; none may be empty
   std::string grammar;            ///< GBNF; empty: none
   std::string json_schema;        ///< JSON schema text; empty: none. Not together with grammar.
   OutputFormatPtr format;         ///< of render_chat(); its grammar yields to the two above
-  int32_t n = 1;                  ///< choices; they share the prompt
-  std::string cache_salt;         ///< only requests with equal salts share KV (pinned: all)
-  int32_t priority = 0;           ///< lower is served earlier; equal ones in order of arrival
+  /// The prompt's own log probabilities, too; needs sampling.logprobs >= 0. Then nothing of the
+  /// prompt is taken from the cache: their logits are nowhere but in its computation.
+  bool prompt_logprobs = false;
+  int32_t n = 1;           ///< choices; they share the prompt
+  std::string cache_salt;  ///< only requests with equal salts share KV (pinned: all)
+  int32_t priority = 0;    ///< lower is served earlier; equal ones in order of arrival
 };
 
 struct TokenLogprob {
   Token token = -1;
   std::string bytes;     ///< the token's text; may be part of a UTF-8 character
-  float logprob = 0.0f;  ///< natural log, of the model's own distribution at temperature 1
+  float logprob = 0.0f;  ///< natural log, of the model's own distribution at temperature 1; NaN
+                         ///< for a prompt's first token, which follows nothing
 };
 
 struct GeneratedToken {
@@ -214,7 +219,10 @@ struct Usage {
 struct TokensDelta {
   std::string text;  ///< valid UTF-8; may lag behind the tokens (a partial character, the possible
                      ///< start of a stop string) and then be empty. Never contains a stop string.
-  std::vector<GeneratedToken> tokens;  ///< end-of-text tokens are counted but not listed
+  std::vector<GeneratedToken> tokens;  ///< end-of-text tokens are counted, but listed only where
+                                       ///< GenerateRequest::prompt_logprobs asks for every row
+  std::vector<GeneratedToken> prompt;  ///< with prompt_logprobs, before `tokens`: the prompt's, in
+                                       ///< order and in pieces as they are computed
   Usage usage;                         ///< of the request so far
 };
 
@@ -319,6 +327,15 @@ struct EngineStats {
   double seconds_restoring = 0;
 };
 
+/// A run of tokens in the prefix tree whose KV exists once; parents come before their children.
+struct PrefixNode {
+  int32_t parent = -1;  ///< index; -1: begins prompts
+  int32_t tokens = 0;
+  int32_t running = 0;  ///< sequences that share it now
+  bool pinned = false;
+  int64_t hits = 0;  ///< sequences that found it in the cache so far
+};
+
 class Engine {
  public:
   /// Loads the backend modules and the model, allocates the KV cache, warms up and starts the
@@ -372,6 +389,8 @@ class Engine {
   virtual void unpin(const std::string& id) = 0;
 
   virtual EngineStats stats() const = 0;
+  /// The prefix tree as of now. Waits for the engine thread. Throws EngineError (kShuttingDown).
+  virtual std::vector<PrefixNode> prefix_nodes() const = 0;
   /// nullptr takes it away. Set it before the first submit, or while nothing runs.
   virtual void set_observer(std::shared_ptr<Observer> observer) = 0;
 

@@ -48,7 +48,8 @@ void EngineCore::submit(std::unique_ptr<Request> request) {
   const Salt salt = kv_.salt(r.cache_salt);
   const auto prompt = static_cast<int32_t>(r.prompt.size());
   // The last token of a completion is never stored.
-  const int32_t room = cells_for(salt, r.prompt) - prompt + 1;
+  const std::span<const Token> shareable = r.prompt_logprobs ? std::span<const Token>() : r.prompt;
+  const int32_t room = cells_for(salt, shareable) - prompt + 1;
   if (r.max_tokens_may_shrink) r.max_tokens = std::clamp(room, 1, r.max_tokens);
   if (r.max_tokens > room) {
     ++counters_.refused;
@@ -73,6 +74,7 @@ void EngineCore::submit(std::unique_ptr<Request> request) {
     s->salt = salt;
     s->prompt_length = prompt;
     s->max_tokens = r.max_tokens;
+    s->scores_prompt = r.prompt_logprobs;
     s->sampler = std::move(r.samplers[i]);
     s->text = TextStream(r.stop);
     s->tokens = r.prompt;
@@ -137,9 +139,24 @@ void EngineCore::restore_prompts(const ProgressFn& progress) {
   counters_.seconds_restoring = seconds_between(start, Clock::now());
 }
 
+PrefillBudget EngineCore::prefill_budget() const {
+  PrefillBudget budget = pacer_.budget(scheduler_.decoding());
+  const bool scoring = std::any_of(requests_.begin(), requests_.end(),
+                                   [](const auto& r) { return r.second->prompt_logprobs; });
+  if (scoring) {
+    // Every row of a scored prompt needs its logits, and a model makes room for those of as many
+    // rows as it has sequences; each running one may need one.
+    const int32_t most =
+        std::max(1, std::min(model_.max_sequences(), kMaxSequences) - options_.scheduler.parallel);
+    budget.beside = std::min(budget.beside, most);
+    budget.alone = std::min(budget.alone, most);
+  }
+  return budget;
+}
+
 bool EngineCore::step() {
   pins_.expire();
-  const StepPlan plan = scheduler_.plan(pacer_.budget(scheduler_.decoding()));
+  const StepPlan plan = scheduler_.plan(prefill_budget());
   const auto now = Clock::now();
   note_admissions(plan, now);
   for (Sequence* s : plan.exhausted) end_exhausted(*s);
@@ -176,7 +193,7 @@ void EngineCore::compute(const StepPlan& plan) {
     for (int32_t i = 0; i < slice.count; ++i) {
       const int32_t at = s.computed + i;
       batch_.add(s.tokens[static_cast<size_t>(at)], at, s.kv,
-                 slice.samples && i == slice.count - 1);
+                 (slice.samples && i == slice.count - 1) || s.scores(at));
     }
   }
   const auto start = Clock::now();
@@ -227,12 +244,33 @@ void EngineCore::note_sharing(const StepPlan& plan) {
   counters_.shared_prefix_tokens = sharing.prefix;
 }
 
+void EngineCore::score_prompt(const Slice& slice, int32_t first_row) {
+  Sequence& s = *slice.sequence;
+  Request& r = *s.request;
+  const int32_t first = s.computed - slice.count;  // its rows are committed
+  TokensDelta delta;
+  delta.usage = r.usage;
+  const auto token_at = [&](int32_t position) { return s.tokens[static_cast<size_t>(position)]; };
+  if (s.scored == 0) {
+    const Token token = token_at(0);
+    delta.prompt.push_back({{token, vocabulary_.piece(token, true), std::nanf("")}, {}});
+    s.scored = 1;
+  }
+  for (int32_t i = 0; i < slice.count; ++i) {
+    if (!s.scores(first + i)) continue;
+    delta.prompt.push_back(describe(r, token_at(first + i + 1), first_row + i));
+    ++s.scored;
+  }
+  if (!delta.prompt.empty()) r.sink->on_tokens(s.choice, std::move(delta));
+}
+
 void EngineCore::sample(const StepPlan& plan) {
   const auto start = Clock::now();
   // By value: taking a token may end a request and with it sequences.
   std::vector<std::pair<Sequence*, int32_t>> rows;
   int32_t row = 0;
   for (const Slice& slice : plan.slices) {
+    if (slice.sequence->scores_prompt) score_prompt(slice, row);
     row += slice.count;
     if (slice.samples) rows.emplace_back(slice.sequence, row - 1);
   }
@@ -263,6 +301,11 @@ GeneratedToken EngineCore::describe(const Request& request, Token token, int32_t
 }
 
 void EngineCore::take_token(Request& r, Sequence& s, int32_t row) {
+  if (s.max_tokens == 0) {
+    finish_choice(r, s, FinishReason::kLength);
+    if (r.open == 0) finish_request(r, FinishReason::kLength);
+    return;
+  }
   Token token = -1;
   try {
     token = s.sampler->sample(model_, row);
@@ -297,8 +340,8 @@ void EngineCore::take_token(Request& r, Sequence& s, int32_t row) {
   const bool last = s.generated() >= s.max_tokens;
   TokensDelta delta;
   delta.usage = r.usage;
+  if (!ends || r.prompt_logprobs) delta.tokens.push_back(describe(r, token, row));
   if (!ends) {
-    delta.tokens.push_back(describe(r, token, row));
     delta.text = s.text.push(vocabulary_.piece(token, r.visible.contains(token)));
   }
   const bool stopped = s.text.stopped();

@@ -41,10 +41,11 @@ struct Request {
   std::string cache_salt;
   int32_t priority = 0;
   std::vector<Token> prompt;
-  int32_t max_tokens = 1;              ///< of each choice, at least 1
+  int32_t max_tokens = 1;              ///< of each choice; 0: compute the prompt alone
   bool max_tokens_may_shrink = false;  ///< it was not asked for: fit it to the cache
   bool ignore_end = false;             ///< end-of-text tokens are tokens like others
   int32_t logprobs = -1;               ///< as in SamplingParams
+  bool prompt_logprobs = false;        ///< as in GenerateRequest
   std::vector<std::string> stop;
   std::unordered_set<Token> visible;  ///< control tokens whose text is part of the output
   std::vector<std::unique_ptr<Sampler>> samplers;  ///< one for each choice
@@ -98,12 +99,15 @@ class EngineCore {
     pins_.set_before_done(hook);
   }
   KvMemory& kv() { return kv_; }
+  const KvMemory& kv() const { return kv_; }
   const Scheduler& scheduler() const { return scheduler_; }
 
  private:
+  PrefillBudget prefill_budget() const;
   void note_admissions(const StepPlan& plan, Clock::time_point now);
   void note_sharing(const StepPlan& plan);
   void compute(const StepPlan& plan);
+  void score_prompt(const Slice& slice, int32_t first_row);
   void sample(const StepPlan& plan);
   void take_token(Request& request, Sequence& sequence, int32_t row);
   void finish_choice(Request& request, Sequence& sequence, FinishReason reason);

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <map>
 #include <random>
 #include <set>
@@ -19,7 +20,8 @@ namespace {
 using Tokens = std::vector<Token>;
 
 struct Outcome {
-  std::map<int32_t, Tokens> tokens;  // by choice
+  std::map<int32_t, Tokens> tokens;                     // by choice
+  std::map<int32_t, std::vector<TokenLogprob>> prompt;  // with prompt_logprobs
   std::map<int32_t, std::string> text;
   std::map<int32_t, FinishReason> reasons;
   Usage usage;
@@ -34,6 +36,7 @@ class Recorder : public Sink {
   void on_tokens(int32_t choice, TokensDelta delta) override {
     EXPECT_FALSE(out_->done || out_->failed) << "output after the end";
     EXPECT_FALSE(out_->reasons.contains(choice)) << "output of a finished choice";
+    for (const auto& t : delta.prompt) out_->prompt[choice].push_back(t.self);
     for (const auto& t : delta.tokens) out_->tokens[choice].push_back(t.self.token);
     out_->text[choice] += delta.text;
   }
@@ -63,7 +66,8 @@ class Bench {
 
   std::shared_ptr<Outcome> submit(const Tokens& prompt, int32_t max_tokens, int32_t n = 1,
                                   const std::string& salt = {},
-                                  const std::vector<std::string>& stop = {}) {
+                                  const std::vector<std::string>& stop = {},
+                                  bool prompt_logprobs = false) {
     auto out = std::make_shared<Outcome>();
     auto request = std::make_unique<Request>();
     request->id = ++last_id;
@@ -72,6 +76,8 @@ class Bench {
     request->max_tokens = max_tokens;
     request->cache_salt = salt;
     request->stop = stop;
+    request->prompt_logprobs = prompt_logprobs;
+    if (prompt_logprobs) request->logprobs = 0;
     for (int32_t i = 0; i < n; ++i) request->samplers.push_back(std::make_unique<GreedySampler>());
     core.submit(std::move(request));
     return out;
@@ -148,6 +154,74 @@ TEST(EngineCore, OneRequest) {
   EXPECT_EQ(out->usage.completion_tokens, 10);
   EXPECT_EQ(out->usage.cached_tokens, 0);
   EXPECT_EQ(bench.core.kv().cells_used(), 29) << "kept for later, but the last token";
+  bench.expect_no_leak();
+}
+
+/// Every token of the prompt in order, the first without a score, each other with the score that
+/// the model gives it after those before it.
+void expect_scored(Bench& bench, const Outcome& out, int32_t choice, const Tokens& prompt) {
+  const std::vector<TokenLogprob>& scored = out.prompt.at(choice);
+  ASSERT_EQ(scored.size(), prompt.size());
+  // FakeModel's logits: 5 for the token that follows, 0 for each other.
+  const double all = std::log(std::exp(5.0) + bench.model.vocab_size() - 1);
+  for (size_t i = 0; i < prompt.size(); ++i) {
+    ASSERT_EQ(scored[i].token, prompt[i]);
+    if (i == 0) {
+      EXPECT_TRUE(std::isnan(scored[i].logprob));
+      continue;
+    }
+    const Tokens before(prompt.begin(), prompt.begin() + static_cast<std::ptrdiff_t>(i));
+    const double expected = (FakeModel::next(before) == prompt[i] ? 5.0 : 0.0) - all;
+    EXPECT_NEAR(scored[i].logprob, expected, 1e-4) << "token " << i;
+  }
+}
+
+TEST(EngineCore, PromptLogprobsEvenOfWhatIsCached) {
+  Bench bench(2048);
+  Tokens prompt = sequence_of(300, 1);
+  for (size_t i = 100; i < 120; ++i) {  // some that the model expects
+    prompt[i] = FakeModel::next(Tokens(prompt.begin(), prompt.begin() + static_cast<long>(i)));
+  }
+  const auto plain = bench.submit(prompt, 3);
+  bench.run();
+  const auto scored = bench.submit(prompt, 3, 2, {}, {}, true);
+  const auto beside = bench.submit(prompt, 3);
+  bench.run();
+  for (const int32_t choice : {0, 1}) {
+    expect_scored(bench, *scored, choice, prompt);
+    EXPECT_EQ(scored->tokens[choice], plain->tokens[0]);
+  }
+  EXPECT_EQ(scored->usage.cached_tokens, 0);
+  EXPECT_GT(beside->usage.cached_tokens, 250);
+  EXPECT_TRUE(beside->prompt.empty());
+  bench.expect_no_leak();
+}
+
+TEST(EngineCore, PromptLogprobsAloneGenerateNothing) {
+  Bench bench(512);
+  for (const int32_t length : {1, 2, 200}) {
+    const Tokens prompt = sequence_of(length, 9);
+    const auto out = bench.submit(prompt, 0, 1, {}, {}, true);
+    bench.run();
+    expect_scored(bench, *out, 0, prompt);
+    EXPECT_TRUE(out->done);
+    EXPECT_EQ(out->reasons.at(0), FinishReason::kLength);
+    EXPECT_EQ(out->usage.completion_tokens, 0);
+    EXPECT_TRUE(out->tokens[0].empty());
+  }
+  bench.expect_no_leak();
+}
+
+TEST(EngineCore, APreemptedPromptIsScoredOnce) {
+  Bench bench(400);
+  const Tokens a = sequence_of(150, 1);
+  const Tokens b = sequence_of(150, 2);
+  const auto first = bench.submit(a, 100, 1, {}, {}, true);
+  const auto second = bench.submit(b, 100, 1, {}, {}, true);
+  bench.run();
+  EXPECT_GT(bench.core.stats().preemptions, 0);
+  expect_scored(bench, *first, 0, a);
+  expect_scored(bench, *second, 0, b);
   bench.expect_no_leak();
 }
 
@@ -768,6 +842,29 @@ TEST(EngineCore, RowsOverOnePrefixLieTogetherInTheBatch) {
   };
   bench.run();
   EXPECT_GT(batches, 3);
+}
+
+TEST(EngineCore, NodesShowWhoSharesWhat) {
+  Bench bench(512);
+  const Tokens prompt = sequence_of(64, 3);
+  const auto first = bench.submit(prompt, 2);
+  bench.run();
+  Tokens longer = prompt;
+  for (const Token t : sequence_of(16, 4)) longer.push_back(t);
+  const auto second = bench.submit(longer, 20);
+  const auto third = bench.submit(longer, 20);
+  for (int i = 0; i < 4; ++i) bench.step();
+  const std::vector<PrefixNode> nodes = bench.core.kv().nodes();
+  ASSERT_GE(nodes.size(), 2u);
+  EXPECT_EQ(nodes[0].parent, -1);
+  EXPECT_EQ(nodes[0].tokens, 64);
+  EXPECT_EQ(nodes[0].running, 2);
+  EXPECT_EQ(nodes[0].hits, 2);
+  EXPECT_FALSE(nodes[0].pinned);
+  int32_t tokens = 0;
+  for (const PrefixNode& node : nodes) tokens += node.tokens;
+  EXPECT_EQ(tokens, bench.core.kv().tree().tokens());
+  bench.run();
 }
 
 TEST(EngineCore, StatisticsOfSharing) {

@@ -238,6 +238,24 @@ void KvMemory::clear_cache() {
   }
 }
 
+std::vector<PrefixNode> KvMemory::nodes() const {
+  std::vector<PrefixNode> nodes;
+  const auto visit = [&](const auto& self, const PrefixTree::Node& node, int32_t parent) -> void {
+    for (const auto& [key, child] : node.children) {
+      PrefixNode shown;
+      shown.parent = parent;
+      shown.tokens = child->size();
+      shown.running = static_cast<int32_t>((child->members & running_).count());
+      shown.pinned = (child->members & pinned_).any();
+      shown.hits = child->hits;
+      nodes.push_back(shown);
+      self(self, *child, static_cast<int32_t>(nodes.size()) - 1);
+    }
+  };
+  visit(visit, *tree_.root(), -1);
+  return nodes;
+}
+
 void KvMemory::validate() const {
   const auto check = [](bool ok, const char* what) {
     if (!ok) throw std::logic_error(std::string("kv memory: ") + what);

@@ -92,6 +92,8 @@ class KvMemory {
   int64_t evicted_tokens() const { return evicted_; }
 
   const PrefixTree& tree() const { return tree_; }
+  /// For people to look at.
+  std::vector<PrefixNode> nodes() const;
   /// Throws std::logic_error if the counts do not add up. For tests.
   void validate() const;
 

@@ -1,6 +1,7 @@
 // One chain of tokens being continued: a choice of a request, or a prompt being pinned.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -24,8 +25,9 @@ struct Sequence {
   int32_t choice = 0;
   Salt salt;
   int32_t prompt_length = 0;
-  int32_t max_tokens = 0;  ///< generate at most so many
-  bool generates = true;   ///< false: only the KV of its tokens is wanted (pinning)
+  int32_t max_tokens = 0;      ///< generate at most so many
+  bool generates = true;       ///< false: only the KV of its tokens is wanted (pinning)
+  bool scores_prompt = false;  ///< the prompt's log probabilities are wanted, too
   std::unique_ptr<Sampler> sampler;
   TextStream text;
 
@@ -37,6 +39,7 @@ struct Sequence {
   int32_t cached = 0;         ///< prompt tokens found in the cache when it began
   int32_t preemptions = 0;
   int32_t overtaken = 0;  ///< admissions of later ones while it waited
+  int32_t scored = 0;     ///< scores_prompt: so many prompt tokens have theirs
   uint64_t leader = 0;    ///< arrival of the sequence whose prefill it waits for; 0: none
   std::chrono::steady_clock::time_point last_token_at{};
 
@@ -46,8 +49,17 @@ struct Sequence {
   int32_t pending() const { return length() - computed; }
   bool running() const { return kv >= 0; }
   std::span<const Token> all() const { return tokens; }
-  /// At least the last token is computed anew: its logits are needed. Pinning needs none.
-  int32_t match_limit() const { return generates ? length() - 1 : length(); }
+  /// Whether the row of the token at `position` says how likely a prompt token is that has no score
+  /// yet.
+  bool scores(int32_t position) const {
+    return scores_prompt && position + 1 >= scored && position + 1 < prompt_length;
+  }
+  /// What may come from the cache: not the rows whose logits are needed, which is at least the last
+  /// one. Pinning needs none.
+  int32_t match_limit() const {
+    if (!generates) return length();
+    return scores_prompt ? std::max(scored - 1, 0) : length() - 1;
+  }
 };
 
 /// Who is served first.

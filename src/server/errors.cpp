@@ -18,6 +18,25 @@ std::string cut(const std::string& text) {
   return text.substr(0, end) + kEllipsis;
 }
 
+const char* anthropic_type(int status) {
+  switch (status) {
+    case 401:
+      return "authentication_error";
+    case 403:
+      return "permission_error";
+    case 404:
+      return "not_found_error";
+    case 413:
+      return "request_too_large";
+    case 429:
+      return "rate_limit_error";
+    case 503:
+      return "overloaded_error";
+    default:
+      return status < 500 ? "invalid_request_error" : "api_error";
+  }
+}
+
 }  // namespace
 
 ApiError::ApiError(int status, std::string type, std::string code, const std::string& message,
@@ -46,6 +65,13 @@ std::string ApiError::body() const {
   error["param"] = param_.empty() ? Json(nullptr) : Json(param_);
   error["code"] = code_;
   return dump(Json{{"error", std::move(error)}});
+}
+
+std::string ApiError::anthropic_body() const {
+  const bool named = param_.empty() || message_.find(param_) != std::string::npos;
+  Json error{{"type", anthropic_type(status_)},
+             {"message", named ? message_ : cut(param_ + ": " + message_)}};
+  return dump(Json{{"type", "error"}, {"error", std::move(error)}});
 }
 
 ApiError invalid_request(const std::string& param, const std::string& message,

@@ -30,6 +30,8 @@ class ApiError : public std::exception {
 
   /// {"error":{"message","type","param","code"}}
   std::string body() const;
+  /// Anthropic's: {"type":"error","error":{"type","message"}}; the message names the param.
+  std::string anthropic_body() const;
 
  private:
   int status_;

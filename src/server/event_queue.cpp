@@ -4,13 +4,17 @@ namespace relay::server {
 
 namespace {
 
-size_t size_of(const engine::TokensDelta& delta) {
-  size_t bytes = sizeof(Event) + delta.text.size();
-  for (const engine::GeneratedToken& token : delta.tokens) {
+size_t size_of(const std::vector<engine::GeneratedToken>& tokens) {
+  size_t bytes = 0;
+  for (const engine::GeneratedToken& token : tokens) {
     bytes += sizeof(token) + token.self.bytes.size();
     for (const engine::TokenLogprob& other : token.top) bytes += sizeof(other) + other.bytes.size();
   }
   return bytes;
+}
+
+size_t size_of(const engine::TokensDelta& delta) {
+  return sizeof(Event) + delta.text.size() + size_of(delta.tokens) + size_of(delta.prompt);
 }
 
 }  // namespace
@@ -65,13 +69,14 @@ void QueueSink::on_tokens(int32_t choice, engine::TokensDelta delta) {
 }
 
 void QueueSink::on_choice_finish(int32_t choice, engine::FinishReason reason,
-                                 const std::string& /*stop_string*/) {
+                                 const std::string& stop_string) {
   Event event;
   event.kind = Event::Kind::kFinish;
   event.prompt = prompt_;
   event.choice = choice;
   event.reason = reason;
-  queue_->push(std::move(event), sizeof(Event));
+  event.message = stop_string;
+  queue_->push(std::move(event), sizeof(Event) + stop_string.size());
 }
 
 void QueueSink::on_done(const engine::Usage& usage, const engine::RequestTimings& /*timings*/) {

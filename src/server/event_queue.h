@@ -22,7 +22,7 @@ struct Event {
   engine::FinishReason reason = engine::FinishReason::kStop;  ///< kFinish
   engine::Usage usage;                                        ///< kDone
   engine::ErrorKind error_kind = engine::ErrorKind::kInternal;  ///< kError
-  std::string message;                                          ///< kError
+  std::string message;  ///< kError; kFinish: the stop string that ended it
 };
 
 class EventQueue {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <ctime>
 #include <map>
@@ -205,6 +206,9 @@ class FakeEngine : public engine::Engine {
     stats.kv_tokens_read_shared = 5;
     return stats;
   }
+  std::vector<engine::PrefixNode> prefix_nodes() const override {
+    return {{-1, 400, 2, true, 7}, {0, 20, 1, false, 0}};
+  }
   void set_observer(std::shared_ptr<engine::Observer> observer) override {
     observer_ = std::move(observer);
   }
@@ -230,6 +234,7 @@ class FakeEngine : public engine::Engine {
     std::shared_ptr<engine::Sink> sink;
     int32_t at = 0;
     bool cancel = false;
+    bool scored = false;  ///< with prompt_logprobs: the prompt's are out
   };
 
   void run() {
@@ -256,6 +261,20 @@ class FakeEngine : public engine::Engine {
     }
   }
 
+  /// Its tokens, the first with none, the others with -0.25 and an alternative "?" of -2.
+  void send_prompt(Job& job) {
+    job.scored = true;
+    engine::TokensDelta delta;
+    for (const engine::Token token : job.request.prompt) {
+      const bool first = delta.prompt.empty();
+      engine::GeneratedToken scored;
+      scored.self = {token, detokenize({token}, true), first ? std::nanf("") : -0.25f};
+      if (!first && job.request.sampling.logprobs > 0) scored.top.push_back({63, "?", -2.0f});
+      delta.prompt.push_back(std::move(scored));
+    }
+    for (int32_t choice = 0; choice < job.request.n; ++choice) job.sink->on_tokens(choice, delta);
+  }
+
   /// One piece for every choice; true when the request is over.
   bool step(Job& job) {
     const auto count = static_cast<int32_t>(script_.pieces.size());
@@ -266,6 +285,10 @@ class FakeEngine : public engine::Engine {
     if (script_.fail_after >= 0 && job.at >= script_.fail_after) {
       job.sink->on_error(engine::ErrorKind::kInternal, "the fake engine broke");
       return true;
+    }
+    if (job.request.prompt_logprobs && !job.scored) {
+      send_prompt(job);
+      return false;
     }
     const bool limited = job.request.max_tokens >= 0 && job.at >= job.request.max_tokens;
     if (job.cancel || limited || (!script_.endless && job.at >= count)) {

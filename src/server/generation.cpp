@@ -1,6 +1,7 @@
 #include "server/generation.h"
 
 #include <algorithm>
+#include <iterator>
 #include <stdexcept>
 
 #include "base/unix_time.h"
@@ -36,16 +37,22 @@ auto Generation::with_api_errors(const std::string& param, Work work) {
 
 std::string Generation::field_of(const std::string& engine_param) const {
   if (engine_param == "json_schema") return common_.schema_param;
-  if (engine_param == "prompt" && api_ == Api::kChat) return "messages";
+  if (engine_param == "prompt" && api_ == Api::kChat) return common_.chat_param;
   return engine_param;
 }
 
 std::unique_ptr<Generation> Generation::start(ChatCompletionRequest request,
                                               GenerationContext context) {
+  return start(std::move(request), std::move(context), nullptr);
+}
+
+std::unique_ptr<Generation> Generation::start(ChatCompletionRequest request,
+                                              GenerationContext context, const MakeWriter& make) {
   std::unique_ptr<Generation> self(
       new Generation(Api::kChat, std::move(request.common), std::move(context)));
+  if (make) self->writer_ = make(self->head_);
   engine::ChatPrompt prompt = self->with_api_errors(
-      "messages", [&] { return self->context_.engine->render_chat(request.chat); });
+      self->common_.chat_param, [&] { return self->context_.engine->render_chat(request.chat); });
   self->format_ = prompt.format;
 
   engine::GenerateRequest generate = self->common_.generate;
@@ -61,6 +68,7 @@ std::unique_ptr<Generation> Generation::start(CompletionRequest request,
   std::unique_ptr<Generation> self(
       new Generation(Api::kCompletion, std::move(request.common), std::move(context)));
   const engine::Engine& engine = *self->context_.engine;
+  int64_t prompt_logprobs = 0;
   for (Prompt& prompt : request.prompts) {
     self->with_api_errors("prompt", [&] {
       if (prompt.is_text) {
@@ -73,6 +81,15 @@ std::unique_ptr<Generation> Generation::start(CompletionRequest request,
     });
     if (prompt.tokens.empty()) throw invalid_request("prompt", "A prompt has no tokens.");
     engine::GenerateRequest generate = self->common_.generate;
+    if (generate.prompt_logprobs) {
+      const int64_t of_each = (1 + generate.sampling.logprobs) * int64_t{generate.n};
+      prompt_logprobs += static_cast<int64_t>(prompt.tokens.size()) * of_each;
+      if (prompt_logprobs > self->context_.max_prompt_logprobs) {
+        throw invalid_request("logprobs", "'echo' with 'logprobs' asks for more than " +
+                                              std::to_string(self->context_.max_prompt_logprobs) +
+                                              " log probabilities: send fewer or shorter prompts.");
+      }
+    }
     generate.prompt = std::move(prompt.tokens);
     self->submit(std::move(generate), request.echo ? std::move(prompt.text) : "");
   }
@@ -117,7 +134,7 @@ Generation::State Generation::advance(std::string& frames) {
           on_tokens(part, event.choice, std::move(event.delta), frames);
           break;
         case Event::Kind::kFinish:
-          on_finish(part, event.choice, event.reason, frames);
+          on_finish(part, event.choice, event.reason, event.message, frames);
           break;
         case Event::Kind::kDone:
           for (const Choice& choice : part.choices) {
@@ -147,7 +164,9 @@ Generation::State Generation::advance(std::string& frames) {
   if (!done) return State::kRunning;
   ended_ = true;
   queue_->close();
-  if (common_.stream) {
+  if (common_.stream && writer_ != nullptr) {
+    writer_->end(chat_end(), frames);
+  } else if (common_.stream) {
     if (common_.include_usage) frames += chunk_frame(head_, nullptr, usage_json(usage()));
     frames += kDoneFrame;
   }
@@ -159,12 +178,15 @@ void Generation::on_tokens(Part& part, int32_t index, engine::TokensDelta delta,
   Choice& choice = part.choices[static_cast<size_t>(index)];
   part.usage = delta.usage;
   if (common_.logprobs) {
-    for (engine::GeneratedToken& token : delta.tokens) choice.tokens.push_back(std::move(token));
+    std::move(delta.prompt.begin(), delta.prompt.end(), std::back_inserter(choice.tokens));
+    std::move(delta.tokens.begin(), delta.tokens.end(), std::back_inserter(choice.tokens));
   }
   if (!common_.stream) {
     choice.text += delta.text;
     return;
   }
+  const bool prompt_alone = !delta.prompt.empty() && delta.tokens.empty();
+  if (prompt_alone) return;  // goes out with the first token
 
   if (api_ == Api::kCompletion) {
     std::string text = choice.begun ? "" : part.echo;
@@ -186,13 +208,27 @@ void Generation::on_tokens(Part& part, int32_t index, engine::TokensDelta delta,
   }
   // The role comes with the first token even if that shows no text yet: a chunk means a token.
   if (deltas.empty() && !choice.begun) deltas.emplace_back();
-  for (const engine::ChatDelta& step : deltas) {
-    write_chunk(part, index, Json{{"delta", delta_json(choice, step)}}, nullptr, frames);
+  for (const engine::ChatDelta& step : deltas) write_delta(part, index, step, frames);
+}
+
+void Generation::write_delta(Part& part, int32_t index, const engine::ChatDelta& delta,
+                             std::string& frames) {
+  Choice& choice = part.choices[static_cast<size_t>(index)];
+  if (writer_ == nullptr) {
+    write_chunk(part, index, Json{{"delta", delta_json(choice, delta)}}, nullptr, frames);
+    return;
   }
+  choice.begun = true;
+  engine::ChatDelta named = delta;
+  if (delta.tool_call_index >= 0) {
+    const auto call = static_cast<size_t>(delta.tool_call_index);
+    named.tool_call.id = call_id(choice, call, delta.tool_call.id);
+  }
+  writer_->delta(named, usage(), frames);
 }
 
 void Generation::on_finish(Part& part, int32_t index, engine::FinishReason reason,
-                           std::string& frames) {
+                           const std::string& stop_string, std::string& frames) {
   Choice& choice = part.choices[static_cast<size_t>(index)];
   if (reason == engine::FinishReason::kCancelled) {
     throw unavailable("request_cancelled", "The server ended this request before it was done.", 5);
@@ -201,6 +237,11 @@ void Generation::on_finish(Part& part, int32_t index, engine::FinishReason reaso
     throw from_engine(engine::ErrorKind::kInternal, "The engine failed on this request.");
   }
   choice.finish = reason;
+  // The template has stop strings of its own; those are nobody's business.
+  const std::vector<std::string>& asked = common_.generate.stop;
+  if (std::find(asked.begin(), asked.end(), stop_string) != asked.end()) {
+    choice.stop_string = stop_string;
+  }
 
   std::vector<engine::ChatDelta> deltas;
   if (format_ != nullptr) {
@@ -210,9 +251,8 @@ void Generation::on_finish(Part& part, int32_t index, engine::FinishReason reaso
     choice.message.content = choice.text;
   }
   if (!common_.stream) return;
-  for (const engine::ChatDelta& step : deltas) {
-    write_chunk(part, index, Json{{"delta", delta_json(choice, step)}}, nullptr, frames);
-  }
+  for (const engine::ChatDelta& step : deltas) write_delta(part, index, step, frames);
+  if (writer_ != nullptr) return;  // ends when the usage is known
   Json last = api_ == Api::kChat ? Json{{"delta", Json::object()}}
                                  : Json{{"text", choice.begun ? "" : part.echo}};
   if (api_ == Api::kChat && !choice.begun) last["delta"] = delta_json(choice, {});
@@ -308,7 +348,17 @@ engine::Usage Generation::usage() const {
   return sum;
 }
 
+ChatEnd Generation::chat_end() const {
+  const Choice& choice = parts_.front().choices.front();
+  return {choice.message, *choice.finish, choice.stop_string, usage()};
+}
+
+std::string Generation::error_frame() const {
+  return writer_ != nullptr ? writer_->error_frame(*error_) : server::error_frame(error_->body());
+}
+
 std::string Generation::body() {
+  if (writer_ != nullptr) return writer_->body(chat_end());
   Json choices = Json::array();
   for (Part& part : parts_) {
     for (Choice& choice : part.choices) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "server/chat_writer.h"
 #include "server/errors.h"
 #include "server/event_queue.h"
 #include "server/openai_request.h"
@@ -26,7 +27,8 @@ struct GenerationContext {
   std::string fingerprint;
   std::string caller_salt;  ///< isolates callers with different keys; may be empty
   size_t max_queued_bytes = 1 << 20;
-  std::function<void()> wake;  ///< see EventQueue
+  int64_t max_prompt_logprobs = 0;  ///< see RequestLimits
+  std::function<void()> wake;       ///< see EventQueue
 };
 
 /// Not thread-safe: one connection owns it.
@@ -38,6 +40,10 @@ class Generation {
   // for a thread that others wait for. Throw ApiError; nothing is left running then.
   static std::unique_ptr<Generation> start(ChatCompletionRequest request,
                                            GenerationContext context);
+  /// A chat with one choice, answered in the words of another API.
+  using MakeWriter = std::function<std::unique_ptr<ChatWriter>(const ResponseHead&)>;
+  static std::unique_ptr<Generation> start(ChatCompletionRequest request, GenerationContext context,
+                                           const MakeWriter& make);
   static std::unique_ptr<Generation> start(CompletionRequest request, GenerationContext context);
 
   /// Cancels what is still running.
@@ -51,10 +57,15 @@ class Generation {
   /// usage and [DONE] frames at the end; in state kFailed no error frame is written.
   State advance(std::string& frames);
 
+  /// So far, of all choices.
+  engine::Usage usage() const;
+
   /// The body of a whole answer; state kDone, not streaming.
   std::string body();
   /// Why; state kFailed.
   const ApiError& error() const { return *error_; }
+  /// The same as the last frame of a stream.
+  std::string error_frame() const;
 
   /// The reader fell too far behind.
   bool overflowed() const { return queue_->overflowed(); }
@@ -71,6 +82,7 @@ class Generation {
     int64_t text_offset = 0;
     bool begun = false;  ///< the chunk with the role is out
     std::optional<engine::FinishReason> finish;
+    std::string stop_string;  ///< that ended it, if one of the client's did
   };
   /// One prompt's request.
   struct Part {
@@ -90,7 +102,10 @@ class Generation {
   std::string field_of(const std::string& engine_param) const;
   void submit(engine::GenerateRequest request, std::string echo);
   void on_tokens(Part& part, int32_t index, engine::TokensDelta delta, std::string& frames);
-  void on_finish(Part& part, int32_t index, engine::FinishReason reason, std::string& frames);
+  void on_finish(Part& part, int32_t index, engine::FinishReason reason,
+                 const std::string& stop_string, std::string& frames);
+  void write_delta(Part& part, int32_t index, const engine::ChatDelta& delta, std::string& frames);
+  ChatEnd chat_end() const;
   /// Reads the choice's text as a message and returns what is new of it.
   std::vector<engine::ChatDelta> read_message(Choice& choice, bool is_partial);
   const std::string& call_id(Choice& choice, size_t index, const std::string& from_engine);
@@ -99,12 +114,12 @@ class Generation {
                    std::string& frames);
   Json logprobs_of(Choice& choice);
   const char* finish_name(const Choice& choice) const;
-  engine::Usage usage() const;
 
   const Api api_;
   CommonRequest common_;
   GenerationContext context_;
   ResponseHead head_;
+  std::unique_ptr<ChatWriter> writer_;  ///< null: OpenAI's completions
   engine::OutputFormatPtr format_;
   std::shared_ptr<EventQueue> queue_;
   std::vector<Part> parts_;

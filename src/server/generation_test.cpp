@@ -40,6 +40,7 @@ struct Fixture {
     context.fingerprint = "fp";
     context.caller_salt = salt;
     context.max_queued_bytes = max_queued_bytes;
+    context.max_prompt_logprobs = 20;
     context.wake = bell.ringer();
     return context;
   }
@@ -247,6 +248,41 @@ TEST(Generation, StreamedTextWithEcho) {
   EXPECT_EQ(chunks[0]["choices"][0]["text"], "hiHello");
   EXPECT_EQ(chunks.back()["choices"][0]["text"], "");
   EXPECT_EQ(chunks.back()["choices"][0]["finish_reason"], "stop");
+}
+
+TEST(Generation, EchoWithLogprobsScoresThePrompt) {
+  Fixture fixture({});
+  const auto generation =
+      fixture.text(R"({"prompt":"abc","echo":true,"logprobs":1,"max_tokens":0})");
+  const Json body = fixture.whole(*generation);
+  const Json& choice = body["choices"][0];
+  EXPECT_EQ(choice["text"], "abc");
+  EXPECT_EQ(choice["finish_reason"], "length");
+  EXPECT_EQ(choice["logprobs"]["tokens"], (Json{"a", "b", "c"}));
+  EXPECT_EQ(choice["logprobs"]["token_logprobs"], (Json{nullptr, -0.25, -0.25}));
+  EXPECT_EQ(choice["logprobs"]["text_offset"], (Json{0, 1, 2}));
+  EXPECT_EQ(choice["logprobs"]["top_logprobs"],
+            (Json{nullptr, {{"?", -2.0}, {"b", -0.25}}, {{"?", -2.0}, {"c", -0.25}}}));
+  EXPECT_EQ(body["usage"]["completion_tokens"], 0);
+}
+
+TEST(Generation, StreamedEchoSendsThePromptsLogprobsWithTheFirstToken) {
+  Fixture fixture({});
+  std::string frames;
+  fixture.finish(
+      *fixture.text(R"({"prompt":"ab","echo":true,"logprobs":0,"stream":true,"max_tokens":1})"),
+      frames);
+  const std::vector<Json> chunks = split(frames);
+  const Json& first = chunks[0]["choices"][0];
+  EXPECT_EQ(first["text"], "abHello");
+  EXPECT_EQ(first["logprobs"]["token_logprobs"], (Json{nullptr, -0.25, -0.5}));
+  EXPECT_EQ(first["logprobs"]["text_offset"], (Json{0, 1, 2}));
+}
+
+TEST(Generation, PromptLogprobsOfARequestAreBounded) {
+  Fixture fixture({});
+  EXPECT_THROW(fixture.text(R"({"prompt":["abcd","abcd"],"echo":true,"logprobs":2})"), ApiError);
+  EXPECT_TRUE(fixture.engine->drain(std::chrono::seconds(5))) << "nothing of it is left running";
 }
 
 TEST(Generation, Length) {

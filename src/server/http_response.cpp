@@ -41,15 +41,17 @@ http::response<http::string_body> whole_response(Answer answer, const std::strin
   set_common_fields(response, answer.content_type, request_id, keep_alive);
   for (const auto& [name, value] : answer.headers) response.insert(name, value);
   response.body() = std::move(answer.body);
-  response.content_length(response.body().size());
+  if (answer.status != 204) response.content_length(response.body().size());
   return response;
 }
 
-std::string stream_head(const std::string& request_id, bool keep_alive, bool chunked) {
+std::string stream_head(const std::string& request_id, bool keep_alive, bool chunked,
+                        const HeaderFields& more) {
   http::response<http::empty_body> response;
   set_common_fields(response, "text/event-stream; charset=utf-8", request_id, keep_alive);
   response.set(http::field::cache_control, "no-cache");
   response.set("X-Accel-Buffering", "no");  // nginx would gather the events otherwise
+  for (const auto& [name, value] : more) response.insert(name, value);
   if (chunked) response.chunked(true);
   std::ostringstream head;
   head << response.base();

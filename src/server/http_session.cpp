@@ -2,6 +2,7 @@
 
 #include <spdlog/spdlog.h>
 
+#include <algorithm>
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/bind_cancellation_slot.hpp>
 #include <boost/asio/bind_executor.hpp>
@@ -13,10 +14,11 @@
 #include <boost/beast/http/error.hpp>
 #include <boost/beast/http/read.hpp>
 #include <boost/beast/http/write.hpp>
+#include <cctype>
 #include <optional>
 
 #include "server/gzip.h"
-#include "server/http_response.h"
+#include "server/json_log.h"
 
 namespace relay::server {
 
@@ -56,6 +58,15 @@ bool is_compressed(const Request& request) {
   throw ApiError(415, "invalid_request_error", "unsupported_content_encoding",
                  "Only the Content-Encoding gzip is understood.")
       .header("Accept-Encoding", "gzip");
+}
+
+/// What a page of this origin needs to read an answer; nothing if it is not allowed to.
+HeaderFields cors_fields(const std::vector<std::string>& allowed, std::string_view origin) {
+  const auto is = [&](const std::string& one) { return one == "*" || one == origin; };
+  if (origin.empty() || std::none_of(allowed.begin(), allowed.end(), is)) return {};
+  return {{"Access-Control-Allow-Origin", std::string(origin)},
+          {"Access-Control-Expose-Headers", "x-request-id, retry-after"},
+          {"Vary", "Origin"}};
 }
 
 bool is_http_error(const error_code& error) {
@@ -160,19 +171,52 @@ HttpSession::Awaitable<bool> HttpSession::serve_one() {
   co_await stop_watching();
   if (body_unread_) exchange.keep_alive = false;
   if (failure && !gone_ && !exchange.header_sent) {
-    Answer answer = answer_error(*failure);
+    Answer answer = answer_error(*failure, exchange.error_form);
     co_await write_answer(std::move(answer), exchange);
   }
+  log_exchange(exchange);
+  co_return exchange.keep_alive && !gone_;
+}
+
+void HttpSession::log_exchange(const Exchange& exchange) const {
   const std::chrono::duration<double, std::milli> took = Clock::now() - exchange.begin;
-  if (gone_) {
-    spdlog::info("{} {} client left after {:.0f} ms [{}]", exchange.method, exchange.target,
-                 took.count(), exchange.request_id);
+  const auto level = gone_                    ? spdlog::level::info
+                     : exchange.status >= 500 ? spdlog::level::warn
+                                              : spdlog::level::debug;
+  if (!spdlog::should_log(level)) return;
+  if (options_.json_logs) {
+    log_json(level, Json{{"message", gone_ ? "client left" : "request"},
+                         {"request_id", exchange.request_id},
+                         {"method", exchange.method},
+                         {"path", exchange.target},
+                         {"status", gone_ ? Json(nullptr) : Json(exchange.status)},
+                         {"duration_ms", took.count()}});
+  } else if (gone_) {
+    spdlog::log(level, "{} {} client left after {:.0f} ms [{}]", exchange.method, exchange.target,
+                took.count(), exchange.request_id);
   } else {
-    spdlog::log(exchange.status >= 500 ? spdlog::level::warn : spdlog::level::debug,
-                "{} {} {} {:.0f} ms [{}]", exchange.method, exchange.target, exchange.status,
+    spdlog::log(level, "{} {} {} {:.0f} ms [{}]", exchange.method, exchange.target, exchange.status,
                 took.count(), exchange.request_id);
   }
-  co_return exchange.keep_alive && !gone_;
+}
+
+std::optional<Answer> HttpSession::preflight(const Parser& parser, const Exchange& exchange) const {
+  const auto& request = parser.get();
+  const auto method = request[http::field::access_control_request_method];
+  if (exchange.method != "OPTIONS" || method.empty() || exchange.cors.empty()) return std::nullopt;
+  // Clients send header fields of their own (x-stainless-..., anthropic-version); all may come.
+  std::string wanted(view(request[http::field::access_control_request_headers]));
+  const auto unfit = [](char c) {
+    return std::isalnum(static_cast<unsigned char>(c)) == 0 && c != '-' && c != '_' && c != ',' &&
+           c != ' ';
+  };
+  if (std::any_of(wanted.begin(), wanted.end(), unfit)) wanted.clear();
+  Answer answer;
+  answer.status = 204;
+  answer.headers = {{"Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE"},
+                    {"Access-Control-Allow-Headers", wanted},
+                    {"Access-Control-Max-Age", "600"}};
+  return answer;
 }
 
 HttpSession::Awaitable<bool> HttpSession::read_header(Parser& parser, Exchange& exchange) {
@@ -218,6 +262,7 @@ HttpSession::Awaitable<bool> HttpSession::read_header(Parser& parser, Exchange& 
   exchange.http_1_0 = request.version() < 11;
   exchange.request_id = request_id_of(view(request["x-request-id"]));
   exchange.keep_alive = parser.keep_alive();
+  exchange.cors = cors_fields(options_.cors_origins, view(request[http::field::origin]));
   co_return true;
 }
 
@@ -230,7 +275,13 @@ HttpSession::Awaitable<void> HttpSession::handle(Parser& parser, Exchange& excha
                    "The request target is longer than " +
                        std::to_string(options_.max_target_bytes) + " bytes.");
   }
+  if (std::optional<Answer> allowed = preflight(parser, exchange)) {
+    body_unread_ = !parser.is_done();
+    co_await write_answer(std::move(*allowed), exchange);
+    co_return;
+  }
   const Route route = find_route(exchange.method, view(request.target()));
+  exchange.error_form = route.error_form;
   const Caller caller = runtime_.service.authorize(route, view(request[http::field::authorization]),
                                                    view(request["x-api-key"]));
   if (route.takes_body) runtime_.service.require_ready();
@@ -266,7 +317,7 @@ HttpSession::Awaitable<void> HttpSession::handle(Parser& parser, Exchange& excha
     const auto unpack = [&] { return gunzip(body, options_.max_body_bytes); };
     body = co_await run_on(runtime_.workers, unpack);
   }
-  if (route.endpoint == Endpoint::kChatCompletions || route.endpoint == Endpoint::kCompletions) {
+  if (route.work == Work::kGeneration) {
     co_await answer_generation(route.endpoint, body, caller, exchange);
   } else {
     co_await answer_plain(route, body, exchange);
@@ -312,12 +363,13 @@ HttpSession::Awaitable<void> HttpSession::read_body(Parser& parser, Exchange& ex
 HttpSession::Awaitable<void> HttpSession::answer_plain(const Route& route, const std::string& body,
                                                        Exchange& exchange) {
   Answer answer;
-  if (route.access != Access::kAdmin) {
-    answer = runtime_.service.answer(route, body);
+  const auto work = [&] { return runtime_.service.answer(route, body); };
+  if (route.work == Work::kHere) {
+    answer = work();
   } else {
     // Pinning computes for as long as the prompt is; it goes on if the client leaves.
-    const auto work = [&] { return runtime_.service.answer(route, body); };
-    answer = co_await run_on(runtime_.waiters, work);
+    net::thread_pool& pool = route.work == Work::kWaiter ? runtime_.waiters : runtime_.workers;
+    answer = co_await run_on(pool, work);
   }
   co_await write_answer(std::move(answer), exchange);
 }
@@ -377,7 +429,7 @@ HttpSession::Awaitable<void> HttpSession::follow_stream(Generation& generation,
     if (gone_) co_return;
     if (state == Generation::State::kFailed) {
       if (!exchange.header_sent && frames.empty()) throw generation.error();
-      frames += error_frame(generation.error().body());
+      frames += generation.error_frame();
       exchange.keep_alive = false;
     }
     const bool running = state == Generation::State::kRunning;
@@ -405,13 +457,15 @@ std::string HttpSession::stream_header(Exchange& exchange) {
   exchange.header_sent = true;
   exchange.status = 200;
   if (exchange.http_1_0 || runtime_.service.draining()) exchange.keep_alive = false;
-  return stream_head(exchange.request_id, exchange.keep_alive, /*chunked=*/!exchange.http_1_0);
+  return stream_head(exchange.request_id, exchange.keep_alive, /*chunked=*/!exchange.http_1_0,
+                     exchange.cors);
 }
 
 HttpSession::Awaitable<void> HttpSession::write_answer(Answer answer, Exchange& exchange) {
   exchange.header_sent = true;
   exchange.status = answer.status;
   if (body_unread_ || closing_ || runtime_.service.draining()) exchange.keep_alive = false;
+  answer.headers.insert(answer.headers.end(), exchange.cors.begin(), exchange.cors.end());
   const auto response = whole_response(std::move(answer), exchange.request_id, exchange.keep_alive);
   http::response_serializer<http::string_body> serializer(response);
   error_code failure;

@@ -14,11 +14,13 @@
 #include <boost/beast/http/string_body.hpp>
 #include <chrono>
 #include <memory>
+#include <optional>
 #include <string>
 #include <type_traits>
 
 #include "server/errors.h"
 #include "server/generation.h"
+#include "server/http_response.h"
 #include "server/runtime.h"
 
 namespace relay::server {
@@ -48,6 +50,8 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
     bool http_1_0 = false;
     bool keep_alive = true;
     bool header_sent = false;
+    HeaderFields cors;  ///< what lets a page of another origin read the answer
+    ErrorForm error_form = ErrorForm::kOpenAi;
     int status = 0;
     Clock::time_point begin;
   };
@@ -67,6 +71,11 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   /// Follows a started generation to its end.
   Awaitable<void> follow(Generation& generation, Exchange& exchange);
   Awaitable<void> follow_stream(Generation& generation, Exchange& exchange);
+
+  /// A browser's question whether a page of another origin may ask; none: it is no such question,
+  /// or the origin is not allowed.
+  std::optional<Answer> preflight(const Parser& parser, const Exchange& exchange) const;
+  void log_exchange(const Exchange& exchange) const;
 
   Awaitable<void> write_answer(Answer answer, Exchange& exchange);
   std::string stream_header(Exchange& exchange);

@@ -192,6 +192,44 @@ TEST_F(HttpSessionTest, ChatOnOneConnection) {
   }
 }
 
+TEST_F(HttpSessionTest, PagesOfAllowedOriginsMayAsk) {
+  ServerOptions options;
+  options.cors_origins = {"https://a.example"};
+  start({}, options);
+  Client client = connect();
+  const std::string asking =
+      "Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: x-api-key\r\n";
+  const Reply allowed = client.ask(
+      "OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+      "Origin: https://a.example\r\n" +
+      asking + "\r\n");
+  EXPECT_EQ(allowed.status, 204);
+  EXPECT_TRUE(allowed.has("Access-Control-Allow-Origin: https://a.example\r\n"));
+  EXPECT_TRUE(allowed.has("Access-Control-Allow-Headers: x-api-key\r\n"));
+  EXPECT_TRUE(client.get("/health", "Origin: https://a.example\r\n")
+                  .has("Access-Control-Allow-Origin: https://a.example\r\n"));
+  EXPECT_FALSE(client.get("/health", "Origin: https://b.example\r\n").has("Access-Control"));
+  EXPECT_FALSE(client.get("/health").has("Access-Control"));
+  const Reply refused = client.ask(
+      "OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+      "Origin: https://b.example\r\n" +
+      asking + "\r\n");
+  EXPECT_EQ(refused.status, 405);
+  EXPECT_FALSE(refused.has("Access-Control"));
+}
+
+TEST_F(HttpSessionTest, PageAndState) {
+  start();
+  Client client = connect();
+  const Reply page = client.get("/");
+  EXPECT_EQ(page.status, 200);
+  EXPECT_TRUE(page.has("Content-Type: text/html"));
+  EXPECT_TRUE(page.has("Content-Security-Policy: default-src 'none'"));
+  const Json state = client.get("/state").json();
+  EXPECT_EQ(state["prefix_tree"][1]["parent"], 0);
+  EXPECT_EQ(state["prefix_tree"][0]["running"], 2);
+}
+
 TEST_F(HttpSessionTest, HeadIsGetWithoutTheBody) {
   start();
   Client client = connect();

@@ -10,7 +10,6 @@ namespace relay::server {
 
 namespace {
 
-constexpr size_t kMaxNameBytes = 256;
 constexpr size_t kUnbounded = SIZE_MAX;  // bounded by the body
 
 /// Fields that ask for something, with the value that asks for nothing (besides null, false, 0 and
@@ -197,21 +196,22 @@ engine::SamplingParams parse_sampling(const JsonFields& body, const RequestLimit
 }
 
 /// -1: as many as there is room for.
-int32_t parse_max_tokens(const JsonFields& body, int32_t fallback) {
+int32_t parse_max_tokens(const JsonFields& body, int32_t fallback, bool none_allowed) {
   for (const char* name : {"max_completion_tokens", "max_tokens", "n_predict"}) {
     const auto value = body.integer(name, -1, INT32_MAX);
     if (!value) continue;
-    if (*value == 0) {
+    if (*value == 0 && !none_allowed) {
       throw invalid_request(name, std::string("'") + name +
-                                      "' must be at least 1, or -1 for as many as there is room.");
+                                      "' must be at least 1, or -1 for as many as there is room; 0 "
+                                      "is for 'echo': true of /v1/completions.");
     }
     return static_cast<int32_t>(*value);
   }
   return fallback;
 }
 
-CommonRequest parse_common(const JsonFields& body, const RequestLimits& limits,
-                           int32_t max_tokens) {
+CommonRequest parse_common(const JsonFields& body, const RequestLimits& limits, int32_t max_tokens,
+                           bool none_allowed = false) {
   refuse_unsupported(body);
   CommonRequest request;
   request.model = body.string("model", kMaxNameBytes).value_or("");
@@ -229,7 +229,7 @@ CommonRequest parse_common(const JsonFields& body, const RequestLimits& limits,
   body.string("user", kUnbounded);  // only its type is checked: nothing here depends on the user
 
   engine::GenerateRequest& generate = request.generate;
-  generate.max_tokens = parse_max_tokens(body, max_tokens);
+  generate.max_tokens = parse_max_tokens(body, max_tokens, none_allowed);
   generate.n = static_cast<int32_t>(body.integer("n", 1, limits.max_choices).value_or(1));
   if (const auto best_of = body.integer("best_of", 1, limits.max_choices)) {
     if (*best_of != generate.n) throw unsupported("best_of", "'best_of' must be equal to 'n'.");
@@ -461,19 +461,7 @@ bool is_token_list(const Json& value) {
 }
 
 Prompt parse_tokens(const Json& list, const std::string& param, const RequestLimits& limits) {
-  Prompt prompt;
-  prompt.is_text = false;
-  prompt.tokens.reserve(list.size());
-  for (const Json& item : list) {
-    const bool valid = item.is_number_unsigned() &&
-                       item.get<uint64_t>() < static_cast<uint64_t>(limits.vocab_size);
-    if (!valid) {
-      throw invalid_request(param, "'" + param + "' must hold token ids of this model (0 to " +
-                                       std::to_string(limits.vocab_size - 1) + ").");
-    }
-    prompt.tokens.push_back(item.get<engine::Token>());
-  }
-  return prompt;
+  return Prompt{"", parse_token_list(list, param, limits), false};
 }
 
 std::vector<Prompt> parse_prompts(const JsonFields& body, const RequestLimits& limits) {
@@ -506,8 +494,27 @@ std::vector<Prompt> parse_prompts(const JsonFields& body, const RequestLimits& l
 
 }  // namespace
 
+std::vector<engine::Token> parse_token_list(const Json& list, const std::string& param,
+                                            const RequestLimits& limits) {
+  std::vector<engine::Token> tokens;
+  tokens.reserve(list.size());
+  for (const Json& item : list) {
+    const bool valid = item.is_number_unsigned() &&
+                       item.get<uint64_t>() < static_cast<uint64_t>(limits.vocab_size);
+    if (!valid) {
+      throw invalid_request(param, "'" + param + "' must hold token ids of this model (0 to " +
+                                       std::to_string(limits.vocab_size - 1) + ").");
+    }
+    tokens.push_back(item.get<engine::Token>());
+  }
+  return tokens;
+}
+
 ChatCompletionRequest parse_chat_completion(std::string_view text, const RequestLimits& limits) {
-  const Json json = parse_json(text);
+  return read_chat_completion(parse_json(text), limits);
+}
+
+ChatCompletionRequest read_chat_completion(const Json& json, const RequestLimits& limits) {
   const JsonFields body(json, "");
   ChatCompletionRequest request;
   request.common = parse_common(body, limits, /*max_tokens=*/-1);
@@ -536,20 +543,18 @@ CompletionRequest parse_completion(std::string_view text, const RequestLimits& l
   const JsonFields body(json, "");
   CompletionRequest request;
   constexpr int32_t kDefaultMaxTokens = 16;  // OpenAI's
-  request.common = parse_common(body, limits, kDefaultMaxTokens);
+  request.echo = body.boolean("echo", false);
+  request.common = parse_common(body, limits, kDefaultMaxTokens, /*none_allowed=*/request.echo);
   for (const char* name : {"messages", "tools"}) {
     if (const Json* value = body.find(name); value != nullptr && !value->empty()) {
       throw unsupported(name, std::string("'") + name + "' belongs to /v1/chat/completions.");
     }
   }
   request.prompts = parse_prompts(body, limits);
-  request.echo = body.boolean("echo", false);
   request.add_special_tokens = body.boolean("add_special_tokens", true);
   if (const auto logprobs = body.integer("logprobs", 0, 20)) {
-    if (request.echo) {
-      throw unsupported("logprobs", "'logprobs' of the prompt ('echo': true) are not supported.");
-    }
     request.common.logprobs = true;
+    request.common.generate.prompt_logprobs = request.echo;
     request.common.generate.sampling.logprobs = static_cast<int32_t>(*logprobs);
   }
   Constraint constraint = parse_constraint(body, limits);

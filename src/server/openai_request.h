@@ -9,8 +9,11 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "server/json.h"
 
 namespace relay::server {
+
+inline constexpr size_t kMaxNameBytes = 256;  ///< of models, tools, calls, salts
 
 /// What request fields are checked against.
 struct RequestLimits {
@@ -22,7 +25,8 @@ struct RequestLimits {
   size_t max_stop_strings = 32;
   size_t max_stop_bytes = 1024;  ///< of each
   size_t max_logit_bias = 4096;
-  size_t max_schema_bytes = 256 * 1024;  ///< of a JSON schema or grammar
+  int64_t max_prompt_logprobs = 1'000'000;  ///< of all prompts of a request, alternatives included
+  size_t max_schema_bytes = 256 * 1024;     ///< of a JSON schema or grammar
 };
 
 /// What chat and text completions have in common.
@@ -33,6 +37,7 @@ struct CommonRequest {
   bool continuous_usage_stats = false;  ///< stream_options
   bool logprobs = false;                ///< the choices carry logprobs
   std::string schema_param;             ///< the field a JSON schema came from, for errors
+  std::string chat_param = "messages";  ///< where the chat stood
   engine::GenerateRequest generate;     ///< all but prompt, format and the final cache salt
 };
 
@@ -51,7 +56,7 @@ struct Prompt {
 struct CompletionRequest {
   CommonRequest common;
   std::vector<Prompt> prompts;
-  bool echo = false;               ///< the answer begins with the prompt
+  bool echo = false;               ///< the answer begins with the prompt, and so do its logprobs
   bool add_special_tokens = true;  ///< begin-of-text in front of a text prompt
 };
 
@@ -66,10 +71,16 @@ struct CachedPromptRequest {
 
 // All throw ApiError (400); the body is a JSON object.
 ChatCompletionRequest parse_chat_completion(std::string_view body, const RequestLimits& limits);
+/// The same of a body that has been read, or was made from another API's.
+ChatCompletionRequest read_chat_completion(const Json& body, const RequestLimits& limits);
 CompletionRequest parse_completion(std::string_view body, const RequestLimits& limits);
 CachedPromptRequest parse_cached_prompt(std::string_view body, const RequestLimits& limits);
 /// PATCH /v1/cached_prompts/{id}: the new time to live in seconds, 0 for ever.
 int64_t parse_cached_prompt_ttl(std::string_view body);
+
+/// Token ids of this model, or ApiError that names `param`.
+std::vector<engine::Token> parse_token_list(const Json& list, const std::string& param,
+                                            const RequestLimits& limits);
 
 /// The messages (an array of chat messages) of a pin file, checked like those of a request. Also
 /// accepts an object {"messages": [...], "tools": [...]}.

@@ -297,10 +297,19 @@ TEST(TextRequest, Refusals) {
   EXPECT_EQ(text_refusal(R"({"prompt":["a",null]})"), "prompt[1]/invalid_type");
   EXPECT_EQ(text_refusal(R"({"prompt":[[1],[100]]})"), "prompt[1]/invalid_value");
   EXPECT_EQ(text_refusal(R"({"prompt":"a","logprobs":21})"), "logprobs/invalid_value");
-  EXPECT_EQ(text_refusal(R"({"prompt":"a","logprobs":1,"echo":true})"),
-            "logprobs/unsupported_parameter");
+  EXPECT_EQ(text_refusal(R"({"prompt":"a","max_tokens":0})"), "max_tokens/invalid_value");
   EXPECT_EQ(text_refusal(R"({"prompt":"a","suffix":"b"})"), "suffix/unsupported_parameter");
   EXPECT_EQ(text_refusal(R"({"prompt":"a","messages":[{}]})"), "messages/unsupported_parameter");
+}
+
+TEST(Completion, EchoTakesNoTokensAndScoresThePrompt) {
+  const auto scored =
+      parse_completion(R"({"prompt":"a","echo":true,"logprobs":2,"max_tokens":0})", kLimits);
+  EXPECT_EQ(scored.common.generate.max_tokens, 0);
+  EXPECT_TRUE(scored.common.generate.prompt_logprobs);
+  EXPECT_EQ(scored.common.generate.sampling.logprobs, 2);
+  EXPECT_FALSE(
+      parse_completion(R"({"prompt":"a","logprobs":2})", kLimits).common.generate.prompt_logprobs);
 }
 
 TEST(PromptFile, ArrayOrObject) {

@@ -12,12 +12,6 @@ namespace {
 /// JSON has no infinities; clients expect a number.
 double finite(float logprob) { return std::isfinite(logprob) ? logprob : -9999.0; }
 
-Json byte_array(const std::string& bytes) {
-  Json array = Json::array();
-  for (const char byte : bytes) array.push_back(static_cast<unsigned char>(byte));
-  return array;
-}
-
 Json chat_token(const engine::TokenLogprob& token) {
   return Json{{"token", token.bytes},
               {"logprob", finite(token.logprob)},
@@ -72,6 +66,12 @@ std::string random_id(const std::string& prefix) {
   return id;
 }
 
+Json byte_array(const std::string& bytes) {
+  Json array = Json::array();
+  for (const char byte : bytes) array.push_back(static_cast<unsigned char>(byte));
+  return array;
+}
+
 Json usage_json(const engine::Usage& usage) {
   return Json{
       {"prompt_tokens", usage.prompt_tokens},
@@ -102,8 +102,13 @@ Json completion_logprobs(const std::vector<engine::GeneratedToken>& tokens, bool
   for (const engine::GeneratedToken& token : tokens) {
     offsets.push_back(text_offset);
     text_offset += characters(token.self.bytes);
-    logprobs.push_back(finite(token.self.logprob));
     texts.push_back(printable(token.self.bytes));
+    if (std::isnan(token.self.logprob)) {  // the first of a prompt
+      logprobs.push_back(nullptr);
+      tops.push_back(nullptr);
+      continue;
+    }
+    logprobs.push_back(finite(token.self.logprob));
     Json top = Json::object();
     for (const engine::TokenLogprob& other : token.top) {
       top[printable(other.bytes)] = finite(other.logprob);

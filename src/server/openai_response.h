@@ -25,12 +25,15 @@ struct ResponseHead {
 /// `prefix` followed by 32 random hex digits: unique, not secret.
 std::string random_id(const std::string& prefix);
 
+Json byte_array(const std::string& bytes);
+
 Json usage_json(const engine::Usage& usage);
 
 /// choices[].logprobs of a chat: {"content": [...], "refusal": null}.
 Json chat_logprobs(const std::vector<engine::GeneratedToken>& tokens);
 /// choices[].logprobs of a text completion. `text_offset`, in characters, is that of the first
-/// token and is moved behind the last. top_logprobs is null unless `want_top`.
+/// token and is moved behind the last. top_logprobs is null unless `want_top`. Entries of a token
+/// without a probability (NaN) are null.
 Json completion_logprobs(const std::vector<engine::GeneratedToken>& tokens, bool want_top,
                          int64_t& text_offset);
 

@@ -17,6 +17,9 @@ struct ServerOptions {
   std::vector<std::string> api_keys;     ///< empty: no key is asked for
   std::vector<std::string> admin_keys;   ///< may manage cached prompts; empty: nobody may
 
+  std::vector<std::string> cors_origins;  ///< whose pages may ask from a browser; "*": all of them
+  bool json_logs = false;                 ///< requests are logged as JSON objects (json_log.h)
+
   std::chrono::milliseconds pin_refresh{60'000};  ///< between looks whether a pinned prompt still
                                                   ///< reads the same; 0: never
 

@@ -15,21 +15,42 @@ struct Entry {
   std::string_view path;  ///< a trailing '*' takes one or more characters as the argument
   Endpoint endpoint;
   Access access;
-  bool takes_body;
+  Work work;
+  ErrorForm error_form = ErrorForm::kOpenAi;
 };
 
 constexpr std::array kTable = {
-    Entry{"GET", "/health", Endpoint::kHealth, Access::kAnyone, false},
-    Entry{"GET", "/v1/models", Endpoint::kModels, Access::kKey, false},
-    Entry{"GET", "/v1/models/*", Endpoint::kModel, Access::kKey, false},
-    Entry{"GET", "/metrics", Endpoint::kMetrics, Access::kKey, false},
-    Entry{"POST", "/v1/chat/completions", Endpoint::kChatCompletions, Access::kKey, true},
-    Entry{"POST", "/v1/completions", Endpoint::kCompletions, Access::kKey, true},
-    Entry{"GET", "/v1/cached_prompts", Endpoint::kListCachedPrompts, Access::kAdmin, false},
-    Entry{"POST", "/v1/cached_prompts", Endpoint::kCreateCachedPrompt, Access::kAdmin, true},
-    Entry{"GET", "/v1/cached_prompts/*", Endpoint::kGetCachedPrompt, Access::kAdmin, false},
-    Entry{"PATCH", "/v1/cached_prompts/*", Endpoint::kUpdateCachedPrompt, Access::kAdmin, true},
-    Entry{"DELETE", "/v1/cached_prompts/*", Endpoint::kDeleteCachedPrompt, Access::kAdmin, false},
+    Entry{"GET", "/", Endpoint::kPage, Access::kAnyone, Work::kHere},
+    Entry{"GET", "/state", Endpoint::kState, Access::kOperator, Work::kWaiter},
+    Entry{"GET", "/openapi.json", Endpoint::kOpenApi, Access::kAnyone, Work::kHere},
+    Entry{"GET", "/health", Endpoint::kHealth, Access::kAnyone, Work::kHere},
+    Entry{"GET", "/version", Endpoint::kVersion, Access::kKey, Work::kHere},
+    Entry{"GET", "/v1/models", Endpoint::kModels, Access::kKey, Work::kHere},
+    Entry{"GET", "/v1/models/*", Endpoint::kModel, Access::kKey, Work::kHere},
+    Entry{"GET", "/metrics", Endpoint::kMetrics, Access::kKey, Work::kHere},
+    Entry{"POST", "/v1/chat/completions", Endpoint::kChatCompletions, Access::kKey,
+          Work::kGeneration},
+    Entry{"POST", "/v1/completions", Endpoint::kCompletions, Access::kKey, Work::kGeneration},
+    Entry{"POST", "/v1/responses", Endpoint::kResponses, Access::kKey, Work::kGeneration},
+    Entry{"GET", "/v1/responses/*", Endpoint::kStoredResponse, Access::kKey, Work::kHere},
+    Entry{"POST", "/v1/responses/*", Endpoint::kStoredResponse, Access::kKey, Work::kHere},
+    Entry{"DELETE", "/v1/responses/*", Endpoint::kStoredResponse, Access::kKey, Work::kHere},
+    Entry{"POST", "/v1/messages", Endpoint::kMessages, Access::kKey, Work::kGeneration,
+          ErrorForm::kAnthropic},
+    Entry{"POST", "/v1/messages/count_tokens", Endpoint::kCountTokens, Access::kKey, Work::kWorker,
+          ErrorForm::kAnthropic},
+    Entry{"POST", "/tokenize", Endpoint::kTokenize, Access::kKey, Work::kWorker},
+    Entry{"POST", "/detokenize", Endpoint::kDetokenize, Access::kKey, Work::kWorker},
+    Entry{"POST", "/apply-template", Endpoint::kApplyTemplate, Access::kKey, Work::kWorker},
+    Entry{"POST", "/v1/embeddings", Endpoint::kEmbeddings, Access::kKey, Work::kHere},
+    Entry{"GET", "/v1/cached_prompts", Endpoint::kListCachedPrompts, Access::kAdmin, Work::kWaiter},
+    Entry{"POST", "/v1/cached_prompts", Endpoint::kCreateCachedPrompt, Access::kAdmin,
+          Work::kWaiter},
+    Entry{"GET", "/v1/cached_prompts/*", Endpoint::kGetCachedPrompt, Access::kAdmin, Work::kWaiter},
+    Entry{"PATCH", "/v1/cached_prompts/*", Endpoint::kUpdateCachedPrompt, Access::kAdmin,
+          Work::kWaiter},
+    Entry{"DELETE", "/v1/cached_prompts/*", Endpoint::kDeleteCachedPrompt, Access::kAdmin,
+          Work::kWaiter},
 };
 
 int hex_digit(char c) {
@@ -77,7 +98,9 @@ Route find_route(std::string_view method, std::string_view target) {
     if (!argument) continue;
     // HEAD asks what GET would answer; the body is left out when it is written.
     if (entry.method == (method == "HEAD" ? "GET" : method)) {
-      return Route{entry.endpoint, entry.access, entry.takes_body, std::move(*argument)};
+      const bool takes_body = entry.method == "POST" || entry.method == "PATCH";
+      return Route{entry.endpoint, entry.access,     entry.work,
+                   takes_body,     entry.error_form, std::move(*argument)};
     }
     allowed += (allowed.empty() ? "" : ", ") + std::string(entry.method);
   }

@@ -7,12 +7,24 @@
 namespace relay::server {
 
 enum class Endpoint {
+  kPage,
   kHealth,
   kModels,
   kModel,
   kMetrics,
+  kVersion,
+  kOpenApi,
+  kState,
   kChatCompletions,
   kCompletions,
+  kResponses,
+  kStoredResponse,
+  kMessages,
+  kCountTokens,
+  kTokenize,
+  kDetokenize,
+  kApplyTemplate,
+  kEmbeddings,
   kListCachedPrompts,
   kCreateCachedPrompt,
   kGetCachedPrompt,
@@ -20,12 +32,26 @@ enum class Endpoint {
   kDeleteCachedPrompt,
 };
 
-enum class Access { kAnyone, kKey, kAdmin };
+/// kOperator: admin keys, and anyone where no keys are in use at all.
+enum class Access { kAnyone, kKey, kAdmin, kOperator };
+
+/// Where an answer is made.
+enum class Work {
+  kHere,        ///< at once, on the thread that moves bytes
+  kWorker,      ///< milliseconds of computing: rendering, tokenising
+  kWaiter,      ///< waits for the engine
+  kGeneration,  ///< a stream of tokens
+};
+
+/// Whose errors clients of a route understand.
+enum class ErrorForm { kOpenAi, kAnthropic };
 
 struct Route {
   Endpoint endpoint = Endpoint::kHealth;
   Access access = Access::kKey;
+  Work work = Work::kHere;
   bool takes_body = false;
+  ErrorForm error_form = ErrorForm::kOpenAi;
   std::string argument;  ///< the path's variable part, percent-decoded
 };
 

@@ -18,17 +18,22 @@ int status_of(const char* method, const char* target) {
 
 TEST(Router, Finds) {
   EXPECT_EQ(find_route("GET", "/health").access, Access::kAnyone);
+  EXPECT_EQ(find_route("GET", "/").endpoint, Endpoint::kPage);
+  EXPECT_EQ(find_route("GET", "/state").access, Access::kOperator);
   EXPECT_EQ(find_route("GET", "/v1/models?x=1").endpoint, Endpoint::kModels);
   EXPECT_EQ(find_route("GET", "/v1/models/").endpoint, Endpoint::kModels);
   EXPECT_EQ(find_route("GET", "/v1/models/org%2Fname").argument, "org/name");
   EXPECT_EQ(find_route("GET", "/v1/models/a%zz%4").argument, "a%zz%4");
   EXPECT_TRUE(find_route("POST", "/v1/chat/completions").takes_body);
+  EXPECT_EQ(find_route("POST", "/v1/messages").error_form, ErrorForm::kAnthropic);
+  EXPECT_EQ(find_route("POST", "/v1/messages/count_tokens").endpoint, Endpoint::kCountTokens);
+  EXPECT_EQ(find_route("GET", "/v1/responses/resp_1").endpoint, Endpoint::kStoredResponse);
   EXPECT_EQ(find_route("DELETE", "/v1/cached_prompts/cp_1").access, Access::kAdmin);
 }
 
 TEST(Router, Refuses) {
-  EXPECT_EQ(status_of("GET", "/"), 404);
-  EXPECT_EQ(status_of("GET", "/v1/embeddings"), 404);
+  EXPECT_EQ(status_of("GET", "/nothing"), 404);
+  EXPECT_EQ(status_of("GET", "/v1/embeddings"), 405);
   EXPECT_EQ(status_of("POST", "/health"), 405);
   EXPECT_EQ(status_of("get", "/health"), 405);
   EXPECT_EQ(status_of("GET", ""), 400);

@@ -3,9 +3,13 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "server/anthropic.h"
+#include "server/documents.h"
 #include "server/errors.h"
 #include "server/json.h"
 #include "server/openai_request.h"
+#include "server/responses.h"
+#include "server/tokenizer_api.h"
 
 namespace relay::server {
 
@@ -49,8 +53,10 @@ Answer ok(const Json& json, int status = 200) {
 
 }  // namespace
 
-Answer answer_error(const ApiError& error) {
-  return Answer{error.status(), "application/json", error.body(), error.headers()};
+Answer answer_error(const ApiError& error, ErrorForm form) {
+  const bool anthropic = form == ErrorForm::kAnthropic;
+  return Answer{error.status(), "application/json",
+                anthropic ? error.anthropic_body() : error.body(), error.headers()};
 }
 
 Service::Service(const ServerOptions& options)
@@ -113,6 +119,8 @@ Caller Service::authorize(const Route& route, std::string_view authorization,
                           std::string_view x_api_key) const {
   const Caller caller = keys_.identify(authorization, x_api_key);
   if (route.access == Access::kAnyone) return caller;
+  const bool open = keys_.open() && !keys_.has_admin_keys();
+  if (route.access == Access::kOperator && open) return caller;
   if (!caller.allowed) {
     const bool missing = authorization.empty() && x_api_key.empty();
     throw ApiError(401, "invalid_request_error", "invalid_api_key",
@@ -120,7 +128,8 @@ Caller Service::authorize(const Route& route, std::string_view authorization,
                            : "The API key is not valid.")
         .header("WWW-Authenticate", "Bearer");
   }
-  if (route.access == Access::kAdmin && !caller.admin) {
+  const bool for_admins = route.access == Access::kAdmin || route.access == Access::kOperator;
+  if (for_admins && !caller.admin) {
     throw ApiError(403, "invalid_request_error", "admin_key_required",
                    keys_.has_admin_keys()
                        ? "This endpoint needs an admin key."
@@ -151,6 +160,12 @@ std::string Service::resolve_model(const engine::Engine& engine, const std::stri
 Answer Service::answer(const Route& route, std::string_view body) {
   try {
     switch (route.endpoint) {
+      case Endpoint::kPage:
+        return page();
+      case Endpoint::kOpenApi:
+        return Answer{200, "application/json", kOpenApi, {}};
+      case Endpoint::kState:
+        return state();
       case Endpoint::kHealth:
         return health();
       case Endpoint::kModels:
@@ -168,8 +183,26 @@ Answer Service::answer(const Route& route, std::string_view body) {
         return update_cached_prompt(route.argument, body);
       case Endpoint::kDeleteCachedPrompt:
         return delete_cached_prompt(route.argument);
+      case Endpoint::kVersion:
+        return ok(Json{{"version", RELAY_VERSION}});
+      case Endpoint::kCountTokens:
+        return count_tokens(body);
+      case Endpoint::kTokenize:
+        return tokenize(body);
+      case Endpoint::kDetokenize:
+        return detokenize(body);
+      case Endpoint::kApplyTemplate:
+        return apply_template(body);
+      case Endpoint::kEmbeddings:
+        throw ApiError(400, "invalid_request_error", "unsupported_endpoint",
+                       "This server generates text; it computes no embeddings (/v1/embeddings).");
+      case Endpoint::kStoredResponse:
+        throw ApiError(404, "invalid_request_error", "response_not_stored",
+                       "Responses are not stored here: send the whole conversation in 'input'.");
       case Endpoint::kChatCompletions:
       case Endpoint::kCompletions:
+      case Endpoint::kResponses:
+      case Endpoint::kMessages:
         break;
     }
   } catch (const engine::EngineError& error) {
@@ -190,6 +223,22 @@ std::unique_ptr<Generation> Service::generate(Endpoint endpoint, std::string_vie
     context.fingerprint = fingerprint_;
   }
   const RequestLimits bounds = limits(*context.engine);
+  context.max_prompt_logprobs = bounds.max_prompt_logprobs;
+  if (endpoint == Endpoint::kMessages) {
+    MessagesRequest request = parse_messages(body, bounds);
+    context.model = resolve_model(*context.engine, request.chat.common.model);
+    return Generation::start(
+        std::move(request.chat), std::move(context),
+        [&](const ResponseHead& head) { return make_messages_writer(head, request.caches); });
+  }
+  if (endpoint == Endpoint::kResponses) {
+    ResponsesRequest request = parse_responses(body, bounds);
+    context.model = resolve_model(*context.engine, request.chat.common.model);
+    return Generation::start(std::move(request.chat), std::move(context),
+                             [&](const ResponseHead& head) {
+                               return make_responses_writer(head, std::move(request.echo));
+                             });
+  }
   if (endpoint == Endpoint::kChatCompletions) {
     ChatCompletionRequest request = parse_chat_completion(body, bounds);
     context.model = resolve_model(*context.engine, request.common.model);
@@ -246,6 +295,92 @@ Answer Service::metrics() const {
   answer.content_type = "text/plain; version=0.0.4; charset=utf-8";
   if (metrics != nullptr) answer.body = metrics->render(engine.get());
   return answer;
+}
+
+Answer Service::page() const {
+  Answer answer;
+  answer.content_type = "text/html; charset=utf-8";
+  answer.body = kPage;
+  answer.headers = {{"Cache-Control", "no-cache"},
+                    {"Content-Security-Policy",
+                     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+                     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+                     "frame-ancestors 'none'"}};
+  return answer;
+}
+
+Answer Service::state() const {
+  const std::shared_ptr<engine::Engine> engine = this->engine();
+  Json nodes = Json::array();
+  for (const engine::PrefixNode& node : engine->prefix_nodes()) {
+    nodes.push_back({{"parent", node.parent},
+                     {"tokens", node.tokens},
+                     {"running", node.running},
+                     {"pinned", node.pinned},
+                     {"hits", node.hits}});
+  }
+  Json pins = Json::array();
+  for (const engine::PinnedPrompt& prompt : pinned()->list()) {
+    pins.push_back({{"name", prompt.name}, {"tokens", prompt.tokens}, {"bytes", prompt.bytes}});
+  }
+  const engine::EngineStats s = engine->stats();
+  const engine::ModelInfo& info = engine->info();
+  const int64_t each = info.kv_bytes_per_token;
+  return ok(Json{{"model", model_names(*engine).front()},
+                 {"description", info.description},
+                 {"relay_active", info.relay_active},
+                 {"context_length", info.context_length},
+                 {"parallel", info.parallel},
+                 {"running", s.running},
+                 {"waiting", s.waiting},
+                 {"steps", s.steps},
+                 {"generation_tokens", s.generation_tokens},
+                 {"prompt_tokens", s.prompt_tokens},
+                 {"prefix_queries", s.prefix_queries},
+                 {"prefix_hits", s.prefix_hits},
+                 {"shared_group_size", s.shared_group_size},
+                 {"shared_prefix_tokens", s.shared_prefix_tokens},
+                 {"kv_tokens", s.kv_cells_used},
+                 {"kv_tokens_total", s.kv_cells_total},
+                 {"kv_tokens_pinned", s.pinned_tokens},
+                 {"kv_tokens_cached", s.kv_cells_cached},
+                 // Without what is merely kept for later requests.
+                 {"kv_bytes_stored", (s.kv_cells_used - s.kv_cells_cached) * each},
+                 {"kv_bytes_unshared", s.kv_bytes_unshared},
+                 {"kv_bytes_read", (s.kv_tokens_read_shared + s.kv_tokens_read_private) * each},
+                 {"kv_bytes_read_unshared",
+                  (s.kv_tokens_read_shared + s.kv_tokens_read_private + s.kv_tokens_saved) * each},
+                 {"pinned", std::move(pins)},
+                 {"prefix_tree", std::move(nodes)}});
+}
+
+Answer Service::count_tokens(std::string_view body) const {
+  const std::shared_ptr<engine::Engine> engine = this->engine();
+  const ChatCompletionRequest request = parse_count_tokens(body, limits(*engine));
+  resolve_model(*engine, request.common.model);
+  return ok(Json{{"input_tokens", engine->render_chat(request.chat).tokens.size()}});
+}
+
+Answer Service::tokenize(std::string_view body) const {
+  const std::shared_ptr<engine::Engine> engine = this->engine();
+  const TokenizeRequest request = parse_tokenize(body, limits(*engine));
+  resolve_model(*engine, request.model);
+  return ok(tokenize_json(*engine, request));
+}
+
+Answer Service::detokenize(std::string_view body) const {
+  const std::shared_ptr<engine::Engine> engine = this->engine();
+  const DetokenizeRequest request = parse_detokenize(body, limits(*engine));
+  resolve_model(*engine, request.model);
+  const std::string text = engine->detokenize(request.tokens, /*special=*/true);
+  return ok(Json{{"prompt", text}, {"content", text}});  // vLLM's name, llama-server's name
+}
+
+Answer Service::apply_template(std::string_view body) const {
+  const std::shared_ptr<engine::Engine> engine = this->engine();
+  const ChatCompletionRequest request = parse_chat_completion(body, limits(*engine));
+  resolve_model(*engine, request.common.model);
+  return ok(Json{{"prompt", engine->render_chat(request.chat).text}});
 }
 
 Answer Service::create_cached_prompt(std::string_view body) {

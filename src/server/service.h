@@ -27,7 +27,7 @@ struct Answer {
   std::string body;
   std::vector<std::pair<std::string, std::string>> headers;
 };
-Answer answer_error(const ApiError& error);
+Answer answer_error(const ApiError& error, ErrorForm form = ErrorForm::kOpenAi);
 
 class Service {
  public:
@@ -54,10 +54,9 @@ class Service {
   /// Throws ApiError 503 unless ready.
   void require_ready() const;
 
-  /// Endpoints other than the two completions. May wait for the engine (cached prompts). Throws
-  /// ApiError.
+  /// Endpoints that generate nothing. May wait for the engine (Work::kWaiter). Throws ApiError.
   Answer answer(const Route& route, std::string_view body);
-  /// The two completions. Throws ApiError.
+  /// Endpoints of Work::kGeneration. Throws ApiError.
   std::unique_ptr<Generation> generate(Endpoint endpoint, std::string_view body,
                                        const Caller& caller, std::function<void()> wake);
 
@@ -71,9 +70,15 @@ class Service {
   /// The name to answer with; throws ApiError 404.
   std::string resolve_model(const engine::Engine& engine, const std::string& model) const;
 
+  Answer page() const;
+  Answer state() const;
   Answer health() const;
   Answer models(const std::string& only) const;
   Answer metrics() const;
+  Answer count_tokens(std::string_view body) const;
+  Answer tokenize(std::string_view body) const;
+  Answer detokenize(std::string_view body) const;
+  Answer apply_template(std::string_view body) const;
   Answer create_cached_prompt(std::string_view body);
   Answer list_cached_prompts() const;
   Answer get_cached_prompt(const std::string& id) const;

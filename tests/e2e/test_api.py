@@ -6,7 +6,7 @@ import subprocess
 import httpx
 import openai
 import pytest
-from conftest import RELAY, Server
+from conftest import LONG_PROMPT, RELAY, Server
 
 HELLO = [{"role": "user", "content": "Hello, who are you?"}]
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 12}
@@ -117,6 +117,38 @@ def test_echo(client):
     answer = client.completions.create(prompt="Say after me", echo=True, **GREEDY)
     assert answer.choices[0].text.startswith("Say after me")
     assert len(answer.choices[0].text) > len("Say after me")
+
+
+def test_logprobs_of_the_prompt(client, server):
+    """What evaluation harnesses ask for: how likely a given continuation is, token by token."""
+    whole = "Say after me, and then on your own: " + LONG_PROMPT[:200]
+    answer = client.completions.create(
+        model="tiny", prompt=whole, echo=True, logprobs=2, max_tokens=0, temperature=0
+    )
+    scored = answer.choices[0].logprobs
+    assert answer.choices[0].text == whole and answer.usage.completion_tokens == 0
+    assert scored.token_logprobs[0] is None and scored.top_logprobs[0] is None
+    assert all(score <= 0 for score in scored.token_logprobs[1:])
+    assert len(scored.tokens) == len(scored.top_logprobs) == answer.usage.prompt_tokens
+    # The same as asking for the next token after each beginning of the prompt.
+    with server.http() as http:
+        ids = http.post("/tokenize", json={"prompt": whole}).json()["tokens"]
+    assert len(ids) == len(scored.tokens)
+    for at in (1, len(ids) // 2, len(ids) - 1):
+        step = client.completions.create(
+            model="tiny", prompt=ids[:at], logprobs=1, max_tokens=1, temperature=0
+        )
+        best = step.choices[0].logprobs.token_logprobs[0]
+        assert abs(best - max(scored.top_logprobs[at].values())) < 0.05
+    # Scored prompts are computed whole; what they leave in the cache serves others.
+    again = client.completions.create(
+        model="tiny", prompt=[whole, "Another"], echo=True, logprobs=1, max_tokens=1, temperature=0
+    )
+    assert [c.logprobs.token_logprobs[0] for c in again.choices] == [None, None]
+    last = again.choices[0].logprobs.token_logprobs[1:-1]
+    assert all(abs(a - b) < 0.05 for a, b in zip(last, scored.token_logprobs[1:], strict=True))
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny", prompt="a", max_tokens=0)
 
 
 def test_n_choices_differ_and_repeat_with_a_seed(client):

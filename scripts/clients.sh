@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Tries clients that the tests do not install against a running server, unchanged:
+#   scripts/clients.sh [--with-guidellm] http://127.0.0.1:8080 [api-key]
+# They go into build/clients, outside the tests' environment: some hundred MB, the first time only.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() { sed -n '2,4s/^# \{0,1\}//p' "$0"; }
+guidellm=0
+[ "${1:-}" = --with-guidellm ] && { guidellm=1; shift; }
+case "${1:-}" in http://* | https://*) url="${1%/}" ;; *) usage >&2; exit 2 ;; esac
+key="${2:-none}"
+
+packages=(langchain-openai==1.7.4 litellm schemathesis==4.32.5)
+[ "$guidellm" = 1 ] && packages+=(guidellm==0.8.1)
+venv=build/clients
+stamp="$(printf '%s\n' "${packages[@]}" | sha256sum | cut -d' ' -f1)"
+if [ "$(cat "$venv/stamp" 2>/dev/null)" != "$stamp" ]; then
+  python3 -m venv "$venv"
+  "$venv/bin/pip" install --quiet --disable-pip-version-check "${packages[@]}"
+  echo "$stamp" >"$venv/stamp"
+fi
+
+export OPENAI_API_KEY="$key" RELAY_URL="$url"
+model="$("$venv/bin/python" - <<'PY'
+import json, os, urllib.request
+request = urllib.request.Request(
+    os.environ["RELAY_URL"] + "/v1/models",
+    headers={"Authorization": "Bearer " + os.environ["OPENAI_API_KEY"]},
+)
+print(json.load(urllib.request.urlopen(request))["data"][0]["id"])
+PY
+)"
+export RELAY_MODEL_NAME="$model"
+
+echo "=== LangChain's ChatOpenAI: invoke, stream, tools"
+"$venv/bin/python" - <<'PY'
+import os
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI
+
+@tool
+def weather(city: str) -> str:
+    """The weather of a city."""
+    return "sunny"
+
+chat = ChatOpenAI(base_url=os.environ["RELAY_URL"] + "/v1", model=os.environ["RELAY_MODEL_NAME"], max_tokens=60)
+assert chat.invoke("Hello").usage_metadata["output_tokens"] > 0
+assert len(list(chat.stream("Hello"))) > 1
+calls = chat.bind_tools([weather], tool_choice="weather").invoke("Weather in Ulm?").tool_calls
+assert calls and calls[0]["name"] == "weather", calls
+print("passed")
+PY
+
+echo "=== LiteLLM: whole and streamed"
+"$venv/bin/python" - <<'PY'
+import os
+import litellm
+
+options = dict(model="openai/" + os.environ["RELAY_MODEL_NAME"], api_base=os.environ["RELAY_URL"] + "/v1",
+               messages=[{"role": "user", "content": "Hello"}], max_tokens=12)
+assert litellm.completion(**options).usage.completion_tokens > 0
+assert len(list(litellm.completion(stream=True, **options))) > 1
+print("passed")
+PY
+
+echo "=== schemathesis: every endpoint of /openapi.json, no 5xx that was not meant"
+"$venv/bin/schemathesis" run "$url/openapi.json" --url "$url" -H "Authorization: Bearer $key" \
+  --checks not_a_server_error --max-examples 50 --request-timeout 120 --workers 2
+
+if [ "$guidellm" = 1 ]; then
+  echo "=== guidellm: a short benchmark"
+  "$venv/bin/guidellm" benchmark --target "$url" --profile concurrent --rate 4 --max-seconds 30 \
+    --data "prompt_tokens=64,output_tokens=32"
+fi

@@ -1,0 +1,104 @@
+"""relay batch: OpenAI's batch format, ended and started again."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import RELAY
+
+
+def line(number, **body):
+    body = {"max_tokens": 8, "temperature": 0, **body}
+    if "prompt" not in body:
+        body["messages"] = [{"role": "user", "content": f"Question {number}"}]
+    url = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
+    return {"custom_id": f"q{number}", "method": "POST", "url": url, "body": body}
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+
+
+def read(path):
+    return [json.loads(one) for one in path.read_text().splitlines()]
+
+
+def command(model, *files):
+    return [RELAY, "batch", "-m", model, "-c", "8192", "-np", "4", *files]
+
+
+def run(model, *files):
+    return subprocess.run(
+        command(model, *files), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_batch(model, tmp_path, client):
+    requests, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    wrong = [line(90, max_tokens="many"), line(91, stream=True), line(92, prompt="Once")]
+    elsewhere = {**line(93), "url": "/v1/nothing"}
+    write(requests, [*map(line, range(12)), *wrong, elsewhere])
+    done = run(model, requests, results)
+    assert done.returncode == 0, done.stderr
+    assert "16/16" in done.stderr and "3 lines failed" in done.stderr
+    answers = {one["custom_id"]: one["response"] for one in read(results)}
+    assert len(answers) == len(read(results)) == 16
+    status = {name: answer["status_code"] for name, answer in answers.items()}
+    assert (status["q90"], status["q91"], status["q92"], status["q93"]) == (400, 400, 200, 404)
+    assert answers["q90"]["body"]["error"]["param"] == "max_tokens"
+    served = client.chat.completions.create(model="tiny", **line(3)["body"])
+    assert answers["q3"]["body"]["choices"][0]["message"]["content"] == (
+        served.choices[0].message.content
+    )
+    before = results.read_text()
+    assert run(model, requests, results).returncode == 0
+    assert results.read_text() == before, "what is done is not done again"
+
+
+def test_batch_killed_and_started_again(model, tmp_path):
+    requests, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write(requests, [line(i, max_tokens=60, ignore_eos=True) for i in range(60)])
+    process = subprocess.Popen(
+        command(model, requests, results), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 120
+    while not results.exists() or results.read_text().count("\n") < 3:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = [one for one in results.read_text().splitlines(keepends=True) if one.endswith("\n")]
+    assert 3 <= len(kept) < 60
+    with results.open("a") as file:
+        file.write('{"id": "batch_req_0", "custom_')  # what a full disk leaves behind
+    again = run(model, requests, results)
+    assert again.returncode == 0, again.stderr
+    assert results.read_text().startswith("".join(kept)), "what was done stays"
+    assert sorted(one["custom_id"] for one in read(results)) == sorted(f"q{i}" for i in range(60))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "is empty"),
+        ("{\n", "line 1"),
+        (json.dumps(line(1)) + "\n" + json.dumps(line(1)) + "\n", "that of line 1, too"),
+        (json.dumps({"custom_id": "a"}) + "\n", "'method' is required"),
+    ],
+)
+def test_what_is_no_batch_is_refused_at_once(model, tmp_path, text, why):
+    requests = tmp_path / "in.jsonl"
+    requests.write_text(text)
+    refused = run(model, requests, tmp_path / "out.jsonl")
+    assert refused.returncode == 1 and why in refused.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_other_files_are_not_overwritten(model, tmp_path):
+    requests, other = tmp_path / "in.jsonl", tmp_path / "notes.txt"
+    write(requests, [line(1)])
+    other.write_text("mine\n")
+    assert "something other than results" in run(model, requests, other).stderr
+    assert other.read_text() == "mine\n"

@@ -117,7 +117,8 @@ def serving(problem: dict, programs: Programs) -> list[Task]:
 
 def serve_task(problem: dict, programs: Programs, prefix: int) -> Task:
     rates = [*problem["rates"], float("inf")]
-    command = [programs.vllm_python(), VLLM_BENCH / "vllm_serve.py", "--no-caching"]
+    command = [programs.vllm_python(), VLLM_BENCH / "vllm_serve.py"]
+    command += ["--variants", "no-caching,vllm,relay", "--no-offline"]
     command += ["--prefix", prefix, "--prefixes", ",".join(map(str, problem["prefixes"]))]
     command += ["--rates", ",".join(map(str, rates))]
     for name in ("shape", "suffix", "output", "requests", "concurrency", "rounds"):

@@ -2,10 +2,13 @@
 
     ~/.cache/relay/vllm-0.32.0/bin/python plugins/vllm/bench/vllm_serve.py --rounds 2
     ~/.cache/relay/vllm-cuda-0.33.0/bin/python plugins/vllm/bench/vllm_serve.py --shape llama-2-7b \
-        --no-caching --prefixes 1 --output 128 --requests 512 --rates 1,2,4,8,16
+        --variants no-caching,vllm,relay --output 128 --requests 512 --no-offline \\
+        --cases 64x1,2048x1,16384x1,2048x4,2048x1@4,2048x1@8
 
-The requests are vLLM's prefix_repetition data: random prompts that begin with one prefix, then with
-one of several; --rates lets them arrive at random, so many a second (Poisson), instead of at once.
+The requests are vLLM's prefix_repetition data: random prompts that begin with one prefix, or with
+one of several. A case is a prefix's length, how many there are, and, after @, how many requests
+arrive in a second, at random (Poisson); all at once without. --prefix, --prefixes and --rates name
+cases as well: all combinations.
 The model has random weights, its tokenizer knows one word per token. Rounds alternate between vLLM
 as it is and vLLM with Relay (and vLLM without prefix caching); each starts a server of its own.
 Reported are medians over the rounds.
@@ -15,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -65,8 +69,29 @@ class Variant:
     caching: bool = True
 
 
-VLLM_ALONE, RELAY = Variant("vLLM", False), Variant("Relay", True)
-NO_CACHING = Variant("no caching", False, caching=False)
+VARIANTS = {
+    "no-caching": Variant("no caching", False, caching=False),
+    "vllm": Variant("vLLM", False),
+    "relay": Variant("Relay", True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    prefix: int  # tokens
+    prefixes: int  # how many
+    rate: float  # arrivals a second; inf: all at once
+
+    @staticmethod
+    def parse(text: str) -> "Case":
+        found = re.fullmatch(r"(\d+)x(\d+)(?:@([\d.]+|inf))?", text)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"{text} is no case, see --help")
+        return Case(int(found[1]), int(found[2]), float(found[3] or "inf"))
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    return args.cases or [Case(args.prefix, p, r) for p in args.prefixes for r in args.rates]
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -86,7 +111,8 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self._args, self._folder = args, folder
-        max_tokens = args.prefix + args.suffix + args.output + 8
+        self._cases = cases_of(args)
+        max_tokens = max(c.prefix for c in self._cases) + args.suffix + args.output + 8
         write_config(folder, max_tokens, SHAPES[args.shape])
         write_tokenizer(folder)
         self._model = ["--dtype", args.dtype, "--load-format", "dummy"]
@@ -107,13 +133,13 @@ class Bench:
             "HF_HUB_OFFLINE": "1",
         }
 
-    def _requests(self, prefixes: int) -> list[str]:
+    def _requests(self, case: Case) -> list[str]:
         a = self._args
         return [
             *("--dataset-name", "prefix_repetition", "--num-prompts", str(a.requests)),
-            *("--prefix-repetition-prefix-len", str(a.prefix)),
+            *("--prefix-repetition-prefix-len", str(case.prefix)),
             *("--prefix-repetition-suffix-len", str(a.suffix)),
-            *("--prefix-repetition-num-prefixes", str(prefixes)),
+            *("--prefix-repetition-num-prefixes", str(case.prefixes)),
             *("--prefix-repetition-output-len", str(a.output)),
         ]
 
@@ -129,7 +155,7 @@ class Bench:
             sys.exit(f"vllm {' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
 
     def serve(self, variant: Variant) -> list[dict[str, float]]:
-        """One server; a result of `vllm bench serve` for each number of prefixes and rate."""
+        """One server; a result of `vllm bench serve` for each case."""
         address = ["--host", "127.0.0.1", "--port", str(self._args.port)]
         log = self._folder / "server.log"
         with log.open("w") as out:
@@ -143,14 +169,19 @@ class Bench:
         try:
             self._wait_for(server, log)
             results = []
-            for seed, (prefixes, rate) in enumerate(cases(self._args)):
+            for seed, case in enumerate(self._cases):
                 file = self._folder / "serve.json"
                 self._run(
                     [
                         *("bench", "serve", "--model", str(self._folder), *address),
-                        *self._requests(prefixes),
+                        *self._requests(case),
                         *("--max-concurrency", str(self._args.concurrency), "--ignore-eos"),
-                        *("--request-rate", str(rate), "--percentile-metrics", "ttft,itl,e2el"),
+                        *(
+                            "--request-rate",
+                            str(case.rate),
+                            "--percentile-metrics",
+                            "ttft,itl,e2el",
+                        ),
                         *("--metric-percentiles", ",".join(map(str, PERCENTILES))),
                         *("--seed", str(seed), "--disable-tqdm", "--save-result"),
                         *("--result-dir", str(file.parent), "--result-filename", file.name),
@@ -187,32 +218,43 @@ class Bench:
     def throughput(self, variant: Variant) -> dict[str, float]:
         file = self._folder / "throughput.json"
         model = ["--model", str(self._folder), *self._model_of(variant), "--output-json", str(file)]
-        self._run(["bench", "throughput", *model, *self._requests(1)], variant)
+        self._run(
+            [
+                "bench",
+                "throughput",
+                *model,
+                *self._requests(Case(self._cases[0].prefix, 1, math.inf)),
+            ],
+            variant,
+        )
         return json.loads(file.read_text())
 
 
-def cases(args: argparse.Namespace) -> list[tuple[int, float]]:
-    """Numbers of prefixes and rates of arrival, in requests a second."""
-    return [(prefixes, rate) for prefixes in args.prefixes for rate in args.rates]
-
-
 def report(what: str, rows: list[tuple[str, str, bool]], found: dict[Variant, list[dict]]) -> None:
-    """A table of medians; the last column is what Relay gains over vLLM."""
+    """A table of medians; the last column is what Relay gains over vLLM, where both were tried."""
+    alone, relay = VARIANTS["vllm"], VARIANTS["relay"]
     for name, key, more_is_better in rows:
         medians = {v: statistics.median(r[key] for r in results) for v, results in found.items()}
-        ratio = medians[RELAY] / medians[VLLM_ALONE]
-        print(
-            f"{what:28} {name:30} | {' '.join(f'{m:10.2f}' for m in medians.values())} "
-            f"{ratio if more_is_better else 1 / ratio:6.2f}x",
-            flush=True,
-        )
+        gain = ""
+        if alone in medians and relay in medians:
+            ratio = medians[relay] / medians[alone]
+            gain = f"{ratio if more_is_better else 1 / ratio:6.2f}x"
+        columns = " ".join(f"{m:10.2f}" for m in medians.values())
+        print(f"{what:28} {name:30} | {columns} {gain}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="llama-1b", choices=SHAPES)
     parser.add_argument("--rates", type=rates, default=[math.inf], help="requests a second (inf)")
-    parser.add_argument("--no-caching", action="store_true", help="vLLM without its cache as well")
+    parser.add_argument("--cases", type=lambda t: [Case.parse(c) for c in t.split(",")])
+    parser.add_argument(
+        "--variants",
+        type=lambda t: [VARIANTS[v] for v in t.split(",")],
+        default=[VARIANTS["vllm"], VARIANTS["relay"]],
+        help=f"of {', '.join(VARIANTS)} (vllm,relay)",
+    )
+    parser.add_argument("--no-offline", action="store_true", help="no `vllm bench throughput`")
     parser.add_argument("--prefix", type=int, default=2048, help="tokens of a prefix (2048)")
     parser.add_argument("--prefixes", type=numbers, default=[1, 4], help="how many (1,4)")
     parser.add_argument("--suffix", type=int, default=32, help="own tokens of a request (32)")
@@ -226,7 +268,7 @@ def main() -> None:
     parser.add_argument("--json", help="write vLLM's results here too")
     args = parser.parse_args()
 
-    variants = [NO_CACHING] * args.no_caching + [VLLM_ALONE, RELAY]
+    variants = args.variants
     served: dict[Variant, list] = {v: [] for v in variants}
     offline: dict[Variant, list] = {v: [] for v in variants}
     with tempfile.TemporaryDirectory() as name:
@@ -236,18 +278,19 @@ def main() -> None:
                 say = f"round {turn + 1} of {args.rounds}: {variant.name} ..."
                 print(say, file=sys.stderr, flush=True)
                 served[variant].append(bench.serve(variant))
-                offline[variant].append(bench.throughput(variant))
-    what = f"{args.requests} requests, prefixes of {args.prefix} tokens, {args.shape}, {args.dtype}"
+                if not args.no_offline:
+                    offline[variant].append(bench.throughput(variant))
+    what = f"{args.requests} requests, {args.suffix} own tokens, {args.output} answered"
+    what += f", {args.shape}, {args.dtype}"
     print(what)
     print(f"{'':59} | {' '.join(f'{v.name:>10}' for v in variants)}  ratio")
-    for i, (prefixes, rate) in enumerate(cases(args)):
+    for i, case in enumerate(cases_of(args)):
         results = {variant: [run[i] for run in runs] for variant, runs in served.items()}
-        report(f"serve, {prefixes} prefix(es), {rate}/s", SERVE, results)
-    report("throughput, 1 prefix", THROUGHPUT, offline)
+        report(f"serve, {case.prefix} x {case.prefixes}, {case.rate}/s", SERVE, results)
+    if not args.no_offline:
+        report("throughput, 1 prefix", THROUGHPUT, offline)
     if args.json:
-        results = {
-            v.name: dict(serve=served[v], throughput=offline[v], **vars(args)) for v in variants
-        }
+        results = {v.name: dict(serve=served[v], throughput=offline[v]) for v in variants}
         Path(args.json).write_text(json.dumps(results, indent=1))
 
 

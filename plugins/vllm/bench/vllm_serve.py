@@ -62,6 +62,10 @@ THROUGHPUT = [
 ]
 
 
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 @dataclass(frozen=True)
 class Variant:
     name: str
@@ -194,6 +198,11 @@ class Bench:
                     sys.exit(f"only {result['completed']} requests were answered:\n{end}")
                 for p in PERCENTILES:
                     result[f"p{p}_normalised_ms"] = result[f"p{p}_e2el_ms"] / self._args.output
+                say(
+                    f"  {case.prefix}x{case.prefixes}@{case.rate}: "
+                    f"{result['output_throughput']:.0f} tokens/s, "
+                    f"p50 of the first {result['p50_ttft_ms']:.0f} ms"
+                )
                 results.append(result)
             return results
         finally:
@@ -243,7 +252,15 @@ def report(what: str, rows: list[tuple[str, str, bool]], found: dict[Variant, li
         print(f"{what:28} {name:30} | {columns} {gain}", flush=True)
 
 
+def write_json(path: str | None, served: dict, offline: dict) -> None:
+    if path:
+        results = {v.name: dict(serve=served[v], throughput=offline[v]) for v in served}
+        Path(path).write_text(json.dumps(results, indent=1))
+
+
 def main() -> None:
+    # So that the server ends with this: it has a session of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="llama-1b", choices=SHAPES)
     parser.add_argument("--rates", type=rates, default=[math.inf], help="requests a second (inf)")
@@ -275,11 +292,12 @@ def main() -> None:
         bench = Bench(args, Path(name))
         for turn in range(args.rounds):
             for variant in variants if turn % 2 == 0 else reversed(variants):
-                say = f"round {turn + 1} of {args.rounds}: {variant.name} ..."
-                print(say, file=sys.stderr, flush=True)
+                say(f"round {turn + 1} of {args.rounds}: {variant.name} ...")
                 served[variant].append(bench.serve(variant))
                 if not args.no_offline:
                     offline[variant].append(bench.throughput(variant))
+                # Each time, so that a run that is ended early leaves what it has.
+                write_json(args.json, served, offline)
     what = f"{args.requests} requests, {args.suffix} own tokens, {args.output} answered"
     what += f", {args.shape}, {args.dtype}"
     print(what)
@@ -289,9 +307,6 @@ def main() -> None:
         report(f"serve, {case.prefix} x {case.prefixes}, {case.rate}/s", SERVE, results)
     if not args.no_offline:
         report("throughput, 1 prefix", THROUGHPUT, offline)
-    if args.json:
-        results = {v.name: dict(serve=served[v], throughput=offline[v]) for v in variants}
-        Path(args.json).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

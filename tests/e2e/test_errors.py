@@ -78,8 +78,8 @@ def test_context_length(http):
 
 
 def test_paths_and_methods(http):
-    check(http.get("/v1/embeddings"), 404, "not_found")
-    check(http.get("/"), 404, "not_found")
+    check(http.get("/v1/images/generations"), 404, "not_found")
+    check(http.get("/nothing"), 404, "not_found")
     answer = http.get(CHAT)
     check(answer, 405, "method_not_allowed")
     assert answer.headers["allow"] == "POST"

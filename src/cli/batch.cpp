@@ -350,7 +350,7 @@ void batch(BatchOptions options) {
   LineReader input(options.input, options.serve.server.max_body_bytes);
   Progress progress(total, before);
   // Twice as many as run, so that the engine never waits for us and still can choose.
-  const auto most = static_cast<size_t>(2 * options.serve.engine.parallel);
+  const auto most = size_t{2} * static_cast<size_t>(options.serve.engine.parallel);
   Runner runner(service, input, output, progress, most);
   runner.run();
   engine->stop();

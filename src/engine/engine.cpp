@@ -463,13 +463,14 @@ void ThreadedEngine::publish_state() {
 /// cells that cannot be trusted, so all of them fail. The engine takes new ones.
 template <typename Work>
 void ThreadedEngine::contain(const Work& work) {
-  std::string why = "an exception of an unknown type";
+  std::string why;
   try {
     work();
     return;
   } catch (const std::exception& e) {
     why = e.what();
   } catch (...) {
+    why = "an exception of an unknown type";
   }
   std::fprintf(stderr, "relay: the engine failed: %s\n", why.c_str());
   core_.fail_all(ErrorKind::kInternal, "The engine failed: " + why);

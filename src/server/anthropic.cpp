@@ -53,7 +53,8 @@ class Translation {
 
 std::string item(const std::string& path, size_t i) { return path + "[" + std::to_string(i) + "]"; }
 
-const Json& array_of_blocks(const Json& content, const std::string& path) {
+/// Refuses what is no array, or one of too many.
+void check_blocks(const Json& content, const std::string& path) {
   if (!content.is_array()) {
     throw invalid_request(path, "'" + path + "' must be a string or an array of content blocks.",
                           "invalid_type");
@@ -62,7 +63,6 @@ const Json& array_of_blocks(const Json& content, const std::string& path) {
     throw invalid_request(
         path, "'" + path + "' has more than " + std::to_string(kMaxBlocks) + " content blocks.");
   }
-  return content;
 }
 
 void Translation::note_cache_control(const JsonFields& fields) {
@@ -89,7 +89,8 @@ Json Translation::text_part(const JsonFields& block) {
 Json Translation::text_content(const Json& content, const std::string& path) {
   if (content.is_string()) return content;
   Json parts = Json::array();
-  for (size_t i = 0; i < array_of_blocks(content, path).size(); ++i) {
+  check_blocks(content, path);
+  for (size_t i = 0; i < content.size(); ++i) {
     parts.push_back(text_part(JsonFields(content[i], item(path, i))));
   }
   // Templates take a string more surely than parts.
@@ -184,8 +185,9 @@ void Translation::message(const Json& value, const std::string& path) {
   }
   const Json& content = fields.require("content");
   const std::string content_path = path + ".content";
-  Json blocks = content.is_string() ? Json::array({Json{{"type", "text"}, {"text", content}}})
-                                    : array_of_blocks(content, content_path);
+  if (!content.is_string()) check_blocks(content, content_path);
+  const Json blocks =
+      content.is_string() ? Json::array({Json{{"type", "text"}, {"text", content}}}) : content;
   if (role == "user") {
     user(blocks, content_path);
   } else {

@@ -259,9 +259,9 @@ void Translation::run() {
   body_.object("metadata");
   body_.string("user", kUnbounded);
 
-  const auto repeat = [&](const char* name, Json fallback) {
+  const auto repeat = [&](const char* name, const Json& fallback) {
     const Json* value = body_.find(name);
-    echo_[name] = value != nullptr ? *value : std::move(fallback);
+    echo_[name] = value != nullptr ? *value : fallback;
   };
   repeat("instructions", nullptr);
   repeat("max_output_tokens", nullptr);

@@ -92,7 +92,7 @@ tests_under() {  # a preset, stage, ctest arguments
 stage_asan() {
   local -x ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1
   local status=0
-  tests_under asan asan || status=1
+  tests_under asan asan -j2 || status=1
   tests_under asan-above asan || status=1
   return "$status"
 }
@@ -101,7 +101,7 @@ stage_asan() {
 stage_tsan() {
   local -x TSAN_OPTIONS=halt_on_error=1
   local status=0
-  tests_under tsan tsan -E '^core_property_test$' || status=1
+  tests_under tsan tsan -j2 -E '^core_property_test$' || status=1
   tests_under tsan-above tsan || status=1
   return "$status"
 }
@@ -112,7 +112,7 @@ stage_fuzz() {
     echo "fuzz: skipped, there is no clang++ (scripts/setup.sh installs it; only the corpora were run, by the unit tests)"
     return 0
   fi
-  scripts/fuzz.sh 20
+  scripts/fuzz.sh 10
 }
 
 # An emulated processor is slow: fewer random cases (tests/core/test_env.h). All kernel sets run in

@@ -15,8 +15,9 @@ double seconds_between(Clock::time_point a, Clock::time_point b) {
 }
 
 // Where as many may run as there are sequence ids, pinned prompts take some of theirs.
-int32_t most_pins(int32_t ids, int32_t parallel) {
+int32_t most_pins(const Model& model, int32_t parallel) {
   constexpr int32_t kLeast = 16;
+  const int32_t ids = model.max_sequences();
   return std::max(ids - parallel, std::min(kLeast, ids / 2));
 }
 
@@ -31,8 +32,7 @@ EngineCore::EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOpt
       scheduler_(kv_, options.scheduler),
       pins_(kv_, scheduler_,
             {.budget = options.pin_budget,
-             .prompts = most_pins(std::min(model.max_sequences(), kMaxSequences),
-                                  options.scheduler.parallel),
+             .prompts = most_pins(model, options.scheduler.parallel),
              .kv_bytes_per_token = options.kv_bytes_per_token}),
       persistence_(kv_, cache),
       pacer_(options.step_seconds, options.decode_stretch, options.scheduler.batch_tokens) {}
@@ -132,8 +132,7 @@ void EngineCore::unpin(const std::string& id) { pins_.unpin(id); }
 // --- steps
 
 void EngineCore::restore_prompts(const ProgressFn& progress) {
-  const int32_t most =
-      most_pins(std::min(model_.max_sequences(), kMaxSequences), options_.scheduler.parallel);
+  const int32_t most = most_pins(model_, options_.scheduler.parallel);
   const auto start = Clock::now();
   counters_.restored_tokens = persistence_.restore(most, progress);
   counters_.seconds_restoring = seconds_between(start, Clock::now());
@@ -146,8 +145,7 @@ PrefillBudget EngineCore::prefill_budget() const {
   if (scoring) {
     // Every row of a scored prompt needs its logits, and a model makes room for those of as many
     // rows as it has sequences; each running one may need one.
-    const int32_t most =
-        std::max(1, std::min(model_.max_sequences(), kMaxSequences) - options_.scheduler.parallel);
+    const int32_t most = std::max(1, model_.max_sequences() - options_.scheduler.parallel);
     budget.beside = std::min(budget.beside, most);
     budget.alone = std::min(budget.alone, most);
   }

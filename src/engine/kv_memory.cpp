@@ -18,7 +18,7 @@ KvMemory::KvMemory(Model& model, bool prefix_caching)
       prefix_caching_(prefix_caching),
       private_(kMaxSequences, 0),
       salt_of_(kMaxSequences) {
-  const int32_t ids = std::min(model.max_sequences(), kMaxSequences);
+  const int32_t ids = model.max_sequences();
   for (SeqId s = ids - 1; s >= 0; --s) free_ids_.push_back(s);
 }
 
@@ -272,8 +272,7 @@ void KvMemory::validate() const {
     check(tree_.empty(s) || live.test(index(s)), "path of a free id");
   }
   check(total == private_total_, "private total");
-  check(live.count() + free_ids_.size() ==
-            static_cast<size_t>(std::min(model_.max_sequences(), kMaxSequences)),
+  check(live.count() + free_ids_.size() == static_cast<size_t>(model_.max_sequences()),
         "sequence ids leaked");
   check(cells_free() >= 0, "more cells than there are");
 }

@@ -314,6 +314,7 @@ void LlamaModel::load_kv_prefix(const std::string& path) {
   };
   try {
     require(shadow_ == 0, "this model has sliding windows, out of which first positions fall");
+    require(kv_layout_.has_value(), no_kv_layout_);
     std::array<char, 64> text{};
     llama_model_meta_val_str(model_, "general.architecture", text.data(), text.size());
     const std::string architecture = text.data();
@@ -329,14 +330,9 @@ void LlamaModel::load_kv_prefix(const std::string& path) {
     const int32_t room = std::min(info_.train_context, info_.kv_cells) - prefix.positions;
     require(room > 0, "its " + std::to_string(prefix.positions) + " positions fill the context");
 
-    Batch one;
-    one.add(0, 0, 0, false);
-    require(decode(one) == DecodeStatus::kOk, "llama.cpp failed to compute a token");
-    std::vector<uint8_t> state(llama_state_seq_get_size(context_, 0));
-    state.resize(llama_state_seq_get_data(context_, state.data(), state.size(), 0));
-    const KvLayout layout = read_kv_layout(state);
     const auto order = halves ? KeyOrder::kHalves : KeyOrder::kNeighbours;
-    state = make_kv_state(layout, 0, kv_bytes(prefix, layout, order));
+    const std::vector<uint8_t> state =
+        make_kv_state(*kv_layout_, 0, kv_bytes(prefix, *kv_layout_, order));
     require(llama_state_seq_set_data(context_, state.data(), state.size(), 0) != 0,
             "llama.cpp refused it: " + take_llama_errors());
     for (SeqId seq = 1; seq < max_sequences_; ++seq) share(0, seq, 0, prefix.positions);

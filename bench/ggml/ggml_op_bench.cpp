@@ -21,6 +21,7 @@
 #include <thread>
 #include <vector>
 
+#include "bench/ggml/cpu_backend.h"
 #include "cpu/plan/cache_size.h"
 #include "measure/kv_buffer.h"
 #include "measure/operator.h"
@@ -31,32 +32,8 @@
 namespace {
 
 using relay::DType;
+using relay::bench::cpu_device;
 using relay::measure::OpProblem;
-
-ggml_backend_dev_t cpu_device() {
-  static const ggml_backend_dev_t device = [] {
-    ggml_backend_load(GGML_CPU_MODULE);
-    return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-  }();
-  if (device == nullptr)
-    throw std::runtime_error("ggml's CPU module " GGML_CPU_MODULE " is no use");
-  return device;
-}
-
-ggml_type type_of(DType type) {
-  switch (type) {
-    case DType::kF32:
-      return GGML_TYPE_F32;
-    case DType::kF16:
-      return GGML_TYPE_F16;
-    case DType::kBF16:
-      return GGML_TYPE_BF16;
-    case DType::kQ8_0:
-      return GGML_TYPE_Q8_0;
-    default:
-      throw relay::Error("ggml is measured with KV of f32, f16, bf16 or q8_0");
-  }
-}
 
 void fill(ggml_tensor* tensor, DType type, uint64_t seed) {
   relay::measure::KvBuffer bytes;
@@ -84,7 +61,7 @@ class Layers {
          .no_alloc = true}));
     ggml_context* const ctx = context_.get();
     graph_ = ggml_new_graph_custom(ctx, tensors, false);
-    const ggml_type type = type_of(p.kv_type);
+    const ggml_type type = relay::bench::ggml_type_of(p.kv_type);
     ggml_tensor* const q =
         ggml_new_tensor_3d(ctx, GGML_TYPE_F32, p.shape.qk_dim, p.shape.q_heads, p.batch);
     ggml_tensor* const mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, slots, p.batch);

@@ -19,18 +19,13 @@
 #include "engine/json_schema.h"
 #include "engine/large_stack.h"
 #include "json.h"
+#include "require.h"
 #include "server/errors.h"
 #include "server/openai_request.h"
 
 namespace {
 
 using namespace relay::engine;
-
-void require(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "broken promise: %s\n", what);
-  std::abort();
-}
 
 const TokenTexts& texts() {
   static const TokenTexts kTexts =

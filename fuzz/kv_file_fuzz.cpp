@@ -13,16 +13,11 @@
 #include "engine/kv_file.h"
 #include "engine/kv_state.h"
 #include "engine/sha256.h"
+#include "require.h"
 
 namespace {
 
 using namespace relay::engine;
-
-void require(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "broken promise: %s\n", what);
-  std::abort();
-}
 
 const KvLayout kLayout = {.layers = 1, .tensors = {{1, 4}, {8, 8}}};
 const KvFileExpected kExpected = {

@@ -9,18 +9,13 @@
 #include <stdexcept>
 
 #include "engine/kv_prefix.h"
+#include "require.h"
 
 namespace {
 
 using relay::engine::KeyOrder;
 using relay::engine::KvLayout;
 using relay::engine::KvPrefix;
-
-void require(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "broken promise: %s\n", what);
-  std::abort();
-}
 
 void check(const KvPrefix& prefix) {
   const auto layers = static_cast<size_t>(prefix.layers);

@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "base/utf8.h"
+#include "require.h"
 #include "server/anthropic.h"
 #include "server/auth.h"
 #include "server/errors.h"
@@ -23,12 +24,6 @@
 namespace {
 
 using namespace relay::server;
-
-void require(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "broken promise: %s\n", what);
-  std::abort();
-}
 
 void check_error(const ApiError& error) {
   require(error.status() >= 400 && error.status() < 500, "a refusal is the client's fault");

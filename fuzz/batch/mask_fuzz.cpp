@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "../require.h"
 #include "reader.h"
 #include "relay/forest.h"
 
@@ -19,12 +20,6 @@ using relay::Segment;
 using relay::Sharing;
 using relay::Span;
 using relay::Visibility;
-
-void require(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "broken promise: %s\n", what);
-  std::abort();
-}
 
 enum class Cell : uint8_t { kHidden, kVisible, kBiased, kNegativeZero };
 

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "server/event_reader.h"
+#include "server/test_deltas.h"
 
 namespace relay::server {
 namespace {
@@ -114,18 +115,6 @@ TEST(Messages, ErrorsInAnthropicsForm) {
                                   "message":"messages: It is wrong."}})"));
   const ApiError full(429, "rate_limit_error", "rate_limit_exceeded", "full");
   EXPECT_EQ(Json::parse(full.anthropic_body())["error"]["type"], "rate_limit_error");
-}
-
-ResponseHead head() {
-  ResponseHead head;
-  head.model = "m";
-  return head;
-}
-
-engine::ChatDelta content(const std::string& text) {
-  engine::ChatDelta delta;
-  delta.content = text;
-  return delta;
 }
 
 engine::Usage usage() {

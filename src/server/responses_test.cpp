@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "server/event_reader.h"
+#include "server/test_deltas.h"
 
 namespace relay::server {
 namespace {
@@ -22,18 +23,6 @@ std::string refusal(const std::string& fields) {
     return error.param() + "/" + error.code();
   }
   return "accepted";
-}
-
-ResponseHead head() {
-  ResponseHead head;
-  head.model = "m";
-  return head;
-}
-
-engine::ChatDelta content(const std::string& text) {
-  engine::ChatDelta delta;
-  delta.content = text;
-  return delta;
 }
 
 TEST(Responses, TextBecomesAChat) {

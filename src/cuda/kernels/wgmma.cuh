@@ -88,6 +88,10 @@ __device__ inline void store_transposed(uint32_t address, const uint32_t (&m)[2]
                "r"(m[0]), "r"(m[1])
                : "memory");
 }
+/// Brings a line of 128 bytes into the L2 cache.
+__device__ inline void prefetch(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
 /// What was written to shared memory by stores is from here on seen by wgmma and TMA.
 __device__ inline void fence_stores() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -310,9 +314,6 @@ struct Kernel {
   /// Brings what the loader will ask for next into the L2 cache, where the weights of the layer
   /// before may have driven it out.
   __device__ static void prefetch_plan(const AttendParams& p) {
-    const auto prefetch = [](const void* at) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-    };
     const Cut begin = p.plan.cuts[blockIdx.x];
     const Cut end = p.plan.cuts[blockIdx.x + 1];
     if (begin.step == end.step) return;
@@ -330,9 +331,6 @@ struct Kernel {
 
   /// The same for what merging will ask for first, each block a share.
   __device__ static void prefetch_merging(const AttendParams& p) {
-    const auto prefetch = [](const void* at) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-    };
     const int lane = threadIdx.x % 32;
     const int rows = p.plan.header->rows;
 #pragma unroll 1
@@ -419,9 +417,7 @@ struct Kernel {
     const int lines = p.requests * p.q_heads;
     for (int i = blockIdx.x * 32 + threadIdx.x % 32; i < lines; i += gridDim.x * 32) {
       const char* at = p.q + i / p.q_heads * p.q_row + i % p.q_heads * p.q_head;
-      for (int of = 0; of < p.head_size * 2; of += 128) {
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(at + of));
-      }
+      for (int of = 0; of < p.head_size * 2; of += 128) prefetch(at + of);
     }
   }
 

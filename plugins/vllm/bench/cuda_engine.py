@@ -18,8 +18,7 @@ class Answers:
 
 
 class Engine:
-    """One vLLM in this process. Prompts are lists of token ids; answers have all the same length.
-    samples: answers to each prompt."""
+    """One vLLM in this process. Prompts are lists of token ids. samples: answers to each prompt."""
 
     def __init__(self, model: str, options: dict) -> None:
         from vllm import LLM
@@ -31,16 +30,23 @@ class Engine:
         """Ends vLLM's own processes, for which this one would wait at its end."""
         self._llm.llm_engine.engine_core.shutdown()
 
-    def answer(self, prompts: list[list[int]], tokens: int, samples: int = 1) -> Answers:
+    def answer(
+        self, prompts: list[list[int]], tokens: int | list[int], samples: int = 1
+    ) -> Answers:
+        """tokens: of every answer, or of each one."""
         from vllm import SamplingParams
 
-        parameters = SamplingParams(
-            max_tokens=tokens,
-            n=samples,
-            temperature=1.0 if samples > 1 else 0.0,
-            ignore_eos=True,
-            detokenize=False,
-        )
+        lengths = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
+        parameters = [
+            SamplingParams(
+                max_tokens=length,
+                n=samples,
+                temperature=1.0 if samples > 1 else 0.0,
+                ignore_eos=True,
+                detokenize=False,
+            )
+            for length in lengths
+        ]
         requests = [dict(prompt_token_ids=p) for p in prompts]
         begin = time.perf_counter()
         outputs = self._llm.generate(requests, parameters, use_tqdm=False)

@@ -107,6 +107,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each engine (3)")
     parser.add_argument("--sizes", type=numbers, help="sizes of CUDA graphs (those of the cases)")
     parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument(
+        "--no-fused-allreduce",
+        action="store_true",
+        help="without vLLM's fusion of all-reduce and norm, which FlashInfer compiles for minutes",
+    )
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--csv", type=Path, help="write every turn here too")
     args = parser.parse_args()
@@ -121,6 +126,9 @@ def main() -> None:
     kv_tokens = max(c.kv_tokens(generated) for c in cases.values())
     kv_bytes = kv_tokens * per_token // args.tensor_parallel + (512 << 20)
     sizes = args.sizes or sorted({c.batch for c in cases.values()})
+    compilation: dict = dict(cudagraph_capture_sizes=sizes)
+    if args.no_fused_allreduce:
+        compilation["pass_config"] = dict(fuse_allreduce_rms=False)
     options = dict(
         load_format="dummy",
         skip_tokenizer_init=True,
@@ -128,7 +136,7 @@ def main() -> None:
         max_num_seqs=max(sizes),
         kv_cache_memory_bytes=kv_bytes,
         gpu_memory_utilization=0.45,
-        compilation_config=dict(cudagraph_capture_sizes=sizes),
+        compilation_config=compilation,
         tensor_parallel_size=args.tensor_parallel,
         kv_cache_dtype=args.kv_cache_dtype,
     )

@@ -2,13 +2,14 @@
 
     ~/.cache/relay/vllm-0.32.0/bin/python plugins/vllm/bench/vllm_serve.py --rounds 2
     ~/.cache/relay/vllm-cuda-0.33.0/bin/python plugins/vllm/bench/vllm_serve.py --shape llama-2-7b \
-        --variants no-caching,vllm,relay --output 128 --requests 512 --no-offline \\
-        --cases 64x1,2048x1,16384x1,2048x4,2048x1@4,2048x1@8
+        --variants no-caching,vllm,relay --concurrency 256 --no-offline \
+        --cases 2048x1@2,2048x1@4,2048x1@8,2048x1@16 --bound 100
 
-The requests are vLLM's prefix_repetition data: random prompts that begin with one prefix, or with
-one of several. A case is a prefix's length, how many there are, and, after @, how many requests
-arrive in a second, at random (Poisson); all at once without. --prefix, --prefixes and --rates name
-cases as well: all combinations.
+The requests begin with one system prompt, or with one of several, and go on with words of their
+own; how many, and how many tokens they are answered, varies as in ShareGPT. Each system prompt is
+computed once before a measurement begins. A case is a prompt's length, how many there are, and,
+after @, how many requests arrive in a second, at random (Poisson); all at once without. --prefix,
+--prefixes and --rates name cases as well: all combinations.
 The model has random weights, its tokenizer knows one word per token. Rounds alternate between vLLM
 as it is and vLLM with Relay (and vLLM without prefix caching); each starts a server of its own.
 Reported are medians over the rounds.
@@ -30,7 +31,9 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 from arguments import numbers, rates
+from serving_requests import SHAREGPT_INPUT, SHAREGPT_OUTPUT, Workload, requests_below
 from shapes import SHAPES, VOCABULARY, write_config
 from vllm.platforms import current_platform
 
@@ -56,6 +59,7 @@ SERVE = [
     *((f"inter-token latency, p{p} ms", f"p{p}_itl_ms", False) for p in PERCENTILES),
     *((f"whole answer, p{p} ms a token", f"p{p}_normalised_ms", False) for p in PERCENTILES),
 ]
+BOUNDED = "p95_normalised_ms"  # what --bound is about
 THROUGHPUT = [
     ("requests/s", "requests_per_second", True),
     ("tokens/s, prompts too", "tokens_per_second", True),
@@ -98,17 +102,22 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     return args.cases or [Case(args.prefix, p, r) for p in args.prefixes for r in args.rates]
 
 
+def as_text(tokens: list[int]) -> str:
+    return " ".join(f"w{t}" for t in tokens)
+
+
 def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    # Special tokens are found inside of words too, so no word may begin like one.
-    special = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    # Special tokens are found inside of words too, so no word may begin like one. vLLM refuses a
+    # text with more characters a token than its longest token has, so one is longer than a word.
+    special = {"<unknown>": 0, "<s>": 1, "</s>": 2}
     words = special | {f"w{i}": i for i in range(len(special), VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tokenizer, unk_token="<unknown>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
 
 
@@ -118,7 +127,10 @@ class Bench:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self._args, self._folder = args, folder
         self._cases = cases_of(args)
-        max_tokens = max(c.prefix for c in self._cases) + args.suffix + args.output + 8
+        self._workloads = [self._workload(seed, c) for seed, c in enumerate(self._cases)]
+        longest = [w.longest for w in self._workloads]
+        longest.append(self._cases[0].prefix + 2 * int(args.input_mean + args.output_mean))
+        max_tokens = max(longest) + 8
         write_config(folder, max_tokens, SHAPES[args.shape])
         write_tokenizer(folder)
         self._model = ["--dtype", args.dtype, "--load-format", "dummy"]
@@ -126,6 +138,13 @@ class Bench:
             self._model.append("--enforce-eager")
         self._model += ["--max-model-len", str(max_tokens)]
         self._model += ["--max-num-seqs", str(args.concurrency)]
+
+    def _workload(self, seed: int, case: Case) -> Workload:
+        a = self._args
+        count = (
+            a.requests if math.isinf(case.rate) else max(a.requests, round(case.rate * a.seconds))
+        )
+        return requests_below(case.prefix, case.prefixes, count, seed, a.input_mean, a.output_mean)
 
     def _model_of(self, variant: Variant) -> list[str]:
         return self._model + ([] if variant.caching else ["--no-enable-prefix-caching"])
@@ -139,14 +158,26 @@ class Bench:
             "HF_HUB_OFFLINE": "1",
         }
 
-    def _requests(self, case: Case) -> list[str]:
-        a = self._args
+    def _dataset(self, workload: Workload) -> list[str]:
+        file = self._folder / "requests.jsonl"
+        with file.open("w") as out:
+            for request in workload.requests:
+                row = dict(prompt=as_text(request.prompt), output_tokens=request.output)
+                out.write(json.dumps(row) + "\n")
         return [
-            *("--dataset-name", "prefix_repetition", "--num-prompts", str(a.requests)),
-            *("--prefix-repetition-prefix-len", str(case.prefix)),
-            *("--prefix-repetition-suffix-len", str(a.suffix)),
-            *("--prefix-repetition-num-prefixes", str(case.prefixes)),
-            *("--prefix-repetition-output-len", str(a.output)),
+            *("--dataset-name", "custom", "--dataset-path", str(file), "--skip-chat-template"),
+            *("--num-prompts", str(len(workload.requests)), "--custom-output-len", "-1"),
+            *("--disable-shuffle", "--no-oversample"),
+        ]
+
+    def _random(self, case: Case) -> list[str]:
+        """For `throughput`, which takes no file of ours: lengths equally distributed around the
+        means, below one system prompt."""
+        return [
+            *("--dataset-name", "random", "--num-prompts", str(self._args.requests)),
+            *("--random-prefix-len", str(case.prefix), "--random-range-ratio", "0.9"),
+            *("--random-input-len", str(int(self._args.input_mean))),
+            *("--random-output-len", str(int(self._args.output_mean))),
         ]
 
     def _run(self, command: list[str], variant: Variant) -> None:
@@ -160,8 +191,8 @@ class Bench:
         if done.returncode != 0:
             sys.exit(f"vllm {' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
 
-    def serve(self, variant: Variant) -> list[dict[str, float]]:
-        """One server; a result of `vllm bench serve` for each case."""
+    def serve(self, variant: Variant) -> list[dict[str, float] | None]:
+        """One server; a result of `vllm bench serve` for each case, none where --bound says so."""
         address = ["--host", "127.0.0.1", "--port", str(self._args.port)]
         log = self._folder / "server.log"
         with log.open("w") as out:
@@ -174,36 +205,22 @@ class Bench:
             )
         try:
             self._wait_for(server, log)
-            results = []
-            for seed, case in enumerate(self._cases):
-                file = self._folder / "serve.json"
-                self._run(
-                    [
-                        *("bench", "serve", "--model", str(self._folder), *address),
-                        *self._requests(case),
-                        *("--max-concurrency", str(self._args.concurrency), "--ignore-eos"),
-                        *(
-                            "--request-rate",
-                            str(case.rate),
-                            "--percentile-metrics",
-                            "ttft,itl,e2el",
-                        ),
-                        *("--metric-percentiles", ",".join(map(str, PERCENTILES))),
-                        *("--seed", str(seed), "--disable-tqdm", "--save-result"),
-                        *("--result-dir", str(file.parent), "--result-filename", file.name),
-                    ],
-                    variant,
-                )
-                result = json.loads(file.read_text())
-                if result["completed"] != self._args.requests:
-                    end = log.read_text()[-3000:]
-                    sys.exit(f"only {result['completed']} requests were answered:\n{end}")
-                for p in PERCENTILES:
-                    result[f"p{p}_normalised_ms"] = result[f"p{p}_e2el_ms"] / self._args.output
+            results: list[dict[str, float] | None] = []
+            overloaded: dict[tuple[int, int], float] = {}  # the rate that broke the bound
+            for case, workload in zip(self._cases, self._workloads, strict=True):
+                name = f"{case.prefix}x{case.prefixes}@{case.rate}"
+                if case.rate > overloaded.get((case.prefix, case.prefixes), math.inf):
+                    say(f"  {name}: left out, a lower rate broke the bound")
+                    results.append(None)
+                    continue
+                self._compute(workload.prefixes)
+                result = self._serve(variant, address, case, workload, log)
+                if self._args.bound is not None and result[BOUNDED] > self._args.bound:
+                    overloaded.setdefault((case.prefix, case.prefixes), case.rate)
                 say(
-                    f"  {case.prefix}x{case.prefixes}@{case.rate}: "
-                    f"{result['output_throughput']:.0f} tokens/s, "
-                    f"p50 of the first {result['p50_ttft_ms']:.0f} ms"
+                    f"  {name}: {result['output_throughput']:.0f} tokens/s, "
+                    f"p50 of the first {result['p50_ttft_ms']:.0f} ms, "
+                    f"p95 of a whole answer {result[BOUNDED]:.1f} ms a token"
                 )
                 results.append(result)
             return results
@@ -214,6 +231,48 @@ class Bench:
                     server.wait(30)
                 except subprocess.TimeoutExpired:
                     os.killpg(server.pid, signal.SIGKILL)
+
+    def _compute(self, prompts: list[list[int]]) -> None:
+        """Has the server compute these prompts, whose KV it then keeps."""
+        for prompt in prompts:
+            body = dict(model=str(self._folder), prompt=as_text(prompt), max_tokens=1)
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{self._args.port}/v1/completions",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            urllib.request.urlopen(request, timeout=600).read()
+
+    def _serve(
+        self, variant: Variant, address: list[str], case: Case, workload: Workload, log: Path
+    ) -> dict[str, float]:
+        file = self._folder / "serve.json"
+        self._run(
+            [
+                *("bench", "serve", "--model", str(self._folder), *address),
+                *self._dataset(workload),
+                *("--max-concurrency", str(self._args.concurrency), "--ignore-eos"),
+                *("--request-rate", str(case.rate), "--percentile-metrics", "ttft,itl,e2el"),
+                *("--metric-percentiles", ",".join(map(str, PERCENTILES))),
+                *("--disable-tqdm", "--save-result", "--save-detailed"),
+                *("--result-dir", str(file.parent), "--result-filename", file.name),
+            ],
+            variant,
+        )
+        result = json.loads(file.read_text())
+        if result["completed"] != len(workload.requests):
+            end = log.read_text()[-3000:]
+            sys.exit(f"only {result['completed']} requests were answered:\n{end}")
+        # Of each answer, its whole time by its tokens, as the vLLM paper has it.
+        per_token = [
+            1e3 * (first + sum(later)) / tokens
+            for first, later, tokens in zip(
+                result["ttfts"], result["itls"], result["output_lens"], strict=True
+            )
+        ]
+        for p in PERCENTILES:
+            result[f"p{p}_normalised_ms"] = float(numpy.percentile(per_token, p))
+        return {k: v for k, v in result.items() if not isinstance(v, list)}
 
     def _wait_for(self, server: subprocess.Popen, log: Path) -> None:
         for _ in range(300):
@@ -234,24 +293,44 @@ class Bench:
                 "bench",
                 "throughput",
                 *model,
-                *self._requests(Case(self._cases[0].prefix, 1, math.inf)),
+                *self._random(self._cases[0]),
             ],
             variant,
         )
         return json.loads(file.read_text())
 
 
-def report(what: str, rows: list[tuple[str, str, bool]], found: dict[Variant, list[dict]]) -> None:
+def report(what: str, rows: list[tuple[str, str, bool]], found: dict[Variant, list]) -> None:
     """A table of medians; the last column is what Relay gains over vLLM, where both were tried."""
     alone, relay = VARIANTS["vllm"], VARIANTS["relay"]
     for name, key, more_is_better in rows:
-        medians = {v: statistics.median(r[key] for r in results) for v, results in found.items()}
+        medians = {
+            v: statistics.median(r[key] for r in results)
+            for v, results in found.items()
+            if None not in results
+        }
         gain = ""
         if alone in medians and relay in medians:
             ratio = medians[relay] / medians[alone]
             gain = f"{ratio if more_is_better else 1 / ratio:6.2f}x"
-        columns = " ".join(f"{m:10.2f}" for m in medians.values())
+        columns = " ".join(f"{medians[v]:10.2f}" if v in medians else f"{'-':>10}" for v in found)
         print(f"{what:28} {name:30} | {columns} {gain}", flush=True)
+
+
+def report_bound(bound: float, cases: list[Case], served: dict[Variant, list]) -> None:
+    """The highest of the tried rates that every round held below the bound."""
+    for prompt in sorted({(c.prefix, c.prefixes) for c in cases if not math.isinf(c.rate)}):
+        held = []
+        for runs in served.values():
+            rates = [
+                case.rate
+                for i, case in enumerate(cases)
+                if (case.prefix, case.prefixes) == prompt
+                and all(run[i] is not None and run[i][BOUNDED] <= bound for run in runs)
+            ]
+            held.append(f"{max(rates, default=0):10g}")
+        what = f"serve, {prompt[0]} x {prompt[1]}"
+        print(f"{what:28} {f'requests/s, p95 <= {bound:g} ms a token':30} | {' '.join(held)}")
 
 
 def write_json(path: str | None, served: dict, offline: dict) -> None:
@@ -276,9 +355,19 @@ def main() -> None:
     parser.add_argument("--no-offline", action="store_true", help="no `vllm bench throughput`")
     parser.add_argument("--prefix", type=int, default=2048, help="tokens of a prefix (2048)")
     parser.add_argument("--prefixes", type=numbers, default=[1, 4], help="how many (1,4)")
-    parser.add_argument("--suffix", type=int, default=32, help="own tokens of a request (32)")
-    parser.add_argument("--output", type=int, default=64, help="tokens answered (64)")
-    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument(
+        "--input-mean", type=float, default=SHAREGPT_INPUT, help="own tokens of a request"
+    )
+    parser.add_argument(
+        "--output-mean", type=float, default=SHAREGPT_OUTPUT, help="tokens answered"
+    )
+    parser.add_argument("--requests", type=int, default=32, help="of a case, at least (32)")
+    parser.add_argument("--seconds", type=float, default=30, help="for which requests arrive (30)")
+    parser.add_argument(
+        "--bound",
+        type=float,
+        help="ms a token of a whole answer, p95: no higher rate is tried once it is broken",
+    )
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--kv-gib", type=int, default=2, help="size of the KV cache on CPUs (2)")
@@ -300,15 +389,18 @@ def main() -> None:
                     offline[variant].append(bench.throughput(variant))
                 # Each time, so that a run that is ended early leaves what it has.
                 write_json(args.json, served, offline)
-    what = f"{args.requests} requests, {args.suffix} own tokens, {args.output} answered"
-    what += f", {args.shape}, {args.dtype}"
-    print(what)
+    print(
+        f"{args.shape}, {args.dtype}; own tokens {args.input_mean:g}, answered "
+        f"{args.output_mean:g} in the mean"
+    )
     print(f"{'':59} | {' '.join(f'{v.name:>10}' for v in variants)}  ratio")
     for i, case in enumerate(cases_of(args)):
         results = {variant: [run[i] for run in runs] for variant, runs in served.items()}
-        report(f"serve, {case.prefix} x {case.prefixes}, {case.rate}/s", SERVE, results)
+        report(f"serve, {case.prefix} x {case.prefixes}, {case.rate:g}/s", SERVE, results)
+    if args.bound is not None:
+        report_bound(args.bound, cases_of(args), served)
     if not args.no_offline:
-        report("throughput, 1 prefix", THROUGHPUT, offline)
+        report("throughput, the first case", THROUGHPUT, offline)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def main() -> None:
         rows = []
         for count in users:
             asked = requests[:count]
+            relay.call("watch_kv_slots", count)
             steps: Comparison = in_turns(engines, args.rounds, "step", asked, args.tokens)
             slots = relay.call("kv_slots")  # none: left to vLLM's own kernel, so nothing is shared
             read, attended = slots or [sum(len(p) for p in asked)] * 2

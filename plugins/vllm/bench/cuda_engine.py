@@ -24,7 +24,6 @@ class Engine:
         from vllm import LLM
 
         self._llm = LLM(model, disable_log_stats=False, **options)
-        self._made = 0
 
     def close(self) -> None:
         """Ends vLLM's own processes, for which this one would wait at its end."""
@@ -64,14 +63,19 @@ class Engine:
         """Bytes of one token's KV in all layers of one GPU."""
         return self._llm.collective_rpc(_kv_bytes)[0]
 
-    def kv_slots(self) -> tuple[int, int] | None:
-        """KV slots of a layer that the plans of the last step read, and would read if nothing were
-        shared, summed over kinds of layers. None if Relay attended nothing since the last call."""
+    def watch_kv_slots(self, requests: int) -> None:
+        """Looks at the next step with so many requests."""
         from relay_attention.cuda import report
 
-        made, read, attended = self._llm.collective_rpc(report.kv_slots)[0]
-        before, self._made = self._made, made
-        return (read, attended) if made > before else None
+        self._llm.collective_rpc(report.watch_kv_slots, args=(requests,))
+
+    def kv_slots(self) -> tuple[int, int] | None:
+        """KV slots of a layer that the plans of the watched step read, and would read if nothing
+        were shared, summed over kinds of layers. None if Relay attended no such step."""
+        from relay_attention.cuda import report
+
+        found = self._llm.collective_rpc(report.watched_kv_slots)[0]
+        return found[1:] if found is not None else None
 
 
 def _kv_bytes(worker: object) -> int:

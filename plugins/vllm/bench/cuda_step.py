@@ -152,6 +152,7 @@ def main() -> None:
             prompts, samples = case.make(1), case.requests if case.sampled else 1
             for engine in engines:
                 engine.call("answer", prompts, 2, samples)  # computes the prompts, warms up
+            engines[1].call("watch_kv_slots", case.batch)
             found: Comparison = in_turns(engines, args.rounds, "step", prompts, args.steps, samples)
             slots = engines[1].call("kv_slots")
             read, attended = slots or ("", "")

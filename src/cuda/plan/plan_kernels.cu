@@ -245,12 +245,13 @@ cudaError_t launch_plan(const PlanShape& shape, const PlanBatch& batch, const Pl
                         const PlanMemory& memory, bool sharing, bool check, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   const bool any = batch.requests > 0;
+  sharing = sharing && batch.requests > 1;
   if ((sharing || check) && any) {
     const dim3 grid((shape.max_blocks + kColumns - 1) / kColumns, batch.requests);
     error = launch(stamp_owners, grid, kThreads, 0, stream, shape, batch, memory, check);
     if (error != cudaSuccess) return error;
   }
-  if (sharing && any) {
+  if (sharing) {
     error = launch(find_runs, batch.requests, kThreads, 0, stream, shape, batch, memory);
     if (error != cudaSuccess) return error;
   }

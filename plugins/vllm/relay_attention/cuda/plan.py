@@ -110,6 +110,11 @@ class Plan:
         """The kernels in use, e.g. "wgmma"."""
         return native.library().relay_cuda_path(self.handle).decode()
 
+    @property
+    def requests(self) -> int:
+        """Of the last planned batch, padding included."""
+        return self._batch.requests
+
     def make(
         self,
         query_start_loc: "torch.Tensor",

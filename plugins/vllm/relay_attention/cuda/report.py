@@ -2,7 +2,9 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 
+from relay_attention.cuda.native import Summary
 from relay_attention.cuda.plan import Kind, Plan
 from relay_attention.log import logger
 
@@ -10,22 +12,57 @@ from relay_attention.log import logger
 def kv_slots(worker: object) -> tuple[int, int, int]:
     """Of a vLLM worker: plans made so far, and the KV slots that the last ones read, and would read
     if nothing were shared, summed over kinds of layers. Waits for the GPU: for benches, tests."""
-    import torch
+    plans = _plans(worker)
+    summaries = [plan.summary(_stream()) for plan in plans]
+    return _sum(plans, summaries)
 
-    stream = torch.cuda.current_stream().cuda_stream
-    plans = [
+
+def watch_kv_slots(worker: object, requests: int) -> None:
+    """Remembers what kv_slots tells after the next step with so many requests, as requests neither
+    come nor go at once."""
+    for plan in _plans(worker):
+        plan.make = partial(_make_watched, plan, requests)
+
+
+def watched_kv_slots(worker: object) -> tuple[int, int, int] | None:
+    """What kv_slots told then; None if Relay has attended no such step since."""
+    plans = _plans(worker)
+    watched = [vars(plan).pop("watched", None) for plan in plans]
+    for plan in plans:
+        vars(plan).pop("make", None)
+    return _sum(plans, watched) if watched and None not in watched else None
+
+
+def _make_watched(plan: Plan, requests: int, *args: object) -> None:
+    Plan.make(plan, *args)
+    *_, stream = args
+    if plan.requests >= requests:
+        plan.watched = plan.summary(stream)
+        del plan.make
+
+
+def _plans(worker: object) -> list[Plan]:
+    return [
         plan
         for groups in worker.model_runner.attn_groups
         for group in groups
         for builder in group.metadata_builders
         for plan in (getattr(builder, "_plans", None) or {}).values()
     ]
-    summaries = [plan.summary(stream) for plan in plans]
+
+
+def _sum(plans: list[Plan], summaries: list[Summary]) -> tuple[int, int, int]:
     return (
         sum(plan.made for plan in plans),
         sum(s.kv_slots_read for s in summaries),
         sum(s.kv_slots_attended for s in summaries),
     )
+
+
+def _stream() -> int:
+    import torch
+
+    return torch.cuda.current_stream().cuda_stream
 
 
 class Report:

@@ -1,0 +1,57 @@
+"""What benches ask of plans, without a GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+from relay_attention.cuda import report
+from relay_attention.cuda.plan import Plan
+
+STREAM = 7
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    def make(self, requests, stream):
+        assert stream == STREAM
+        self._batch = SimpleNamespace(requests=requests)
+        self.made += 1
+
+    def summary(self, stream):
+        assert stream == STREAM
+        return SimpleNamespace(kv_slots_read=self.requests, kv_slots_attended=10 * self.requests)
+
+    monkeypatch.setattr(Plan, "make", make)
+    monkeypatch.setattr(Plan, "summary", summary)
+    made = object.__new__(Plan)
+    made.made = 0
+    return made
+
+
+@pytest.fixture
+def worker(plan):
+    builder = SimpleNamespace(_plans={"a kind": plan})
+    group = SimpleNamespace(metadata_builders=[builder])
+    return SimpleNamespace(model_runner=SimpleNamespace(attn_groups=[[group]]))
+
+
+def test_watches_the_first_step_that_is_large_enough(plan, worker):
+    report.watch_kv_slots(worker, 4)
+    for requests in (3, 5, 6):
+        plan.make(requests, STREAM)
+    assert report.watched_kv_slots(worker) == (3, 5, 50)
+    assert plan.made == 3
+
+
+def test_tells_nothing_where_no_step_was_attended(plan, worker):
+    report.watch_kv_slots(worker, 4)
+    plan.make(3, STREAM)
+    assert report.watched_kv_slots(worker) is None
+    plan.make(5, STREAM)
+    assert report.watched_kv_slots(worker) is None, "no longer watched"
+
+
+def test_tells_a_step_once(plan, worker):
+    report.watch_kv_slots(worker, 4)
+    plan.make(4, STREAM)
+    assert report.watched_kv_slots(worker) is not None
+    assert report.watched_kv_slots(worker) is None

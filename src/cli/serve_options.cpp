@@ -112,8 +112,9 @@ void add_computing_options(CLI::App& app, ServeOptions& o) {
       ->capture_default_str()
       ->group(kGroup);
   app.add_option("--decode-stretch", e.decode_stretch,
-                 "While requests decode, a step takes as much of waiting prompts as makes it so "
-                 "many times as long as without them; 0: prompts go first, in pieces of a second")
+                 "While requests decode, a step takes as much of long prompts as makes it so many "
+                 "times as long as without them (short ones may take half of the time beyond "
+                 "that); 0: prompts go first, in pieces of a second")
       ->envname("RELAY_DECODE_STRETCH")
       ->check(CLI::Range(0.0, 1000.0))
       ->capture_default_str()

@@ -320,7 +320,7 @@ HttpSession::Awaitable<void> HttpSession::handle(Parser& parser, Exchange& excha
   if (route.work == Work::kGeneration) {
     co_await answer_generation(route.endpoint, body, caller, exchange);
   } else {
-    co_await answer_plain(route, body, exchange);
+    co_await answer_plain(route, body, caller, exchange);
   }
 }
 
@@ -361,9 +361,9 @@ HttpSession::Awaitable<void> HttpSession::read_body(Parser& parser, Exchange& ex
 }
 
 HttpSession::Awaitable<void> HttpSession::answer_plain(const Route& route, const std::string& body,
-                                                       Exchange& exchange) {
+                                                       const Caller& caller, Exchange& exchange) {
   Answer answer;
-  const auto work = [&] { return runtime_.service.answer(route, body); };
+  const auto work = [&] { return runtime_.service.answer(route, body, caller); };
   if (route.work == Work::kHere) {
     answer = work();
   } else {

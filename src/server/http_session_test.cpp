@@ -388,6 +388,31 @@ TEST_F(HttpSessionTest, Keys) {
   EXPECT_EQ(connect().post(kChat, chat(), "Authorization: Bearer k1\r\n").status, 200);
 }
 
+TEST_F(HttpSessionTest, WhoSharesWithWhomIsForOperators) {
+  const auto tells = [&](const std::string& key) {
+    const Reply reply = connect().get("/metrics", "Authorization: Bearer " + key + "\r\n");
+    EXPECT_EQ(reply.status, 200);
+    EXPECT_NE(reply.body.find("vllm:num_requests_running"), std::string::npos);
+    int found = 0;
+    for (const char* part :
+         {"relay:shared_group_size", "relay:shared_prefix_tokens", "relay:kv_bytes_unshared",
+          "relay:kv_bytes_read_total", "relay:kv_bytes_saved_total"}) {
+      found += reply.body.find(part) != std::string::npos ? 1 : 0;
+    }
+    return found;
+  };
+  start();
+  EXPECT_EQ(tells("anything"), 5) << "no keys: everybody is an operator";
+  ServerOptions options;
+  options.api_keys = {"k1"};
+  start({}, options);
+  EXPECT_EQ(tells("k1"), 0) << "no admin key: nobody is";
+  options.admin_keys = {"root"};
+  start({}, options);
+  EXPECT_EQ(tells("k1"), 0);
+  EXPECT_EQ(tells("root"), 5);
+}
+
 // The timer's work runs on a thread that nobody waits for.
 TEST_F(HttpSessionTest, ATimerThatFailsGoesOn) {
   ServerOptions options;

@@ -224,6 +224,17 @@ void add_http_options(CLI::App& app, ServeOptions& o) {
       ->envname("RELAY_ADMIN_KEY_FILE")
       ->option_text("FILE")
       ->group(kGroup);
+  app.add_option("--ssl-certfile,--ssl-cert-file", s.tls_certificate_file,
+                 "Certificate in PEM, its chain behind it; with --ssl-keyfile the server speaks "
+                 "HTTPS (TLS 1.2 and newer) and nothing else")
+      ->envname("RELAY_SSL_CERTFILE")
+      ->option_text("FILE")
+      ->group(kGroup);
+  app.add_option("--ssl-keyfile,--ssl-key-file", s.tls_key_file,
+                 "The certificate's key in PEM, not encrypted")
+      ->envname("RELAY_SSL_KEYFILE")
+      ->option_text("FILE")
+      ->group(kGroup);
   app.add_option("--cors-origin", s.cors_origins,
                  "Origin(s) whose pages may use this server from a browser, e.g. "
                  "https://chat.example.com; * for all. Default: none but its own")

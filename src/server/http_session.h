@@ -22,6 +22,7 @@
 #include "server/generation.h"
 #include "server/http_response.h"
 #include "server/runtime.h"
+#include "server/transport.h"
 
 namespace relay::server {
 
@@ -110,7 +111,7 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   std::chrono::milliseconds with_rate(std::chrono::milliseconds base, size_t bytes) const;
   void close_socket();
 
-  boost::asio::ip::tcp::socket socket_;
+  Transport transport_;
   Runtime& runtime_;
   const ServerOptions& options_;
   boost::beast::flat_buffer buffer_;

@@ -24,7 +24,7 @@ setup:
 	@scripts/setup.sh
 
 setup-build:
-	@scripts/setup.sh --no-cross --no-fuzz --no-cuda
+	@scripts/setup.sh --no-cross --no-fuzz --no-cuda --no-browser
 
 build: setup-build
 	cmake --preset release

@@ -9,7 +9,7 @@ nvidia-smi -L 2>/dev/null | grep -q '^GPU' || fail "this machine has no NVIDIA G
 if ! command -v "${CUDACXX:-nvcc}" >/dev/null && [ ! -x /usr/local/cuda/bin/nvcc ] &&
   ! compgen -G '.venv-cuda/lib/python3*/site-packages/nvidia/cu13/bin/nvcc' >/dev/null; then
   echo "demo-gpu: no nvcc here; scripts/setup.sh installs a pinned one"
-  scripts/setup.sh --no-cross --no-fuzz
+  scripts/setup.sh --no-cross --no-fuzz --no-browser
 fi
 plugins/vllm/setup_vllm.sh --cuda
 venv="${RELAY_VLLM_VENV:-$HOME/.cache/relay/vllm-cuda-0.33.0}"

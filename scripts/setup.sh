@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 
 usage() {
   cat <<'TEXT'
-usage: scripts/setup.sh [--no-cross] [--no-fuzz] [--no-cuda] [--help]
+usage: scripts/setup.sh [--no-cross] [--no-fuzz] [--no-cuda] [--no-browser] [--help]
 
 Installs with apt (as root, or through sudo) the compiler, build tools and libraries, and with pip,
 into .venv, the Python packages of scripts/requirements-dev.txt. For Debian 12 and newer and Ubuntu
@@ -16,17 +16,21 @@ A second run finds everything in place and takes about a second.
   --no-cross   without the Arm cross compiler and emulator, which only the tests need
   --no-fuzz    without clang and libFuzzer: the tests then skip the fuzz targets
   --no-cuda    without the CUDA compiler, which only the tests and -DRELAY_CUDA=ON need
+  --no-browser without headless Chromium: the test of the server's page is then skipped, as it is on
+               Ubuntu, whose Chromium is a snap
 TEXT
 }
 
 cross=1
 fuzz=1
 cuda=1
+browser=1
 for arg in "$@"; do
   case "$arg" in
     --no-cross) cross=0 ;;
     --no-fuzz) fuzz=0 ;;
     --no-cuda) cuda=0 ;;
+    --no-browser) browser=0 ;;
     -h | --help) usage; exit 0 ;;
     *) echo "setup: unknown option $arg" >&2; usage >&2; exit 2 ;;
   esac
@@ -85,7 +89,7 @@ install_with_apt() {
   if [ "$(id -u)" != 0 ]; then
     command -v sudo >/dev/null || fail "these packages are missing, and this is neither root nor is
   there sudo. As root run: apt-get install ${*//|/ or }
-  What only the tests need is left out with --no-cross, --no-fuzz and --no-cuda."
+  What only the tests need is left out with --no-cross, --no-fuzz, --no-cuda and --no-browser."
     as_root=(sudo)
   fi
   as_root+=(env DEBIAN_FRONTEND=noninteractive)
@@ -166,6 +170,9 @@ command -v apt-get >/dev/null ||
 mapfile -t missing < <(missing_needs)
 if [ "${#missing[@]}" -gt 0 ]; then
   install_with_apt "${missing[@]}"
+fi
+if [ "$browser" = 1 ] && ! installed chromium-headless-shell && available chromium-headless-shell; then
+  install_with_apt chromium-headless-shell
 fi
 install_python_packages
 if [ "$cuda" = 1 ]; then install_cuda; fi

@@ -142,7 +142,7 @@ stage_install() { scripts/test_install.sh build/release; }
 
 stage_e2e() {
   .venv/bin/python -m pytest -q tests/evaluation || return 1
-  .venv/bin/python -m pytest -q tests/e2e
+  .venv/bin/python -m pytest -q -rs tests/e2e
 }
 
 # vLLM lies outside the checkout, so that its 7 GB are installed once.

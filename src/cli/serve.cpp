@@ -119,6 +119,9 @@ void serve(ServeOptions options) {
   };
   add_keys(options.server.api_keys, options.api_key_file);
   add_keys(options.server.admin_keys, options.admin_key_file);
+  if (options.server.tls_certificate_file.empty() != options.server.tls_key_file.empty()) {
+    throw Error("TLS needs both, --ssl-certfile and --ssl-keyfile");
+  }
   options.server.pin_refresh =
       std::chrono::milliseconds(static_cast<int64_t>(options.pin_refresh_seconds * 1000));
 

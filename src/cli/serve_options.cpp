@@ -112,8 +112,9 @@ void add_computing_options(CLI::App& app, ServeOptions& o) {
       ->capture_default_str()
       ->group(kGroup);
   app.add_option("--decode-stretch", e.decode_stretch,
-                 "While requests decode, a step takes as much of waiting prompts as makes it so "
-                 "many times as long as without them; 0: prompts go first, in pieces of a second")
+                 "While requests decode, a step takes as much of long prompts as makes it so many "
+                 "times as long as without them (short ones may take half of the time beyond "
+                 "that); 0: prompts go first, in pieces of a second")
       ->envname("RELAY_DECODE_STRETCH")
       ->check(CLI::Range(0.0, 1000.0))
       ->capture_default_str()
@@ -221,6 +222,17 @@ void add_http_options(CLI::App& app, ServeOptions& o) {
       ->group(kGroup);
   app.add_option("--admin-key-file", o.admin_key_file, "File with admin keys, one per line")
       ->envname("RELAY_ADMIN_KEY_FILE")
+      ->option_text("FILE")
+      ->group(kGroup);
+  app.add_option("--ssl-certfile,--ssl-cert-file", s.tls_certificate_file,
+                 "Certificate in PEM, its chain behind it; with --ssl-keyfile the server speaks "
+                 "HTTPS (TLS 1.2 and newer) and nothing else")
+      ->envname("RELAY_SSL_CERTFILE")
+      ->option_text("FILE")
+      ->group(kGroup);
+  app.add_option("--ssl-keyfile,--ssl-key-file", s.tls_key_file,
+                 "The certificate's key in PEM, not encrypted")
+      ->envname("RELAY_SSL_KEYFILE")
       ->option_text("FILE")
       ->group(kGroup);
   app.add_option("--cors-origin", s.cors_origins,

@@ -83,9 +83,8 @@ struct EngineOptions {
   /// Told what goes wrong beside the requests, for people, from any thread; empty: standard error.
   std::function<void(const std::string&)> notice;
   double step_seconds = 1.0;  ///< a step with prompts takes about so long at most; 0: whole batches
-  /// While requests decode, as much of a prompt goes into a step as makes it so many times as long
-  /// as without; but a step that brings more requests to their first token than decode may take
-  /// step_seconds. 0: each may.
+  /// While requests decode, as much of a long prompt goes into a step as makes it so many times as
+  /// long as without (step_pacer.h says what short ones may). 0: each step may take step_seconds.
   double decode_stretch = 1.75;
 };
 

@@ -148,6 +148,7 @@ PrefillBudget EngineCore::prefill_budget() const {
     const int32_t most = std::max(1, model_.max_sequences() - options_.scheduler.parallel);
     budget.beside = std::min(budget.beside, most);
     budget.alone = std::min(budget.alone, most);
+    budget.short_prompts = std::min(budget.short_prompts, most);
   }
   return budget;
 }

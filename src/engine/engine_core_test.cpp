@@ -604,20 +604,28 @@ TEST(Scheduler, ALongPromptLeavesHalfToShortOnes) {
   EXPECT_EQ(decoding.generated(), 3);
 }
 
-TEST(Scheduler, AStepThatBringsMoreFirstTokensThanItHoldsUpMayBeWhole) {
+TEST(Scheduler, ShortPromptsMayFillAStepALongOneMayNot) {
   Queue queue({.parallel = 16, .batch_tokens = 512});
   const Sequence& decoding = queue.add(sequence_of(4, 85));
-  queue.step({8, 64});
+  queue.step({8, 64, 64});
   ASSERT_EQ(decoding.generated(), 1);
-  const Sequence& one = queue.add(Tokens{1} + sequence_of(19, 86));
-  EXPECT_EQ(queue.step({8, 64}).prefill_rows, 8) << "one for one is no gain";
-  const Sequence& two = queue.add(Tokens{2} + sequence_of(19, 87));
-  const Sequence& large = queue.add(Tokens{3} + sequence_of(500, 88));
-  const StepPlan plan = queue.step({8, 64});
+  const Sequence& large = queue.add(Tokens{1} + sequence_of(499, 86));
+  const Sequence& one = queue.add(Tokens{2} + sequence_of(39, 87));
+  const Sequence& two = queue.add(Tokens{3} + sequence_of(29, 88));
+  StepPlan plan = queue.step({8, 64, 64});
+  EXPECT_EQ(plan.prefill_rows, 64);
+  EXPECT_EQ(rows_of(plan, large), 4) << "its half of what is beside decoding";
+  EXPECT_EQ(two.generated(), 1) << "the shortest first";
+  EXPECT_EQ(rows_of(plan, one), 30);
+  EXPECT_EQ(queue.step({8, 64, 8}).prefill_rows, 8) << "no credit: all at their pace";
+  queue.step({8, 64, 64});
   EXPECT_EQ(one.generated(), 1);
-  EXPECT_EQ(two.generated(), 1);
-  EXPECT_LE(rows_of(plan, large), 4) << "a whole step is not for those it does not finish";
-  EXPECT_EQ(queue.step({8, 64}).prefill_rows, 8);
+  int steps = 4;
+  for (; large.pending() > 8; ++steps) {
+    plan = queue.step({8, 64, 64});
+    ASSERT_EQ(plan.prefill_rows, 8) << "what is left of a long prompt is no short one";
+  }
+  EXPECT_EQ(decoding.generated(), steps) << "a token in every step";
 }
 
 TEST(Scheduler, WhoSharesIsAdmittedFirstButNobodyIsOvertakenForEver) {
@@ -663,6 +671,120 @@ TEST(StepPacer, KeepsStepsToTheirTimes) {
   EXPECT_GE(beside[100], 1.5 * alone) << "prompts advance";
   EXPECT_NEAR(without, 200 / 33, 1) << "now and then a look at what decoding takes by itself";
   EXPECT_EQ(pacer.budget(24).beside, 0) << "a look as well where three times as many decode";
+}
+
+// Scheduler and pacer on a machine whose steps take what step_seconds() says.
+class PacedQueue : public Queue {
+ public:
+  explicit PacedQueue(double decode_stretch)
+      : Queue({.parallel = 256, .batch_tokens = 512}, 32768), pacer(1.0, decode_stretch, 512) {}
+
+  static double step_seconds(int32_t decode_rows, int32_t prefill_rows) {
+    return 0.1 + 0.002 * decode_rows + 0.007 * prefill_rows;
+  }
+  /// Returns how long the step took.
+  double step() {
+    const StepPlan plan = Queue::step(pacer.budget(scheduler.decoding()));
+    const int32_t decode_rows = plan.rows - plan.prefill_rows;
+    const double seconds = step_seconds(decode_rows, plan.prefill_rows);
+    pacer.note(decode_rows, plan.prefill_rows, seconds);
+    now += seconds;
+    return seconds;
+  }
+  void leave(Sequence& sequence) { scheduler.remove(&sequence, Scheduler::Keep::kPrompt); }
+  /// A prompt that is in the cache from here on.
+  void cache(const Tokens& system) {
+    Sequence& first = add(system + Tokens{1}, 1);
+    while (first.generated() == 0) step();
+    leave(first);
+  }
+
+  StepPacer pacer;
+  double now = 0;
+};
+
+TEST(StepPacer, FirstTokensOfShortPromptsThatArriveTogetherComeAsIfNobodyDecoded) {
+  const auto first_tokens = [](double decode_stretch) {
+    PacedQueue queue(decode_stretch);
+    const Tokens system = sequence_of(1000, 92);
+    queue.cache(system);
+    const double start = queue.now;
+    std::vector<const Sequence*> clients;
+    for (int32_t i = 0; i < 32; ++i) {
+      clients.push_back(&queue.add(system + Tokens{i} + sequence_of(29, 200 + i)));
+    }
+    std::vector<double> times;
+    while (times.size() < clients.size()) {
+      queue.step();
+      const auto have = std::count_if(clients.begin(), clients.end(),
+                                      [](const Sequence* s) { return s->generated() > 0; });
+      times.resize(static_cast<size_t>(have), queue.now - start);
+    }
+    return times;
+  };
+  const std::vector<double> unpaced = first_tokens(0);
+  const std::vector<double> paced = first_tokens(1.75);
+  EXPECT_LE(paced[16], 1.05 * unpaced[16]);
+  EXPECT_LE(paced[31], 1.05 * unpaced[31]);
+}
+
+TEST(StepPacer, DecodingKeepsHalfItsPaceUnderAStreamOfShortPrompts) {
+  PacedQueue queue(1.75);
+  const Tokens system = sequence_of(200, 93);
+  queue.cache(system);
+  std::vector<const Sequence*> chats;
+  for (int32_t i = 0; i < 8; ++i) chats.push_back(&queue.add(Tokens{i} + sequence_of(9, 93), 9999));
+  while (chats.back()->generated() == 0) queue.step();
+  // More than the machine could compute if it did nothing else; each wants a single token.
+  int32_t next = 0;
+  int32_t served = 0;
+  std::vector<Sequence*> visitors;
+  const auto with_stream = [&](double seconds) {
+    const double end = queue.now + seconds;
+    const int32_t before = chats[0]->generated();
+    while (queue.now < end) {
+      while (visitors.size() < 32) {
+        visitors.push_back(&queue.add(system + sequence_of(30, 300 + next++), 1));
+      }
+      queue.step();
+      std::erase_if(visitors, [&](Sequence* s) {
+        if (s->generated() == 0) return false;
+        queue.leave(*s);
+        ++served;
+        return true;
+      });
+    }
+    return chats[0]->generated() - before;
+  };
+  // The stretch and half of the time; at first up to eight seconds more.
+  const double tokens_per_second = 1 / PacedQueue::step_seconds(8, 0) / 1.75 / 2;
+  EXPECT_GE(with_stream(40), (40 - 2 * 8) * tokens_per_second);
+  served = 0;
+  EXPECT_GE(with_stream(200), 0.95 * 200 * tokens_per_second);
+  EXPECT_GE(served, 0.6 * 200 / (30 * 0.007)) << "and the stream most of the machine";
+
+  // Beside a long prompt nobody waits longer than before.
+  for (Sequence* s : visitors) queue.leave(*s);
+  while (queue.scheduler.running() > 8) queue.step();
+  const Sequence& large = queue.add(Tokens{60} + sequence_of(3000, 94));
+  while (large.generated() == 0) {
+    ASSERT_LE(queue.step(), 2 * PacedQueue::step_seconds(8, 0));
+  }
+}
+
+TEST(StepPacer, ALongPromptAdvancesBesideAStreamOfShortOnes) {
+  PacedQueue queue(1.75);
+  const Sequence& large = queue.add(sequence_of(3000, 95));
+  for (int32_t i = 0; large.generated() == 0; ++i) {
+    ASSERT_LT(i, 2000);
+    while (queue.scheduler.running() + queue.scheduler.waiting() < 8) {
+      queue.add(Tokens{1} + sequence_of(30, 400 + i), 4);
+    }
+    queue.step();
+    for (const auto& s : queue.sequences) {
+      if (s->running() && s->generated() == 4) queue.leave(*s);
+    }
+  }
 }
 
 TEST(StepPacer, PromptsAdvanceHoweverSlowTheyAre) {

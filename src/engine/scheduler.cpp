@@ -84,19 +84,10 @@ void Scheduler::plan_prefill(StepPlan& plan, PrefillBudget budget) {
   std::stable_sort(prompts.begin(), prompts.end(), [](const Sequence* a, const Sequence* b) {
     return a->priority != b->priority ? a->priority < b->priority : a->pending() < b->pending();
   });
-  const int32_t decode_rows = plan.rows;
-  int32_t rows = decode_rows > 0 ? budget.beside : budget.alone;
-  const int32_t for_first = rows - rows / 2;
-  int32_t short_ones = 0;
-  int32_t their_rows = 0;
-  for (const Sequence* s : prompts) {
-    if (!s->generates) continue;
-    if (their_rows + s->pending() > budget.alone) break;
-    ++short_ones;
-    their_rows += s->pending();
-  }
-  if (short_ones > decode_rows) rows = std::max(rows, their_rows + for_first);
-  rows = std::min(rows, options_.batch_tokens - plan.rows);
+  const bool paced = plan.rows > 0;  // requests decode
+  const int32_t room = options_.batch_tokens - plan.rows;
+  int32_t rows = std::min(paced ? budget.beside : budget.alone, room);
+  const int32_t more_for_short = paced ? std::min(budget.short_prompts, room) - rows : 0;
 
   std::vector<int32_t> counts(prompts.size(), 0);
   const auto give = [&](size_t i, int32_t most) {
@@ -106,8 +97,13 @@ void Scheduler::plan_prefill(StepPlan& plan, PrefillBudget budget) {
   };
   const auto at =
       static_cast<size_t>(std::find(prompts.begin(), prompts.end(), first) - prompts.begin());
-  give(at, for_first);
+  give(at, rows - rows / 2);
   for (size_t i = 0; i < prompts.size(); ++i) give(i, rows);
+  rows = std::max(more_for_short, 0);
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    // Not by what is left of it: the end of a long prompt goes on at its pace.
+    if (prompts[i]->generates && prompts[i]->uncached <= budget.alone) give(i, rows);
+  }
   for (size_t i = 0; i < prompts.size(); ++i) {
     int32_t count = counts[i];
     if (count <= 0) continue;
@@ -188,6 +184,7 @@ void Scheduler::plan_admissions(StepPlan& plan) {
     }
     s->kv = admission->seq;
     s->computed = admission->cached;
+    s->uncached = s->pending();
     if (!s->began) s->cached = std::min(admission->cached, s->prompt_length);
     s->began = true;
     insert_in_order(running_, s);

@@ -21,8 +21,10 @@ namespace relay::engine {
 /// Most prefill rows of a step.
 struct PrefillBudget {
   int32_t beside = 0;  ///< where requests decode
-  int32_t alone = 0;   ///< where none does, or where the step brings more requests to their first
-                       ///< token than it holds up
+  int32_t alone = 0;   ///< where none does
+  /// Where requests decode: those of short prompts, the ones above among them. A prompt is short if
+  /// what it had to compute when it was admitted fits into a step of its own (`alone`).
+  int32_t short_prompts = 0;
 };
 
 struct SchedulerOptions {

@@ -37,6 +37,7 @@ struct Sequence {
   SeqId kv = -1;              ///< while it runs
   bool began = false;         ///< was admitted at least once
   int32_t cached = 0;         ///< prompt tokens found in the cache when it began
+  int32_t uncached = 0;       ///< rows it had to compute when it was last admitted
   int32_t preemptions = 0;
   int32_t overtaken = 0;  ///< admissions of later ones while it waited
   int32_t scored = 0;     ///< scores_prompt: so many prompt tokens have theirs

@@ -1,5 +1,12 @@
 // How many rows of prompts a step may compute, by the step times measured so far. A step cannot be
 // interrupted: whoever decodes waits for the prompts beside it, and so does a cancellation.
+//
+// While requests decode, a step may take decode_stretch times as long as it would without prompts:
+// a long prompt must not hold them up. Short prompts, which one step of step_seconds could take
+// whole, would wait long for their first tokens at that pace, and together cost decoding no more if
+// they are computed at once. So they may fill steps of step_seconds, on credit: what such steps
+// take beyond the stretch is at most kBurstSteps * step_seconds and, in the long run, half of the
+// time. However many short prompts arrive, decoding keeps half the pace that the stretch leaves it.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +29,8 @@ class StepPacer {
   void note(int32_t decode_rows, int32_t prefill_rows, double seconds);
 
  private:
+  bool knows(int32_t decode_rows) const;
+
   double step_seconds_;
   double decode_stretch_;
   int32_t batch_tokens_;
@@ -29,6 +38,7 @@ class StepPacer {
   double decode_seconds_ = 0;  // of the last steps without prefill; 0: not known yet
   int32_t decode_rows_ = 0;    // in the last of those
   int32_t mixed_steps_ = 0;    // since then
+  double held_up_ = 0;         // seconds beyond the stretch that are not made good for yet
 };
 
 }  // namespace relay::engine

@@ -189,6 +189,9 @@ void Translation::message(const Json& value, const std::string& path) {
   const Json blocks =
       content.is_string() ? Json::array({Json{{"type", "text"}, {"text", content}}}) : content;
   if (role == "user") {
+    if (blocks.empty()) {
+      throw invalid_request(content_path, "'" + content_path + "' must not be empty.");
+    }
     user(blocks, content_path);
   } else {
     assistant(blocks, content_path);

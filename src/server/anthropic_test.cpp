@@ -88,6 +88,9 @@ TEST(Messages, RefusesByItsOwnNames) {
   EXPECT_EQ(refusal("[]"), "messages/invalid_value");
   EXPECT_EQ(refusal(R"([{"role":"system","content":"x"}])"), "messages[0].role/invalid_value");
   EXPECT_EQ(refusal(R"([{"role":"user","content":7}])"), "messages[0].content/invalid_type");
+  EXPECT_EQ(refusal(R"([{"role":"user","content":[]}])"), "messages[0].content/invalid_value");
+  EXPECT_EQ(refusal(R"([{"role":"user","content":[]}])", R"(,"system":"Be kind.")"),
+            "messages[0].content/invalid_value");
   EXPECT_EQ(refusal(R"([{"role":"user","content":[{"type":"image"}]}])"),
             "messages[0].content[0].type/unsupported_parameter");
   EXPECT_EQ(refusal(R"([{"role":"user","content":[{"type":"text","text":"a"},

@@ -470,7 +470,7 @@ TEST(Metrics, NamesAndLabels) {
   timings.total = 2;
   metrics.on_request_end(engine::FinishReason::kStop, {}, timings);
   metrics.on_request_end(engine::FinishReason::kCancelled, {}, timings);
-  const std::string text = metrics.render(&engine);
+  const std::string text = metrics.render(&engine, /*sharing=*/true);
   for (const char* line :
        {R"(vllm:kv_cache_usage_perc{model_name="m",engine="0"} 0.25)",
         R"(vllm:num_requests_running{model_name="m",engine="0"} 0)",
@@ -481,7 +481,7 @@ TEST(Metrics, NamesAndLabels) {
     EXPECT_NE(text.find(line), std::string::npos) << line << "\n" << text;
   }
   EXPECT_NE(text.find("vllm:e2e_request_latency_seconds_count"), std::string::npos);
-  EXPECT_EQ(metrics.render(nullptr).find("vllm:kv_cache_usage_perc"), std::string::npos);
+  EXPECT_EQ(metrics.render(nullptr, true).find("vllm:kv_cache_usage_perc"), std::string::npos);
 }
 
 }  // namespace

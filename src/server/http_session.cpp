@@ -81,7 +81,7 @@ HttpSession::Awaitable<std::invoke_result_t<Work&>> HttpSession::run_on(net::thr
                                                                         Work& work) {
   std::optional<std::invoke_result_t<Work&>> result;
   std::exception_ptr failure;
-  auto strand = net::bind_executor(socket_.get_executor(), net::use_awaitable);
+  auto strand = net::bind_executor(transport_.get_executor(), net::use_awaitable);
   auto there = net::bind_executor(pool.get_executor(), net::use_awaitable);
   co_await net::post(there);
   try {
@@ -95,19 +95,19 @@ HttpSession::Awaitable<std::invoke_result_t<Work&>> HttpSession::run_on(net::thr
 }
 
 HttpSession::HttpSession(net::ip::tcp::socket socket, Runtime& runtime)
-    : socket_(std::move(socket)),
+    : transport_(std::move(socket), runtime.tls.get()),
       runtime_(runtime),
       options_(runtime.service.options()),
       buffer_(options_.max_header_bytes + 2 * kMaxAhead),
-      deadline_(socket_.get_executor()),
-      notice_timer_(socket_.get_executor()) {}
+      deadline_(transport_.get_executor()),
+      notice_timer_(transport_.get_executor()) {}
 
 HttpSession::~HttpSession() { runtime_.remove(this); }
 
 void HttpSession::start() {
   runtime_.add(this, weak_from_this());
   net::co_spawn(
-      socket_.get_executor(), [self = shared_from_this()] { return self->run(); },
+      transport_.get_executor(), [self = shared_from_this()] { return self->run(); },
       [self = shared_from_this()](const std::exception_ptr& failure) {
         self->disarm();
         self->close_socket();
@@ -120,7 +120,7 @@ void HttpSession::start() {
 }
 
 void HttpSession::close(bool at_once) {
-  net::post(socket_.get_executor(), [self = shared_from_this(), at_once] {
+  net::post(transport_.get_executor(), [self = shared_from_this(), at_once] {
     self->closing_ = true;
     if (!at_once && self->busy_) return;
     self->on_gone();
@@ -131,12 +131,19 @@ void HttpSession::close(bool at_once) {
 
 void HttpSession::close_socket() {
   error_code ignored;
-  socket_.close(ignored);
+  transport_.socket().close(ignored);
 }
 
 HttpSession::Awaitable<void> HttpSession::run() {
   error_code ignored;
-  socket_.set_option(net::ip::tcp::no_delay(true), ignored);
+  transport_.socket().set_option(net::ip::tcp::no_delay(true), ignored);
+  arm(options_.header_timeout, OnExpiry::kClose);
+  const error_code failure = co_await transport_.handshake();
+  disarm();
+  if (failure) {
+    spdlog::debug("a connection without a TLS handshake: {}", failure.message());
+    co_return;
+  }
   while (!closing_ && !gone_) {
     if (!co_await serve_one()) break;
   }
@@ -222,7 +229,7 @@ std::optional<Answer> HttpSession::preflight(const Parser& parser, const Exchang
 HttpSession::Awaitable<bool> HttpSession::read_header(Parser& parser, Exchange& exchange) {
   if (buffer_.size() == 0) {
     arm(options_.idle_timeout, OnExpiry::kClose);
-    const auto [error, count] = co_await socket_.async_read_some(buffer_.prepare(4096), kUse);
+    const auto [error, count] = co_await transport_.async_read_some(buffer_.prepare(4096), kUse);
     if (error) co_return false;
     buffer_.commit(count);
   }
@@ -232,7 +239,7 @@ HttpSession::Awaitable<bool> HttpSession::read_header(Parser& parser, Exchange& 
   busy_ = true;
   ++runtime_.busy;
   arm(options_.header_timeout, OnExpiry::kStopReading);
-  const auto [error, count] = co_await http::async_read_header(socket_, buffer_, parser, kUse);
+  const auto [error, count] = co_await http::async_read_header(transport_, buffer_, parser, kUse);
   disarm();
   if (deadline_expired_) {
     throw ApiError(408, "invalid_request_error", "request_timeout",
@@ -320,7 +327,7 @@ HttpSession::Awaitable<void> HttpSession::handle(Parser& parser, Exchange& excha
   if (route.work == Work::kGeneration) {
     co_await answer_generation(route.endpoint, body, caller, exchange);
   } else {
-    co_await answer_plain(route, body, exchange);
+    co_await answer_plain(route, body, caller, exchange);
   }
 }
 
@@ -335,14 +342,14 @@ HttpSession::Awaitable<void> HttpSession::read_body(Parser& parser, Exchange& ex
     if (!exchange.http_1_0) {
       const http::response<http::empty_body> go_on(http::status::continue_, 11);
       begin_write(0);
-      const auto [error, count] = co_await http::async_write(socket_, go_on, kUse);
+      const auto [error, count] = co_await http::async_write(transport_, go_on, kUse);
       end_write(error);
       if (gone_) co_return;
     }
   }
   const size_t length = parser.content_length().value_or(options_.max_body_bytes);
   arm(with_rate(options_.body_timeout, length), OnExpiry::kStopReading);
-  const auto [error, count] = co_await http::async_read(socket_, buffer_, parser, kUse);
+  const auto [error, count] = co_await http::async_read(transport_, buffer_, parser, kUse);
   disarm();
   if (deadline_expired_) {
     throw ApiError(408, "invalid_request_error", "request_timeout",
@@ -361,9 +368,9 @@ HttpSession::Awaitable<void> HttpSession::read_body(Parser& parser, Exchange& ex
 }
 
 HttpSession::Awaitable<void> HttpSession::answer_plain(const Route& route, const std::string& body,
-                                                       Exchange& exchange) {
+                                                       const Caller& caller, Exchange& exchange) {
   Answer answer;
-  const auto work = [&] { return runtime_.service.answer(route, body); };
+  const auto work = [&] { return runtime_.service.answer(route, body, caller); };
   if (route.work == Work::kHere) {
     answer = work();
   } else {
@@ -377,7 +384,7 @@ HttpSession::Awaitable<void> HttpSession::answer_plain(const Route& route, const
 HttpSession::Awaitable<void> HttpSession::answer_generation(Endpoint endpoint, std::string& body,
                                                             const Caller& caller,
                                                             Exchange& exchange) {
-  auto wake = [weak = weak_from_this(), executor = socket_.get_executor()] {
+  auto wake = [weak = weak_from_this(), executor = transport_.get_executor()] {
     net::post(executor, [weak] {
       const auto self = weak.lock();
       if (self == nullptr) return;
@@ -446,7 +453,7 @@ HttpSession::Awaitable<void> HttpSession::follow_stream(Generation& generation,
     if (!running && !exchange.http_1_0) out += last_chunk();
     begin_write(out.size());
     const auto bytes = net::buffer(out);
-    const auto [error, count] = co_await net::async_write(socket_, bytes, kUse);
+    const auto [error, count] = co_await net::async_write(transport_, bytes, kUse);
     end_write(error);
     if (!running || gone_) co_return;
     next_sign = Clock::now() + options_.keep_alive_interval;
@@ -471,11 +478,11 @@ HttpSession::Awaitable<void> HttpSession::write_answer(Answer answer, Exchange& 
   error_code failure;
   if (exchange.method == "HEAD") {
     begin_write(0);
-    const auto [error, count] = co_await http::async_write_header(socket_, serializer, kUse);
+    const auto [error, count] = co_await http::async_write_header(transport_, serializer, kUse);
     failure = error;
   } else {
     begin_write(response.body().size());
-    const auto [error, count] = co_await http::async_write(socket_, serializer, kUse);
+    const auto [error, count] = co_await http::async_write(transport_, serializer, kUse);
     failure = error;
   }
   end_write(failure);
@@ -491,13 +498,14 @@ void HttpSession::end_write(const error_code& error) {
 }
 
 HttpSession::Awaitable<void> HttpSession::linger() {
-  if (!socket_.is_open()) co_return;
-  error_code ignored;
-  socket_.shutdown(net::ip::tcp::socket::shutdown_send, ignored);
+  if (!transport_.socket().is_open()) co_return;
   arm(kLingerTime, OnExpiry::kClose);
+  co_await transport_.end_sending();
   buffer_.clear();
   for (size_t discarded = 0; discarded < kMaxDiscarded;) {
-    const auto [error, count] = co_await socket_.async_read_some(buffer_.prepare(16384), kUse);
+    // With TLS this is noise, but nobody looks at it.
+    auto& socket = transport_.socket();
+    const auto [error, count] = co_await socket.async_read_some(buffer_.prepare(16384), kUse);
     if (error) break;
     discarded += count;
   }
@@ -512,7 +520,7 @@ void HttpSession::start_watching() {
 void HttpSession::watch() {
   if (buffer_.size() >= kMaxAhead) return;  // then only a failing write tells
   watch_idle_ = false;
-  socket_.async_read_some(
+  transport_.async_read_some(
       buffer_.prepare(4096),
       net::bind_cancellation_slot(
           watch_cancel_.slot(), [self = shared_from_this()](const error_code& error, size_t count) {
@@ -527,7 +535,8 @@ void HttpSession::watch() {
 HttpSession::Awaitable<void> HttpSession::stop_watching() {
   watching_ = false;
   while (!watch_idle_) {
-    watch_cancel_.emit(net::cancellation_type::total);
+    // TLS lets no other kind through. What it has read by then it keeps for the next read.
+    watch_cancel_.emit(net::cancellation_type::terminal);
     co_await wait_for_notice();
   }
 }
@@ -577,7 +586,7 @@ void HttpSession::arm(std::chrono::milliseconds after, OnExpiry action) {
     } else {
       // Reading ends, so that the coroutine goes on, and an answer can still be written.
       error_code ignored;
-      self->socket_.shutdown(net::ip::tcp::socket::shutdown_receive, ignored);
+      self->transport_.socket().shutdown(net::ip::tcp::socket::shutdown_receive, ignored);
     }
   });
 }

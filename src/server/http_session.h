@@ -22,6 +22,7 @@
 #include "server/generation.h"
 #include "server/http_response.h"
 #include "server/runtime.h"
+#include "server/transport.h"
 
 namespace relay::server {
 
@@ -64,7 +65,8 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   /// All of a request whose header has been read; throws ApiError for the caller to answer.
   Awaitable<void> handle(Parser& parser, Exchange& exchange);
   Awaitable<void> read_body(Parser& parser, Exchange& exchange);
-  Awaitable<void> answer_plain(const Route& route, const std::string& body, Exchange& exchange);
+  Awaitable<void> answer_plain(const Route& route, const std::string& body, const Caller& caller,
+                               Exchange& exchange);
   /// Frees `body` as soon as it has been read.
   Awaitable<void> answer_generation(Endpoint endpoint, std::string& body, const Caller& caller,
                                     Exchange& exchange);
@@ -109,7 +111,7 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   std::chrono::milliseconds with_rate(std::chrono::milliseconds base, size_t bytes) const;
   void close_socket();
 
-  boost::asio::ip::tcp::socket socket_;
+  Transport transport_;
   Runtime& runtime_;
   const ServerOptions& options_;
   boost::beast::flat_buffer buffer_;

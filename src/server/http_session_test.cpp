@@ -1,14 +1,21 @@
-// The server as a client sees it, over real sockets, with an engine that needs no model.
+// The server as a client sees it, over real sockets, in the clear and through TLS, with an engine
+// that needs no model.
 #include "server/http_session.h"
 
 #include <gtest/gtest.h>
+#include <openssl/evp.h>
+#include <openssl/pem.h>
+#include <openssl/ssl.h>
+#include <openssl/x509.h>
 #include <sys/socket.h>
 
 #include <atomic>
 #include <boost/asio/connect.hpp>
 #include <boost/asio/ip/tcp.hpp>
-#include <boost/asio/read.hpp>
-#include <boost/asio/write.hpp>
+#include <csignal>
+#include <cstdio>
+#include <fstream>
+#include <memory>
 #include <thread>
 
 #include "relay/types.h"
@@ -33,29 +40,74 @@ struct Reply {
   bool has(const std::string& text) const { return head.find(text) != std::string::npos; }
 };
 
+struct KeyPair {
+  std::string certificate_file;
+  std::string key_file;
+};
+
+/// A certificate that vouches for itself, and its key, in files.
+KeyPair make_key_pair(const std::string& name) {
+  const KeyPair pair{testing::TempDir() + name + ".crt", testing::TempDir() + name + ".key"};
+  const std::unique_ptr<EVP_PKEY, decltype(&EVP_PKEY_free)> key(EVP_EC_gen("P-256"), EVP_PKEY_free);
+  const std::unique_ptr<X509, decltype(&X509_free)> certificate(X509_new(), X509_free);
+  X509_gmtime_adj(X509_getm_notBefore(certificate.get()), -60);
+  X509_gmtime_adj(X509_getm_notAfter(certificate.get()), 3600);
+  X509_set_pubkey(certificate.get(), key.get());
+  const auto* host = reinterpret_cast<const unsigned char*>("localhost");
+  X509_NAME* subject = X509_get_subject_name(certificate.get());
+  X509_NAME_add_entry_by_txt(subject, "CN", MBSTRING_ASC, host, -1, -1, 0);
+  X509_set_issuer_name(certificate.get(), subject);
+  X509_sign(certificate.get(), key.get(), EVP_sha256());
+  std::FILE* file = std::fopen(pair.certificate_file.c_str(), "w");
+  PEM_write_X509(file, certificate.get());
+  std::fclose(file);
+  file = std::fopen(pair.key_file.c_str(), "w");
+  PEM_write_PrivateKey(file, key.get(), nullptr, nullptr, 0, nullptr, nullptr);
+  std::fclose(file);
+  return pair;
+}
+
+const KeyPair& key_pair() {
+  static const KeyPair pair = make_key_pair("server");
+  return pair;
+}
+
 /// A client that says exactly what it is told.
 class Client {
  public:
-  explicit Client(uint16_t port) : socket_(io_) {
+  enum class Tls { kNone, k1_1, kNewest };
+
+  explicit Client(uint16_t port, Tls tls = Tls::kNone) : socket_(io_) {
     socket_.connect({net::ip::address_v4::loopback(), port});
     const timeval timeout{20, 0};  // a server that says nothing fails the test, not hangs it
     setsockopt(socket_.native_handle(), SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout));
+    if (tls != Tls::kNone) shake_hands(tls == Tls::k1_1);
   }
 
   void send(const std::string& bytes) {
-    error_code error;
-    net::write(socket_, net::buffer(bytes), error);
+    if (tls_) {
+      SSL_write(tls_.get(), bytes.data(), static_cast<int>(bytes.size()));
+      return;
+    }
+    for (size_t sent = 0; sent < bytes.size();) {
+      const ssize_t count =
+          ::send(socket_.native_handle(), bytes.data() + sent, bytes.size() - sent, MSG_NOSIGNAL);
+      if (count <= 0) return;
+      sent += static_cast<size_t>(count);
+    }
   }
   void close() { socket_.close(); }
   net::ip::tcp::socket& socket() { return socket_; }
 
   bool read_more() {
     char data[4096];
-    const ssize_t count = ::recv(socket_.native_handle(), data, sizeof(data), 0);
+    const ssize_t count = tls_ ? SSL_read(tls_.get(), data, sizeof(data))
+                               : ::recv(socket_.native_handle(), data, sizeof(data), 0);
     if (count <= 0) return false;
     buffer_.append(data, static_cast<size_t>(count));
     return true;
   }
+  std::string take_buffer() { return std::exchange(buffer_, {}); }
   bool at_end() { return buffer_.empty() && !read_more(); }
   std::string read_until(const std::string& mark) {
     size_t at = 0;
@@ -119,8 +171,29 @@ class Client {
   }
 
  private:
+  void shake_hands(bool old) {
+    tls_context_.reset(SSL_CTX_new(TLS_client_method()));
+    SSL_CTX_set_cipher_list(tls_context_.get(),
+                            "DEFAULT:@SECLEVEL=0");  // lets TLS 1.1 be asked for
+    if (old) SSL_CTX_set_max_proto_version(tls_context_.get(), TLS1_1_VERSION);
+    SSL_CTX_load_verify_locations(tls_context_.get(), key_pair().certificate_file.c_str(), nullptr);
+    SSL_CTX_set_verify(tls_context_.get(), SSL_VERIFY_PEER, nullptr);
+    tls_.reset(SSL_new(tls_context_.get()));
+    SSL_set_fd(tls_.get(), socket_.native_handle());
+    if (SSL_connect(tls_.get()) != 1) throw std::runtime_error("no TLS handshake");
+  }
+
+  template <auto Free>
+  struct Deleter {
+    template <typename T>
+    void operator()(T* object) const {
+      Free(object);
+    }
+  };
   net::io_context io_;
   net::ip::tcp::socket socket_;
+  std::unique_ptr<SSL_CTX, Deleter<SSL_CTX_free>> tls_context_;
+  std::unique_ptr<SSL, Deleter<SSL_free>> tls_;
   std::string buffer_;
 };
 
@@ -129,10 +202,16 @@ std::string chat(const std::string& fields = "") {
   return R"({"messages":[{"role":"user","content":"hi"}])" + fields + "}";
 }
 
-class HttpSessionTest : public testing::Test {
+/// The parameter: through TLS?
+class HttpSessionTest : public testing::TestWithParam<bool> {
  protected:
+  void SetUp() override { std::signal(SIGPIPE, SIG_IGN); }  // SSL_write knows no MSG_NOSIGNAL
   void start(FakeScript script = {}, ServerOptions options = {}, bool ready = true) {
     options.port = 0;
+    if (GetParam()) {
+      options.tls_certificate_file = key_pair().certificate_file;
+      options.tls_key_file = key_pair().key_file;
+    }
     server_ = std::make_unique<Server>(options);
     server_->listen();
     engine_ = std::make_shared<FakeEngine>(std::move(script));
@@ -142,7 +221,10 @@ class HttpSessionTest : public testing::Test {
     if (engine_) engine_->stop();
     if (server_) server_->shutdown(1s);
   }
-  Client connect() { return Client(server_->port()); }
+  static Client connect_to(uint16_t port) {
+    return Client(port, GetParam() ? Client::Tls::kNewest : Client::Tls::kNone);
+  }
+  Client connect() { return connect_to(server_->port()); }
 
   /// True once nothing runs in the engine.
   bool idle_within(std::chrono::milliseconds time) { return engine_->drain(time); }
@@ -164,7 +246,7 @@ class HttpSessionTest : public testing::Test {
   std::shared_ptr<FakeEngine> engine_;
 };
 
-TEST_F(HttpSessionTest, HealthAndModels) {
+TEST_P(HttpSessionTest, HealthAndModels) {
   start();
   Client client = connect();
   EXPECT_EQ(client.get("/health").status, 200);
@@ -179,7 +261,7 @@ TEST_F(HttpSessionTest, HealthAndModels) {
   EXPECT_TRUE(metrics.has("text/plain; version=0.0.4"));
 }
 
-TEST_F(HttpSessionTest, ChatOnOneConnection) {
+TEST_P(HttpSessionTest, ChatOnOneConnection) {
   start();
   Client client = connect();
   for (int i = 0; i < 3; ++i) {
@@ -192,7 +274,7 @@ TEST_F(HttpSessionTest, ChatOnOneConnection) {
   }
 }
 
-TEST_F(HttpSessionTest, PagesOfAllowedOriginsMayAsk) {
+TEST_P(HttpSessionTest, PagesOfAllowedOriginsMayAsk) {
   ServerOptions options;
   options.cors_origins = {"https://a.example"};
   start({}, options);
@@ -218,7 +300,7 @@ TEST_F(HttpSessionTest, PagesOfAllowedOriginsMayAsk) {
   EXPECT_FALSE(refused.has("Access-Control"));
 }
 
-TEST_F(HttpSessionTest, PageAndState) {
+TEST_P(HttpSessionTest, PageAndState) {
   start();
   Client client = connect();
   const Reply page = client.get("/");
@@ -230,7 +312,7 @@ TEST_F(HttpSessionTest, PageAndState) {
   EXPECT_EQ(state["prefix_tree"][0]["running"], 2);
 }
 
-TEST_F(HttpSessionTest, HeadIsGetWithoutTheBody) {
+TEST_P(HttpSessionTest, HeadIsGetWithoutTheBody) {
   start();
   Client client = connect();
   client.send("HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n");
@@ -240,7 +322,7 @@ TEST_F(HttpSessionTest, HeadIsGetWithoutTheBody) {
   EXPECT_EQ(client.get("/health").status, 200);  // nothing came in between
 }
 
-TEST_F(HttpSessionTest, RequestIdIsEchoedIfFit) {
+TEST_P(HttpSessionTest, RequestIdIsEchoedIfFit) {
   start();
   Client client = connect();
   EXPECT_TRUE(client.get("/health", "X-Request-Id: abc-1\r\n").has("x-request-id: abc-1\r\n"));
@@ -249,7 +331,7 @@ TEST_F(HttpSessionTest, RequestIdIsEchoedIfFit) {
   EXPECT_TRUE(client.get("/health", odd).has("x-request-id: req_"));
 }
 
-TEST_F(HttpSessionTest, PipelinedRequestsAreAnsweredInOrder) {
+TEST_P(HttpSessionTest, PipelinedRequestsAreAnsweredInOrder) {
   start();
   Client client = connect();
   client.send(Client::post_text(kChat, chat(R"(,"stream":true)")) +
@@ -260,7 +342,7 @@ TEST_F(HttpSessionTest, PipelinedRequestsAreAnsweredInOrder) {
   EXPECT_EQ(client.read_reply().json()["status"], "ok");
 }
 
-TEST_F(HttpSessionTest, RequestInSmallPieces) {
+TEST_P(HttpSessionTest, RequestInSmallPieces) {
   start();
   Client client = connect();
   client.socket().set_option(net::ip::tcp::no_delay(true));
@@ -272,7 +354,7 @@ TEST_F(HttpSessionTest, RequestInSmallPieces) {
   EXPECT_EQ(client.read_reply().status, 200);
 }
 
-TEST_F(HttpSessionTest, ChunkedRequestBody) {
+TEST_P(HttpSessionTest, ChunkedRequestBody) {
   start();
   Client client = connect();
   const std::string body = chat();
@@ -286,7 +368,7 @@ TEST_F(HttpSessionTest, ChunkedRequestBody) {
             200);
 }
 
-TEST_F(HttpSessionTest, Expect100Continue) {
+TEST_P(HttpSessionTest, Expect100Continue) {
   start();
   Client client = connect();
   const std::string body = chat();
@@ -296,7 +378,7 @@ TEST_F(HttpSessionTest, Expect100Continue) {
   EXPECT_EQ(client.ask(body).status, 200);
 }
 
-TEST_F(HttpSessionTest, Http10) {
+TEST_P(HttpSessionTest, Http10) {
   start();
   Client client = connect();
   const std::string body = chat(R"(,"stream":true)");
@@ -309,7 +391,7 @@ TEST_F(HttpSessionTest, Http10) {
   EXPECT_TRUE(client.at_end());
 }
 
-TEST_F(HttpSessionTest, ErrorsInOpenAisForm) {
+TEST_P(HttpSessionTest, ErrorsInOpenAisForm) {
   ServerOptions options;
   options.max_body_bytes = 1000;
   start({}, options);
@@ -349,7 +431,7 @@ TEST_F(HttpSessionTest, ErrorsInOpenAisForm) {
   EXPECT_EQ(smuggled.status, 400);
 }
 
-TEST_F(HttpSessionTest, ABodyFarTooLargeStillReadsItsAnswer) {
+TEST_P(HttpSessionTest, ABodyFarTooLargeStillReadsItsAnswer) {
   start();
   Client client = connect();
   // The client sends all of it before it reads, as most do.
@@ -359,7 +441,7 @@ TEST_F(HttpSessionTest, ABodyFarTooLargeStillReadsItsAnswer) {
   EXPECT_EQ(reply.status, 413);
 }
 
-TEST_F(HttpSessionTest, ChunkedBodyBeyondTheLimit) {
+TEST_P(HttpSessionTest, ChunkedBodyBeyondTheLimit) {
   ServerOptions options;
   options.max_body_bytes = 1000;
   start({}, options);
@@ -370,7 +452,7 @@ TEST_F(HttpSessionTest, ChunkedBodyBeyondTheLimit) {
   EXPECT_EQ(client.read_reply().status, 413);
 }
 
-TEST_F(HttpSessionTest, Keys) {
+TEST_P(HttpSessionTest, Keys) {
   ServerOptions options;
   options.api_keys = {"k1"};
   options.admin_keys = {"root"};
@@ -388,8 +470,33 @@ TEST_F(HttpSessionTest, Keys) {
   EXPECT_EQ(connect().post(kChat, chat(), "Authorization: Bearer k1\r\n").status, 200);
 }
 
+TEST_P(HttpSessionTest, WhoSharesWithWhomIsForOperators) {
+  const auto tells = [&](const std::string& key) {
+    const Reply reply = connect().get("/metrics", "Authorization: Bearer " + key + "\r\n");
+    EXPECT_EQ(reply.status, 200);
+    EXPECT_NE(reply.body.find("vllm:num_requests_running"), std::string::npos);
+    int found = 0;
+    for (const char* part :
+         {"relay:shared_group_size", "relay:shared_prefix_tokens", "relay:kv_bytes_unshared",
+          "relay:kv_bytes_read_total", "relay:kv_bytes_saved_total"}) {
+      found += reply.body.find(part) != std::string::npos ? 1 : 0;
+    }
+    return found;
+  };
+  start();
+  EXPECT_EQ(tells("anything"), 5) << "no keys: everybody is an operator";
+  ServerOptions options;
+  options.api_keys = {"k1"};
+  start({}, options);
+  EXPECT_EQ(tells("k1"), 0) << "no admin key: nobody is";
+  options.admin_keys = {"root"};
+  start({}, options);
+  EXPECT_EQ(tells("k1"), 0);
+  EXPECT_EQ(tells("root"), 5);
+}
+
 // The timer's work runs on a thread that nobody waits for.
-TEST_F(HttpSessionTest, ATimerThatFailsGoesOn) {
+TEST_P(HttpSessionTest, ATimerThatFailsGoesOn) {
   ServerOptions options;
   options.admin_keys = {"root"};
   options.pin_refresh = std::chrono::milliseconds(2);
@@ -407,7 +514,7 @@ TEST_F(HttpSessionTest, ATimerThatFailsGoesOn) {
   EXPECT_EQ(connect().get("/v1/cached_prompts", key).json()["data"].size(), 1u);
 }
 
-TEST_F(HttpSessionTest, CachedPrompts) {
+TEST_P(HttpSessionTest, CachedPrompts) {
   ServerOptions options;
   options.admin_keys = {"root"};
   start({}, options);
@@ -435,7 +542,7 @@ TEST_F(HttpSessionTest, CachedPrompts) {
   EXPECT_EQ(client.get("/v1/cached_prompts", key).json()["data"].size(), 0u);
 }
 
-TEST_F(HttpSessionTest, LoadingAndDraining) {
+TEST_P(HttpSessionTest, LoadingAndDraining) {
   start({}, {}, /*ready=*/false);
   Client client = connect();
   server_->service().set_progress(0.5, "loading model");
@@ -456,7 +563,7 @@ TEST_F(HttpSessionTest, LoadingAndDraining) {
   EXPECT_EQ(connect().get("/health").json()["status"], "draining");
 }
 
-TEST_F(HttpSessionTest, QueueFull) {
+TEST_P(HttpSessionTest, QueueFull) {
   FakeScript script = endless();
   script.max_requests = 1;
   start(script);
@@ -469,7 +576,7 @@ TEST_F(HttpSessionTest, QueueFull) {
   EXPECT_TRUE(refused.has("Retry-After: 7\r\n"));
 }
 
-TEST_F(HttpSessionTest, AClientThatLeavesIsNoticed) {
+TEST_P(HttpSessionTest, AClientThatLeavesIsNoticed) {
   start(endless());
   Client streaming = connect();
   streaming.send(Client::post_text(kChat, chat(R"(,"stream":true)")));
@@ -491,7 +598,7 @@ TEST_F(HttpSessionTest, AClientThatLeavesIsNoticed) {
   EXPECT_EQ(engine_->cancelled, 3);
 }
 
-TEST_F(HttpSessionTest, AReaderThatStopsReadingIsCutOff) {
+TEST_P(HttpSessionTest, AReaderThatStopsReadingIsCutOff) {
   FakeScript script;
   script.endless = true;
   script.pieces = {std::string(1000, 'x')};
@@ -507,7 +614,7 @@ TEST_F(HttpSessionTest, AReaderThatStopsReadingIsCutOff) {
   EXPECT_EQ(connect().get("/health").status, 200);
 }
 
-TEST_F(HttpSessionTest, ErrorInMidStream) {
+TEST_P(HttpSessionTest, ErrorInMidStream) {
   FakeScript script;
   script.fail_after = 2;
   script.step = 5ms;
@@ -521,7 +628,7 @@ TEST_F(HttpSessionTest, ErrorInMidStream) {
   EXPECT_TRUE(client.at_end());
 }
 
-TEST_F(HttpSessionTest, ErrorBeforeTheFirstTokenHasItsStatus) {
+TEST_P(HttpSessionTest, ErrorBeforeTheFirstTokenHasItsStatus) {
   FakeScript script;
   script.fail_after = 0;
   start(script);
@@ -530,7 +637,7 @@ TEST_F(HttpSessionTest, ErrorBeforeTheFirstTokenHasItsStatus) {
   EXPECT_EQ(reply.code(), "internal_error");
 }
 
-TEST_F(HttpSessionTest, SilentStreamsShowThatTheyLive) {
+TEST_P(HttpSessionTest, SilentStreamsShowThatTheyLive) {
   FakeScript script;
   script.pieces = {"a"};
   script.step = 300ms;
@@ -543,7 +650,7 @@ TEST_F(HttpSessionTest, SilentStreamsShowThatTheyLive) {
   EXPECT_NE(reply.body.find("data: [DONE]"), std::string::npos);
 }
 
-TEST_F(HttpSessionTest, SlowSendersAreTimedOut) {
+TEST_P(HttpSessionTest, SlowSendersAreTimedOut) {
   ServerOptions options;
   options.header_timeout = 100ms;
   options.body_timeout = 100ms;
@@ -560,7 +667,7 @@ TEST_F(HttpSessionTest, SlowSendersAreTimedOut) {
   EXPECT_TRUE(idle.at_end());
 }
 
-TEST_F(HttpSessionTest, ConnectionsAreBounded) {
+TEST_P(HttpSessionTest, ConnectionsAreBounded) {
   ServerOptions options;
   options.max_connections = 2;
   start({}, options);
@@ -568,18 +675,24 @@ TEST_F(HttpSessionTest, ConnectionsAreBounded) {
   Client b = connect();
   EXPECT_EQ(a.get("/health").status, 200);
   EXPECT_EQ(b.get("/health").status, 200);
-  Client c = connect();
-  EXPECT_EQ(c.read_reply().status, 503);
+  if (GetParam()) {
+    EXPECT_THROW(connect(), std::runtime_error) << "no handshake for one too many";
+  } else {
+    EXPECT_EQ(connect().read_reply().status, 503);
+  }
   a.close();
   const auto until = std::chrono::steady_clock::now() + 5s;
   int status = 0;
   while (status != 200 && std::chrono::steady_clock::now() < until) {
-    status = connect().get("/health").status;
+    try {
+      status = connect().get("/health").status;
+    } catch (const std::runtime_error&) {  // still one too many
+    }
   }
   EXPECT_EQ(status, 200);
 }
 
-TEST_F(HttpSessionTest, BuffersForBodiesAreBounded) {
+TEST_P(HttpSessionTest, BuffersForBodiesAreBounded) {
   ServerOptions options;
   options.max_buffered_body_bytes = 1000;
   start({}, options);
@@ -598,14 +711,14 @@ TEST_F(HttpSessionTest, BuffersForBodiesAreBounded) {
   EXPECT_EQ(status, 200);
 }
 
-TEST_F(HttpSessionTest, ManyStreamsOnFewThreads) {
+TEST_P(HttpSessionTest, ManyStreamsOnFewThreads) {
   FakeScript script;
   script.pieces.assign(20, "x");
   script.step = 2ms;
   start(script);
   std::vector<std::unique_ptr<Client>> clients;
   for (int i = 0; i < 300; ++i) {
-    clients.push_back(std::make_unique<Client>(server_->port()));
+    clients.push_back(std::unique_ptr<Client>(new Client(connect())));
     clients.back()->send(Client::post_text(kChat, chat(R"(,"stream":true)")));
   }
   for (const auto& client : clients) {
@@ -615,7 +728,7 @@ TEST_F(HttpSessionTest, ManyStreamsOnFewThreads) {
   }
 }
 
-TEST_F(HttpSessionTest, ShutdownLetsAnswersFinish) {
+TEST_P(HttpSessionTest, ShutdownLetsAnswersFinish) {
   FakeScript script;
   script.pieces.assign(50, "x");
   script.step = 5ms;
@@ -633,7 +746,7 @@ TEST_F(HttpSessionTest, ShutdownLetsAnswersFinish) {
   EXPECT_TRUE(idle.at_end());
 }
 
-TEST_F(HttpSessionTest, ShutdownEndsWhatDoesNotFinish) {
+TEST_P(HttpSessionTest, ShutdownEndsWhatDoesNotFinish) {
   start(endless());
   Client client = connect();
   client.send(Client::post_text(kChat, chat(R"(,"stream":true)")));
@@ -643,7 +756,7 @@ TEST_F(HttpSessionTest, ShutdownEndsWhatDoesNotFinish) {
   EXPECT_NE(client.read_until("data: {\"error\""), "");
 }
 
-TEST_F(HttpSessionTest, ShutdownWhileClientsComeAndGo) {
+TEST_P(HttpSessionTest, ShutdownWhileClientsComeAndGo) {
   // For the sanitizers above all: connections are accepted, work is on other threads and clients
   // leave in the middle of it, all while the server ends.
   for (int round = 0; round < 5; ++round) {
@@ -654,15 +767,13 @@ TEST_F(HttpSessionTest, ShutdownWhileClientsComeAndGo) {
     for (int i = 0; i < 6; ++i) {
       clients.emplace_back([&, i] {
         while (!over) {
-          net::io_context io;
-          net::ip::tcp::socket socket(io);
-          error_code error;
-          socket.connect({net::ip::address_v4::loopback(), port}, error);
-          if (error) continue;
           const std::string body = chat(i % 2 == 0 ? R"(,"stream":true)" : R"(,"max_tokens":5)");
-          net::write(socket, net::buffer(Client::post_text(kChat, body)), error);
-          char byte = 0;
-          if (i % 3 == 0 && !error) net::read(socket, net::buffer(&byte, 1), error);
+          try {
+            Client client = connect_to(port);
+            client.send(Client::post_text(kChat, body));
+            if (i % 3 == 0) client.read_more();
+          } catch (const std::exception&) {  // the server is gone, or closed in the handshake
+          }
         }
       });
     }
@@ -679,7 +790,7 @@ TEST_F(HttpSessionTest, ShutdownWhileClientsComeAndGo) {
   }
 }
 
-TEST_F(HttpSessionTest, PortInUseSaysSo) {
+TEST_P(HttpSessionTest, PortInUseSaysSo) {
   start();
   ServerOptions options;
   options.port = server_->port();
@@ -690,6 +801,76 @@ TEST_F(HttpSessionTest, PortInUseSaysSo) {
   } catch (const Error& error) {
     EXPECT_NE(std::string(error.what()).find("in use"), std::string::npos);
   }
+}
+
+INSTANTIATE_TEST_SUITE_P(Plain, HttpSessionTest, testing::Values(false));
+INSTANTIATE_TEST_SUITE_P(Tls, HttpSessionTest, testing::Values(true));
+
+class TlsTest : public HttpSessionTest {};
+INSTANTIATE_TEST_SUITE_P(Tls, TlsTest, testing::Values(true));
+
+TEST_P(TlsTest, OnlyNewVersionsAndNothingInTheClear) {
+  start();
+  EXPECT_EQ(server_->url().substr(0, 8), "https://");
+  EXPECT_THROW(Client(server_->port(), Client::Tls::k1_1), std::runtime_error);
+  Client clear(server_->port());
+  clear.send("GET /health HTTP/1.1\r\nHost: x\r\n\r\n");
+  while (clear.read_more()) {
+  }
+  EXPECT_FALSE(clear.take_buffer().starts_with("HTTP"));
+  EXPECT_EQ(connect().get("/health").status, 200);
+}
+
+TEST_P(TlsTest, AClientThatDoesNotShakeHandsIsLetGo) {
+  ServerOptions options;
+  options.header_timeout = 50ms;
+  start({}, options);
+  Client silent(server_->port());
+  EXPECT_TRUE(silent.at_end());
+  EXPECT_EQ(connect().get("/health").status, 200);
+}
+
+TEST(Tls, WrongFilesAreNamed) {
+  const auto message = [](const std::string& certificate, const std::string& key) -> std::string {
+    ServerOptions options;
+    options.tls_certificate_file = certificate;
+    options.tls_key_file = key;
+    try {
+      Server server(options);
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  const KeyPair& good = key_pair();
+  const KeyPair other = make_key_pair("other");
+  const std::string empty = testing::TempDir() + "empty.pem";
+  std::ofstream(empty).flush();
+  const std::string encrypted = testing::TempDir() + "encrypted.key";
+  {
+    const std::unique_ptr<EVP_PKEY, decltype(&EVP_PKEY_free)> key(EVP_EC_gen("P-256"),
+                                                                  EVP_PKEY_free);
+    std::FILE* file = std::fopen(encrypted.c_str(), "w");
+    PEM_write_PKCS8PrivateKey(file, key.get(), EVP_aes_256_cbc(), "secret", 6, nullptr, nullptr);
+    std::fclose(file);
+  }
+  EXPECT_EQ(message(good.certificate_file, good.key_file), "");
+  const auto contains = [](const std::string& text, const std::string& part) {
+    return text.find(part) != std::string::npos ? "" : text;
+  };
+  EXPECT_EQ(contains(message("/no/such.crt", good.key_file),
+                     "the TLS certificate '/no/such.crt' cannot be read: No such file"),
+            "");
+  EXPECT_EQ(contains(message(good.certificate_file, "/no/such.key"),
+                     "the TLS key '/no/such.key' cannot be read"),
+            "");
+  EXPECT_EQ(contains(message(testing::TempDir(), good.key_file), "cannot be read: Is a dir"), "");
+  EXPECT_EQ(contains(message(empty, good.key_file), "is empty"), "");
+  EXPECT_EQ(contains(message(good.key_file, good.key_file), "is no certificate in PEM"), "");
+  EXPECT_EQ(contains(message(good.certificate_file, good.certificate_file), "is no key in PEM"),
+            "");
+  EXPECT_EQ(contains(message(good.certificate_file, other.key_file), "does not belong to"), "");
+  EXPECT_EQ(contains(message(good.certificate_file, encrypted), "is encrypted"), "");
 }
 
 }  // namespace

@@ -77,18 +77,11 @@ void write_gauges(FamilyWriter& out, const engine::ModelInfo& info,
   out.gauge("relay:pinned_tokens", "Tokens of pinned prompts.", stats.pinned_tokens);
   out.gauge("relay:cached_tokens", "Tokens of unpinned prefixes kept for later requests.",
             stats.kv_cells_cached);
-  out.gauge("relay:shared_group_size", "Rows of the largest group sharing a prefix in this step.",
-            stats.shared_group_size);
-  out.gauge("relay:shared_prefix_tokens", "Length of that group's prefix.",
-            stats.shared_prefix_tokens);
   out.gauge("relay:kv_bytes_used", "Bytes of KV held.", static_cast<double>(stats.kv_bytes_used));
-  out.gauge("relay:kv_bytes_unshared", "Bytes the running sequences would hold without sharing.",
-            static_cast<double>(stats.kv_bytes_unshared));
   out.gauge("relay:active", "1 if attention runs through Relay.", info.relay_active ? 1 : 0);
 }
 
-void write_counters(FamilyWriter& out, const engine::ModelInfo& info,
-                    const engine::EngineStats& stats) {
+void write_counters(FamilyWriter& out, const engine::EngineStats& stats) {
   const auto count = [&](const char* name, const char* help, int64_t value, Labels extra = {}) {
     out.counter(name, help, static_cast<double>(value), std::move(extra));
   };
@@ -106,13 +99,6 @@ void write_counters(FamilyWriter& out, const engine::ModelInfo& info,
   count(finished, finished_help, stats.finished_length, {{"finished_reason", "length"}});
   count(finished, finished_help, stats.finished_cancelled, {{"finished_reason", "abort"}});
   count(finished, finished_help, stats.finished_error, {{"finished_reason", "error"}});
-  const char* read = "relay:kv_bytes_read_total";
-  const char* read_help = "KV bytes attention read: for a whole group at once, or one sequence.";
-  const int64_t bytes = info.kv_bytes_per_token;
-  count(read, read_help, stats.kv_tokens_read_shared * bytes, {{"kind", "shared"}});
-  count(read, read_help, stats.kv_tokens_read_private * bytes, {{"kind", "private"}});
-  count("relay:kv_bytes_saved_total", "KV bytes that reading per sequence would have added.",
-        stats.kv_tokens_saved * bytes);
   count("relay:requests_refused_total", "Requests refused by the engine.", stats.refused);
   count("relay:evicted_tokens_total", "Tokens of cached prefixes dropped to make room.",
         stats.evicted_tokens);
@@ -122,6 +108,26 @@ void write_counters(FamilyWriter& out, const engine::ModelInfo& info,
   out.counter("relay:compute_seconds_total", "Time spent in the model.", stats.seconds_computing);
   out.counter("relay:sampling_seconds_total", "Time spent choosing tokens.",
               stats.seconds_sampling);
+}
+
+void write_sharing(FamilyWriter& out, const engine::ModelInfo& info,
+                   const engine::EngineStats& stats) {
+  out.gauge("relay:shared_group_size", "Rows of the largest group sharing a prefix in this step.",
+            stats.shared_group_size);
+  out.gauge("relay:shared_prefix_tokens", "Length of that group's prefix.",
+            stats.shared_prefix_tokens);
+  out.gauge("relay:kv_bytes_unshared", "Bytes the running sequences would hold without sharing.",
+            static_cast<double>(stats.kv_bytes_unshared));
+  const auto count = [&](const char* name, const char* help, int64_t tokens, Labels extra = {}) {
+    const int64_t bytes = tokens * info.kv_bytes_per_token;
+    out.counter(name, help, static_cast<double>(bytes), std::move(extra));
+  };
+  const char* read = "relay:kv_bytes_read_total";
+  const char* read_help = "KV bytes attention read: for a whole group at once, or one sequence.";
+  count(read, read_help, stats.kv_tokens_read_shared, {{"kind", "shared"}});
+  count(read, read_help, stats.kv_tokens_read_private, {{"kind", "private"}});
+  count("relay:kv_bytes_saved_total", "KV bytes that reading per sequence would have added.",
+        stats.kv_tokens_saved);
 }
 
 }  // namespace
@@ -177,13 +183,14 @@ void Metrics::on_request_end(engine::FinishReason reason, const engine::Usage& /
   state_->decode.Observe(timings.decode);
 }
 
-std::string Metrics::render(const engine::Engine* engine) const {
+std::string Metrics::render(const engine::Engine* engine, bool sharing) const {
   std::vector<MetricFamily> families = state_->registry.Collect();
   if (engine != nullptr) {
     FamilyWriter out(state_->labels);
     const engine::EngineStats stats = engine->stats();
     write_gauges(out, engine->info(), stats);
-    write_counters(out, engine->info(), stats);
+    write_counters(out, stats);
+    if (sharing) write_sharing(out, engine->info(), stats);
     for (MetricFamily& family : out.take()) families.push_back(std::move(family));
   }
   return prometheus::TextSerializer().Serialize(families);

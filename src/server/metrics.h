@@ -20,8 +20,9 @@ class Metrics : public engine::Observer {
   void on_request_end(engine::FinishReason reason, const engine::Usage& usage,
                       const engine::RequestTimings& timings) override;
 
-  /// The text exposition format. `engine` may be null: loading.
-  std::string render(const engine::Engine* engine) const;
+  /// The text exposition format. `engine` may be null: loading. `sharing`: with what tells how many
+  /// requests share a prefix, which is nobody's business who might learn by it what others ask.
+  std::string render(const engine::Engine* engine, bool sharing) const;
 
  private:
   struct State;

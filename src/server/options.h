@@ -17,6 +17,9 @@ struct ServerOptions {
   std::vector<std::string> api_keys;     ///< empty: no key is asked for
   std::vector<std::string> admin_keys;   ///< may manage cached prompts; empty: nobody may
 
+  std::string tls_certificate_file;  ///< PEM, with its chain; empty: no TLS
+  std::string tls_key_file;          ///< PEM, not encrypted
+
   std::vector<std::string> cors_origins;  ///< whose pages may ask from a browser; "*": all of them
   bool json_logs = false;                 ///< requests are logged as JSON objects (json_log.h)
 

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <boost/asio/io_context.hpp>
+#include <boost/asio/ssl/context.hpp>
 #include <boost/asio/thread_pool.hpp>
 #include <cstddef>
 #include <memory>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "server/service.h"
+#include "server/tls.h"
 
 namespace relay::server {
 
@@ -20,6 +22,9 @@ class Runtime {
  public:
   explicit Runtime(const ServerOptions& options)
       : service(options),
+        tls(options.tls_certificate_file.empty()
+                ? nullptr
+                : make_tls_context(options.tls_certificate_file, options.tls_key_file)),
         io(options.io_threads),
         workers(static_cast<size_t>(options.worker_threads)),
         waiters(1) {}
@@ -62,6 +67,7 @@ class Runtime {
 
  public:
   Service service;
+  const std::unique_ptr<boost::asio::ssl::context> tls;  ///< null: none
   std::atomic<bool> stopping{false};
   std::atomic<int> busy{0};  ///< connections between the header of a request and its answer's end
 

@@ -93,7 +93,7 @@ struct Server::State {
 
 void Server::State::take(tcp::socket socket) {
   if (runtime.connections() >= runtime.service.options().max_connections) {
-    refuse_connection(socket);
+    if (runtime.tls == nullptr) refuse_connection(socket);  // a handshake would make it wait
     return;
   }
   const auto session = std::make_shared<HttpSession>(std::move(socket), runtime);
@@ -146,7 +146,8 @@ Server::~Server() { shutdown(std::chrono::milliseconds(0)); }
 Service& Server::service() { return state_->runtime.service; }
 uint16_t Server::port() const { return state_->port; }
 std::string Server::url() const {
-  return "http://" + state_->host_in_url + ":" + std::to_string(state_->port);
+  const std::string scheme = state_->runtime.tls != nullptr ? "https://" : "http://";
+  return scheme + state_->host_in_url + ":" + std::to_string(state_->port);
 }
 
 void Server::listen() {

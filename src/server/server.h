@@ -14,6 +14,7 @@ namespace relay::server {
 
 class Server {
  public:
+  /// Throws Error if the certificate or its key cannot be used.
   explicit Server(const ServerOptions& options);
   /// shutdown() with no time to spare.
   ~Server();

@@ -115,12 +115,15 @@ void Service::require_ready() const {
   }
 }
 
+bool Service::is_operator(const Caller& caller) const {
+  return caller.admin || (keys_.open() && !keys_.has_admin_keys());
+}
+
 Caller Service::authorize(const Route& route, std::string_view authorization,
                           std::string_view x_api_key) const {
   const Caller caller = keys_.identify(authorization, x_api_key);
   if (route.access == Access::kAnyone) return caller;
-  const bool open = keys_.open() && !keys_.has_admin_keys();
-  if (route.access == Access::kOperator && open) return caller;
+  if (route.access == Access::kOperator && is_operator(caller)) return caller;
   if (!caller.allowed) {
     const bool missing = authorization.empty() && x_api_key.empty();
     throw ApiError(401, "invalid_request_error", "invalid_api_key",
@@ -157,7 +160,7 @@ std::string Service::resolve_model(const engine::Engine& engine, const std::stri
   return model;
 }
 
-Answer Service::answer(const Route& route, std::string_view body) {
+Answer Service::answer(const Route& route, std::string_view body, const Caller& caller) {
   try {
     switch (route.endpoint) {
       case Endpoint::kPage:
@@ -172,7 +175,7 @@ Answer Service::answer(const Route& route, std::string_view body) {
       case Endpoint::kModel:
         return models(route.argument);
       case Endpoint::kMetrics:
-        return metrics();
+        return metrics(caller);
       case Endpoint::kListCachedPrompts:
         return list_cached_prompts();
       case Endpoint::kCreateCachedPrompt:
@@ -283,7 +286,7 @@ Answer Service::models(const std::string& only) const {
   return ok(Json{{"object", "list"}, {"data", std::move(data)}});
 }
 
-Answer Service::metrics() const {
+Answer Service::metrics(const Caller& caller) const {
   std::shared_ptr<engine::Engine> engine;
   std::shared_ptr<Metrics> metrics;
   {
@@ -293,7 +296,7 @@ Answer Service::metrics() const {
   }
   Answer answer;
   answer.content_type = "text/plain; version=0.0.4; charset=utf-8";
-  if (metrics != nullptr) answer.body = metrics->render(engine.get());
+  if (metrics != nullptr) answer.body = metrics->render(engine.get(), is_operator(caller));
   return answer;
 }
 

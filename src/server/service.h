@@ -55,7 +55,7 @@ class Service {
   void require_ready() const;
 
   /// Endpoints that generate nothing. May wait for the engine (Work::kWaiter). Throws ApiError.
-  Answer answer(const Route& route, std::string_view body);
+  Answer answer(const Route& route, std::string_view body, const Caller& caller);
   /// Endpoints of Work::kGeneration. Throws ApiError.
   std::unique_ptr<Generation> generate(Endpoint endpoint, std::string_view body,
                                        const Caller& caller, std::function<void()> wake);
@@ -63,6 +63,8 @@ class Service {
  private:
   enum class Phase { kLoading, kReady, kDraining };
 
+  /// Whether the caller runs this server, as far as keys can tell.
+  bool is_operator(const Caller& caller) const;
   std::shared_ptr<engine::Engine> engine() const;
   std::shared_ptr<PinnedChats> pinned() const;
   RequestLimits limits(const engine::Engine& engine) const;
@@ -74,7 +76,7 @@ class Service {
   Answer state() const;
   Answer health() const;
   Answer models(const std::string& only) const;
-  Answer metrics() const;
+  Answer metrics(const Caller& caller) const;
   Answer count_tokens(std::string_view body) const;
   Answer tokenize(std::string_view body) const;
   Answer detokenize(std::string_view body) const;

@@ -58,7 +58,7 @@ class Server:
     def _read_stderr(self):
         for line in self.process.stderr:
             self.log.append(line)
-            if found := re.search(r"listening on (http://[^\s\"]+)", line):
+            if found := re.search(r"listening on (https?://[^\s\"]+)", line):
                 self.url = found[1]
                 self._listening.set()
 

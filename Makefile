@@ -42,10 +42,10 @@ demo-gpu:
 test: setup
 	@scripts/test.sh
 
-bench: build
+bench: build little-model
 	@scripts/bench.sh
 
-bench-full: build
+bench-full: build little-model
 	@scripts/bench.sh full
 
 bench-docs: setup-build

@@ -2,7 +2,7 @@
 # Measures a set of bench/evaluation's problems on a machine that has nothing else to do, then draws
 # its plots and writes its report beside the results: build/evaluation/<set>/evaluation.md. A run
 # that was stopped goes on. With --docs: writes docs/evaluation.md from all results that lie there.
-# usage: scripts/bench.sh [set [options of the driver...]]      (bench; full, cuda, smoke)
+# usage: scripts/bench.sh [set [options of the driver...]]      (bench; vllm, full, cuda, smoke)
 #        scripts/bench.sh --docs
 set -euo pipefail
 cd "$(dirname "$0")/.."

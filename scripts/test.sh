@@ -17,7 +17,7 @@ declare -A about=(
   [ggml-ops]="ggml's own suite for FLASH_ATTN_EXT through libggml-relay.so, and who served it"
   [install]="an installed prefix: relay runs, CMake and pkg-config consumers build"
   [e2e]="the driver of the evaluation; the server end to end, with the openai client"
-  [vllm]="Relay in an unmodified vLLM: operator, models, two workers, random arrivals"
+  [vllm]="Relay in an unmodified vLLM: operator, models, two workers, random arrivals; PEFT's prefixes"
 )
 
 usage() {
@@ -150,7 +150,7 @@ stage_vllm() {
   plugins/vllm/setup_vllm.sh || return 1
   local venv="${RELAY_VLLM_VENV:-$HOME/.cache/relay/vllm-0.32.0}"
   "$venv/bin/python" -m relay_attention.doctor &&
-    "$venv/bin/python" -m pytest -q -p no:cacheprovider plugins/vllm/tests
+    "$venv/bin/python" -m pytest -q -p no:cacheprovider plugins/vllm/tests tests/peft
 }
 
 # What a stage checked, for the table.

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "graph_runner.h"
+#include "never_destroyed.h"
 
 namespace relay::ggml {
 namespace {
@@ -38,8 +39,8 @@ struct Hooks {
 };
 
 Hooks& hooks() {
-  static Hooks* const instance = new Hooks();
-  return *instance;
+  static NeverDestroyed<Hooks> instance;
+  return instance.get();
 }
 
 // A function of the CPU registry, as it was before.
@@ -149,7 +150,7 @@ void remove_hooks() {
     // Kept: where a signal handler ends the program, graphs are still running in them.
     h.left.push_back(std::move(hooked));
   }
-  h.backends.clear();
+  h.backends = decltype(h.backends)();  // clear() would keep memory
 }
 
 ggml_backend_t create_backend(ggml_backend_dev_t device, const char* (*get_name)(ggml_backend_t),

@@ -4,8 +4,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
-#include <set>
 
 #include "relay/attention.h"
 
@@ -21,9 +19,8 @@ int64_t nanoseconds(Clock::duration d) {
 }  // namespace
 
 Statistics& Statistics::instance() {
-  // Never destroyed: a host may free its backends after this module's static objects are gone.
-  static Statistics* const statistics = new Statistics();
-  return *statistics;
+  static NeverDestroyed<Statistics> statistics;
+  return statistics.get();
 }
 
 Statistics::Statistics() {
@@ -32,10 +29,8 @@ Statistics::Statistics() {
 }
 
 bool Statistics::first_time(const std::string& text) {
-  static std::mutex mutex;
-  static auto* const seen = new std::set<std::string>();
-  const std::lock_guard lock(mutex);
-  return seen->size() < kMaxRemembered && seen->insert(text).second;
+  const std::lock_guard lock(mutex_);
+  return seen_.size() < kMaxRemembered && seen_.insert(text).second;
 }
 
 void Statistics::count_node(const ggml_tensor& node, Verdict verdict) {
@@ -89,7 +84,11 @@ std::string Statistics::json() const {
   return text + "}\n}\n";
 }
 
-void Statistics::report() const {
+void Statistics::report() {
+  {
+    const std::lock_guard lock(mutex_);
+    seen_.clear();
+  }
   if (verbose_) {
     int64_t handed_on = 0;
     std::string reasons;

@@ -7,9 +7,12 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <string>
 
 #include "flash_attention.h"
+#include "never_destroyed.h"
 
 namespace relay::ggml {
 
@@ -32,11 +35,13 @@ class Statistics {
   int64_t plans() const { return plans_; }
 
   /// The summary of RELAY_VERBOSE=1 and the file of RELAY_STATS_FILE; called once, at the end.
-  void report() const;
+  void report();
 
   static Statistics& instance();
 
  private:
+  friend class NeverDestroyed<Statistics>;  // a host may free its backends very late
+
   Statistics();
   std::string json() const;
   /// True the first time that `text` is seen; bounded.
@@ -48,6 +53,8 @@ class Statistics {
   std::atomic<int64_t> plans_{0};
   std::atomic<int64_t> graph_ns_{0};
   std::atomic<int64_t> planning_ns_{0};
+  std::mutex mutex_;  // guards `seen_`
+  std::set<std::string> seen_;
 };
 
 }  // namespace relay::ggml

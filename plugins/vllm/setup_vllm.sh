@@ -43,6 +43,9 @@ if [ "$(cat "$venv/relay-stamp" 2>/dev/null)" != "$want" ]; then
   fi
   echo "$want" >"$venv/relay-stamp"
 fi
+# What tests/peft compares with. Without its requirements, which are those of vLLM.
+"$venv/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps \
+  -r ../../tests/peft/requirements.txt || fail "pip could not install PEFT, see above"
 # The package itself is small and changes with the checkout: always anew, from its own wheel.
 "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps \
   --no-build-isolation --force-reinstall "${build[@]}" . || fail "pip could not install relay-attention, see above"

@@ -98,16 +98,26 @@ def ask_vllm(python: Path, exam: Exam, out: Path) -> dict[str, list[str]]:
     return {"vLLM": answers["own"], "vLLM with Relay": answers["relay"]}
 
 
-def ask_all(exam: Exam, build: Path, out: Path, vllm: bool = True) -> dict[str, list[str]]:
-    """Each engine's answers."""
+OWN = {
+    "relay serve": lambda setup: relay_server(setup, "on"),
+    "relay serve, sharing off": lambda setup: relay_server(setup, "off"),
+    "llama-server": lambda setup: llama_server(setup, "on", AT_ONCE),
+}
+
+
+def ask_own(exam: Exam, build: Path, out: Path, *engines: str) -> dict[str, list[str]]:
+    """The answers of some of the engines that are built here; of all, where none is named."""
     setup = little_setup(exam, build, out)
     answers = {}
-    with relay_server(setup, "on") as server:
-        answers["relay serve"] = ask_server(server, exam)
-    with relay_server(setup, "off") as server:
-        answers["relay serve, sharing off"] = ask_server(server, exam)
-    with llama_server(setup, "on", AT_ONCE) as server:
-        answers["llama-server"] = ask_server(server, exam)
+    for name in engines or OWN:
+        with OWN[name](setup) as server:
+            answers[name] = ask_server(server, exam)
+    return answers
+
+
+def ask_all(exam: Exam, build: Path, out: Path, vllm: bool = True) -> dict[str, list[str]]:
+    """Each engine's answers."""
+    answers = ask_own(exam, build, out)
     if vllm and (python := vllm_python()):
         answers |= ask_vllm(python, exam, out)
     return answers

@@ -9,7 +9,8 @@ import load
 import progress
 import pytest
 import workload
-from sections import cuda, quality, trace, vllm
+from programs import Programs
+from sections import cuda, little_model, quality, trace, vllm
 from tasks import EvaluationError, Row
 
 LENGTHS = dict(input_mean=161.0, output_mean=338.0, sigma=1.0)
@@ -206,3 +207,49 @@ def test_vllms_serving_results_are_read():
     (first,) = [r for r in rows if r.metric == "time to first token p95"
                 and (r.system, r.case["rate"]) == ("vllm", 2.0)]  # fmt: skip
     assert first.median == pytest.approx(0.010)
+
+
+@pytest.fixture
+def little(tmp_path, monkeypatch):
+    """The little model's section, with engines that answer every second question right."""
+    programs = Programs(tmp_path, "cpu", None, tmp_path)  # its folder is put where `answers` lies
+    import answers
+
+    def ask(exam, _build, _out, *engines):
+        given = [f.answer() if i % 2 else "The hat." for i, f in enumerate(exam.facts)]
+        return dict.fromkeys(engines, given)
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/relay").touch()
+    (tmp_path / "little.gguf").touch()
+    monkeypatch.setattr(answers, "MADE", tmp_path)
+    monkeypatch.setattr(answers, "ask_own", ask)
+
+    def tasks(**problem):
+        given = {"systems": ["relay"], "if_installed": [], "questions": 8} | problem
+        return little_model.tasks(given, programs)
+
+    return SimpleNamespace(tasks=tasks, programs=programs, folder=tmp_path)
+
+
+def test_right_answers_are_counted(little):
+    relay, off = little.tasks(systems=["relay", "relay-off", "relay"])
+    assert relay.key != off.key
+    ((row,), (other,)) = relay.run(), off.run()
+    assert (row.system, row.metric, row.median) == ("relay", "answers right", 0.5)
+    assert (other.system, other.median) == ("relay-off", 0.5)
+
+
+def test_the_little_model_says_what_is_missing(little, monkeypatch):
+    with pytest.raises(EvaluationError, match="run: make build"):
+        little.tasks(systems=["llama-server"])
+    monkeypatch.setenv("RELAY_VLLM_VENV", str(little.folder))
+    with pytest.raises(EvaluationError, match="setup_vllm.sh"):
+        little.tasks(systems=["vllm"])
+    assert len(little.tasks(if_installed=["vllm"])) == 1
+    assert "little_model, vllm: vLLM is not installed" in little.programs.left_out[0]
+    with pytest.raises(EvaluationError, match="no more questions"):
+        little.tasks(questions=1000)
+    (little.folder / "little.gguf").unlink()
+    with pytest.raises(EvaluationError, match="run: make little-model"):
+        little.tasks()

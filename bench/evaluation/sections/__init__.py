@@ -1,6 +1,6 @@
 """Each section: FIELDS of its problems, and tasks(problem, programs)."""
 
-from sections import cuda, kernels, llama_cpp, operator, quality, serving, trace, vllm
+from sections import cuda, kernels, little_model, llama_cpp, operator, quality, serving, trace, vllm
 
 ALL = {
     "kernels": kernels,
@@ -12,4 +12,5 @@ ALL = {
     "serving": serving,
     "vllm_serving": vllm.SERVING,
     "quality": quality,
+    "little_model": little_model,
 }

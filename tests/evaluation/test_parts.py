@@ -198,7 +198,7 @@ def test_vllms_serving_results_are_read():
         name: {"serve": [[{k: speed * (i + 1) for k in keys} for i in range(2)]] * 3}
         for name, speed in (("vLLM", 10.0), ("Relay", 20.0), ("no caching", 5.0))
     }
-    problem = dict(shape="llama-1b", prefixes=[1], suffix=8, output=4)
+    problem = dict(shape="llama-1b", prefixes=[1], input_mean=8, output_mean=4)
     rows = vllm.serving_rows(problem, 512, [2.0, math.inf], report)
     found = {(r.system, r.case["rate"]): r for r in rows if r.metric == "output throughput"}
     assert found["vllm with Relay", "all at once"].median == 40

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from fields import Field
 from programs import VLLM_BENCH, Programs
 from tasks import Row, Task
+from workload import SHAREGPT_INPUT, SHAREGPT_OUTPUT
 
 NAMES = {"vLLM": "vllm", "Relay": "vllm with Relay", "no caching": "vllm, no prefix caching"}
 PERCENTILES = (50, 95, 99)
@@ -99,8 +100,8 @@ SERVING_FIELDS = {
     "shape": Field(str, default="llama-1b"),
     "prefix": Field(int, many=True, least=1),
     "prefixes": Field(int, many=True, default=[1], least=1),
-    "suffix": Field(int, default=161, least=1, about="ShareGPT's mean"),
-    "output": Field(int, default=338, least=1, about="ShareGPT's mean"),
+    "input_mean": Field(float, default=SHAREGPT_INPUT, least=1),
+    "output_mean": Field(float, default=SHAREGPT_OUTPUT, least=1),
     "requests": Field(int, default=64, least=1),
     "concurrency": Field(int, default=32, least=1),
     "rates": Field(float, many=True, default=[], least=0.001),
@@ -121,8 +122,8 @@ def serve_task(problem: dict, programs: Programs, prefix: int) -> Task:
     command += ["--variants", "no-caching,vllm,relay", "--no-offline"]
     command += ["--prefix", prefix, "--prefixes", ",".join(map(str, problem["prefixes"]))]
     command += ["--rates", ",".join(map(str, rates))]
-    for name in ("shape", "suffix", "output", "requests", "concurrency", "rounds"):
-        command += [f"--{name}", problem[name]]
+    for name in ("shape", "input_mean", "output_mean", "requests", "concurrency", "rounds"):
+        command += ["--" + name.replace("_", "-"), problem[name]]
     named = dict(prefix=prefix) | {k: v for k, v in problem.items() if k != "prefix"}
 
     def run() -> list[Row]:
@@ -142,7 +143,7 @@ def serving_rows(problem: dict, prefix: int, rates: list[float], report: dict) -
             case = dict(
                 model=problem["shape"], prompt=prefix, prompts=prefixes,
                 rate=rate if rate != float("inf") else "all at once",
-                input=problem["suffix"], output=problem["output"],
+                input=problem["input_mean"], output=problem["output_mean"],
             )  # fmt: skip
 
             def add(metric, unit, better, key, scale=1.0, found=found, case=case, system=system):

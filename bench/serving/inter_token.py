@@ -1,0 +1,53 @@
+"""Time between tokens of requests that decode, without and with a long prompt among them."""
+
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from common import chat, relay_server, words
+from console import DemoError, say
+from results import percentile
+from users import Answer, ask
+
+
+def run(args) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        cells = args.prompt_tokens + args.users * 4096 + 1024
+        options = ["-c", str(cells), "--max-model-len", str(args.prompt_tokens + 1024)]
+        with relay_server(args, Path(folder) / "serve.log", *options) as server:
+            server.wait_ready(600)
+            start = time.monotonic()
+            answers = [Answer(user) for user in range(args.users)]
+            for answer in answers:
+                question = chat(f"Question {answer.user}: {words(32)}", 4000)
+                asked = (server, question, answer, start)
+                threading.Thread(target=ask, args=asked, daemon=True).start()
+            while any(len(answer.times) < 8 for answer in answers):
+                server.check_alive()
+                time.sleep(0.1)
+            begin = time.monotonic() - start
+            time.sleep(args.seconds)
+            middle = time.monotonic() - start
+            arriving = Answer(args.users)
+            ask(server, chat(words(args.prompt_tokens), 1), arriving, start)
+            end = time.monotonic() - start
+            for answer in [*answers, arriving]:
+                if answer.error:
+                    raise DemoError(f"user {answer.user}: {answer.error}")
+            say(f"{arriving.prompt_tokens} tokens among {args.users}: {end - middle:.1f} s")
+
+        def gaps(since: float, until: float) -> list[float]:
+            result = []
+            for answer in answers:
+                times = [t for t in answer.times if since <= t <= until]
+                result += [b - a for a, b in zip(times, times[1:], strict=False)]
+            return result
+
+        for name, percent in (("p50", 50), ("p99", 99)):
+            without = percentile(sorted(gaps(begin, middle)), percent)
+            beside = percentile(sorted(gaps(middle, end)), percent)
+            say(
+                f"between tokens, {name}: {1000 * without:.0f} ms, beside the long prompt "
+                f"{1000 * beside:.0f} ms: {beside / without:.2f}x"
+            )

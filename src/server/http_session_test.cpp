@@ -601,9 +601,9 @@ TEST_P(HttpSessionTest, AClientThatLeavesIsNoticed) {
 TEST_P(HttpSessionTest, AReaderThatStopsReadingIsCutOff) {
   FakeScript script;
   script.endless = true;
-  script.pieces = {std::string(1000, 'x')};
+  script.pieces = {std::string(20'000, 'x')};  // the system takes some MB before it takes no more
   ServerOptions options;
-  options.max_queued_bytes = 100'000;
+  options.max_queued_bytes = 2'000'000;
   start(script, options);
   Client client = connect();
   client.socket().set_option(net::socket_base::receive_buffer_size(4096));

@@ -37,6 +37,8 @@ std::unique_ptr<ssl::context> make_tls_context(const std::string& certificate_fi
   auto context = std::make_unique<ssl::context>(ssl::context::tls_server);
   SSL_CTX_set_min_proto_version(context->native_handle(), TLS1_2_VERSION);
   context->set_options(ssl::context::default_workarounds | SSL_OP_NO_RENEGOTIATION);
+  // Clients keep what resumes a session (tickets); nothing of it is kept here.
+  SSL_CTX_set_session_cache_mode(context->native_handle(), SSL_SESS_CACHE_OFF);
   boost::system::error_code error;
   context->use_certificate_chain_file(certificate_file, error);
   if (error) {

@@ -208,6 +208,17 @@ TEST_F(ThreeRequests, PrefixIsOneSegment) {
   EXPECT_EQ(forest_.positions, (std::vector<int64_t>{10, 11, 13}));
 }
 
+TEST_F(ThreeRequests, BlocksSideBySideAreOneSpan) {
+  for (const size_t i : {1, 5, 9}) table_[i] = 6;  // behind block 5
+  build_from_block_tables(batch_, Sharing::kOn, forest_);
+  const auto prefix = segment_of(forest_, {0, 1, 2});
+  ASSERT_TRUE(prefix);
+  const auto spans = forest_.spans_of(*prefix);
+  ASSERT_EQ(spans.size(), 1u);
+  EXPECT_EQ(spans[0].slot, 20);
+  EXPECT_EQ(spans[0].count, 8);
+}
+
 TEST_F(ThreeRequests, SharingOffReadsEachRequestAlone) {
   build_from_block_tables(batch_, Sharing::kOff, forest_);
   validate(forest_);
@@ -492,6 +503,12 @@ TEST_F(BrokenForest, RowTwice) {
 TEST_F(BrokenForest, RowAttendsASlotTwice) {
   for (Span& span : forest_.spans) span.slot = 0;
   expect_broken("overlapping spans");
+}
+TEST_F(BrokenForest, RowAttendsOneSlotTwice) {
+  for (Span& span : forest_.spans) {
+    if (span.slot == 4) span.slot = 3;
+  }
+  expect_broken("spans that overlap by one slot");
 }
 TEST_F(BrokenForest, OverlapAcrossSegments) {
   Segment again = forest_.segments[0];

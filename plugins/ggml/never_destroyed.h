@@ -6,9 +6,9 @@
 
 namespace relay::ggml {
 
-/// For a static object that a host may still need while static objects are destroyed: its destructor
-/// does not run. It lies in the module's own memory, so unloading the module leaves nothing of it
-/// behind; what it has allocated has to be freed before.
+/// For a static object that a host may still need while static objects are destroyed: its
+/// destructor does not run. It lies in the module's own memory, so unloading the module leaves
+/// nothing of it behind; what it has allocated has to be freed before.
 template <typename T>
 class NeverDestroyed {
  public:

@@ -81,6 +81,31 @@ class PromptCacheTest : public testing::Test {
     }
     EXPECT_TRUE(pinned);
   }
+  static void ask(EngineCore& core, RequestId id, const Tokens& prompt, const std::string& salt) {
+    class Quiet : public Sink {
+      void on_tokens(int32_t, TokensDelta) override {}
+      void on_choice_finish(int32_t, FinishReason, const std::string&) override {}
+      void on_done(const Usage&, const RequestTimings&) override {}
+      void on_error(ErrorKind, const std::string& why) override { ADD_FAILURE() << why; }
+    };
+    auto r = std::make_unique<Request>();
+    r->id = id;
+    r->sink = std::make_shared<Quiet>();
+    r->prompt = prompt;
+    r->cache_salt = salt;
+    r->max_tokens = 3;
+    r->samplers.push_back(std::make_unique<GreedySampler>());
+    core.submit(std::move(r));
+    while (!core.idle()) core.step();
+  }
+  /// So many requests that begin with the same tokens, and go on each in its own way.
+  static void ask_over(EngineCore& core, const Tokens& shared, unsigned count) {
+    for (unsigned i = 0; i < count; ++i) {
+      Tokens prompt = shared;
+      for (const Token t : sequence_of(50, 1000 * count + i)) prompt.push_back(t);
+      ask(core, i + 1, prompt, "tenant");
+    }
+  }
   std::vector<fs::path> files() const {
     std::vector<fs::path> paths;
     for (const auto& entry : fs::directory_iterator(folder)) paths.push_back(entry.path());
@@ -126,31 +151,9 @@ TEST_F(PromptCacheTest, APinnedPromptNeedsNoPrefillAtTheNextStart) {
 
 TEST_F(PromptCacheTest, WhatManyShareIsKeptAndTheRestIsNot) {
   const Tokens system = sequence_of(100, 2);
-  class Quiet : public Sink {
-    void on_tokens(int32_t, TokensDelta) override {}
-    void on_choice_finish(int32_t, FinishReason, const std::string&) override {}
-    void on_done(const Usage&, const RequestTimings&) override {}
-    void on_error(ErrorKind, const std::string& why) override { ADD_FAILURE() << why; }
-  };
-  const auto ask = [&](EngineCore& core, RequestId id, const Tokens& prompt,
-                       const std::string& salt) {
-    auto r = std::make_unique<Request>();
-    r->id = id;
-    r->sink = std::make_shared<Quiet>();
-    r->prompt = prompt;
-    r->cache_salt = salt;
-    r->max_tokens = 3;
-    r->samplers.push_back(std::make_unique<GreedySampler>());
-    core.submit(std::move(r));
-    while (!core.idle()) core.step();
-  };
   engine(
       [&](FakeModel&, EngineCore& core) {
-        for (int i = 0; i < 8; ++i) {
-          Tokens prompt = system;
-          for (const Token t : sequence_of(50, 10 + static_cast<unsigned>(i))) prompt.push_back(t);
-          ask(core, static_cast<RequestId>(i + 1), prompt, "tenant");
-        }
+        ask_over(core, system, 8);
         ask(core, 9, sequence_of(300, 3), "tenant");
       },
       options());
@@ -168,6 +171,33 @@ TEST_F(PromptCacheTest, WhatManyShareIsKeptAndTheRestIsNot) {
         EXPECT_EQ(cached(""), 0);
       },
       options());
+}
+
+TEST_F(PromptCacheTest, WhatFewShareAndWhatIsShortIsNotKept) {
+  engine([&](FakeModel&, EngineCore& core) { ask_over(core, sequence_of(100, 30), 3); }, options());
+  EXPECT_TRUE(files().empty()) << "two others shared it, three would count";
+  engine([&](FakeModel&, EngineCore& core) { ask_over(core, sequence_of(31, 31), 8); }, options());
+  EXPECT_TRUE(files().empty()) << "31 tokens";
+  engine([&](FakeModel&, EngineCore& core) { ask_over(core, sequence_of(32, 32), 4); }, options());
+  EXPECT_EQ(files().size(), 1u);
+}
+
+TEST_F(PromptCacheTest, EachSaltHasItsOwnFile) {
+  const Tokens prompt = sequence_of(200, 33);
+  engine([&](FakeModel&, EngineCore& core) { pin(core, prompt, "one"); }, options());
+  engine([&](FakeModel&, EngineCore& core) { pin(core, prompt, "two"); }, options());
+  EXPECT_EQ(files().size(), 2u);
+}
+
+TEST_F(PromptCacheTest, WhatIsForAllComesBackFirstAndIsShared) {
+  const Tokens prompt = sequence_of(300, 34);
+  const Tokens shorter(prompt.begin(), prompt.begin() + 200);
+  engine([&](FakeModel&, EngineCore& core) { pin(core, prompt, "tenant"); }, options());
+  ASSERT_EQ(files().size(), 1u);
+  fs::last_write_time(files()[0], fs::file_time_type::clock::now() - std::chrono::hours(1));
+  engine([&](FakeModel&, EngineCore& core) { pin(core, shorter); }, options());
+  ASSERT_EQ(files().size(), 2u);
+  engine([&](FakeModel&, EngineCore& core) { EXPECT_EQ(core.kv().cells_used(), 300); }, options());
 }
 
 TEST_F(PromptCacheTest, ADamagedFileIsRefusedAndComputedAnew) {
@@ -196,8 +226,23 @@ TEST_F(PromptCacheTest, ADamagedFileIsRefusedAndComputedAnew) {
                           size_t{152}, size_t{160}, whole.size() - 1}) {
     std::string changed = whole;
     changed[at] = static_cast<char>(changed[at] ^ 1);
-    damaged(changed, "is not used: it ");
+    const bool token = at == 152 || at == 160;
+    damaged(changed, token ? "is damaged: its checksum differs" : "is not used: it ");
   }
+}
+
+TEST_F(PromptCacheTest, AFileOfOtherTokensIsRefused) {
+  engine([&](FakeModel&, EngineCore& core) { pin(core, sequence_of(300, 35)); }, options());
+  PromptCacheOptions other = options();
+  other.expected.vocabulary = 30;
+  EXPECT_EQ(engine({}, other).restored_tokens, 0);
+  EXPECT_NE(notices.find("tokens that the vocabulary lacks"), std::string::npos) << notices;
+  fs::path renamed = files()[0];
+  renamed.replace_filename(std::string(16, 'a') + '-' + std::string(32, '0') + ".kv");
+  fs::rename(files()[0], renamed);
+  notices.clear();
+  EXPECT_EQ(engine({}, options()).restored_tokens, 0);
+  EXPECT_NE(notices.find("has the name of another"), std::string::npos) << notices;
 }
 
 TEST_F(PromptCacheTest, AFileOfAnotherModelIsRefused) {
@@ -245,9 +290,11 @@ TEST_F(PromptCacheTest, TheOldestGoesWhenTheFolderIsFull) {
   store(9);
   EXPECT_EQ(files().size(), 2u);
   EXPECT_FALSE(fs::exists(oldest));
-  small.max_bytes = 100;
+  small.max_bytes = fs::file_size(files()[0]) - 1;
+  const std::vector<fs::path> before = files();
   store(10);
   EXPECT_NE(notices.find("was not written: it needs"), std::string::npos) << notices;
+  EXPECT_EQ(files(), before) << "and no room is made for it";
 }
 
 TEST_F(PromptCacheTest, ALongerPrefixTakesThePlaceOfTheShorter) {
@@ -277,6 +324,19 @@ TEST_F(PromptCacheTest, AFullDiskDisturbsNothing) {
   EXPECT_TRUE(files().empty()) << "no half of a file is left";
 }
 
+TEST_F(PromptCacheTest, AfterAFailureItWaitsBeforeItTriesAgain) {
+  PromptCacheOptions small = options();
+  small.max_bytes = 100;
+  PromptCache cache(small);
+  const Tokens prompt = sequence_of(32, 36);
+  ASSERT_TRUE(cache.wants("", prompt));
+  cache.begin("", prompt);
+  cache.add(std::vector<uint8_t>(cache.next_piece().second * FakeModel::kBytesPerToken));
+  cache.flush();
+  EXPECT_NE(notices.find("was not written"), std::string::npos) << notices;
+  EXPECT_FALSE(cache.wants("", prompt));
+}
+
 TEST_F(PromptCacheTest, AFolderThatCannotBeUsedIsAnError) {
   PromptCacheOptions o = options();
   o.folder = folder / "not" / "there";
@@ -285,14 +345,26 @@ TEST_F(PromptCacheTest, AFolderThatCannotBeUsedIsAnError) {
   EXPECT_THROW(PromptCache cache(options()), EngineError);
 }
 
-TEST_F(PromptCacheTest, OnlyWhatFitsComesBack) {
+TEST_F(PromptCacheTest, OnlyWhatFitsComesBackTheLastUsedFirst) {
+  std::vector<Tokens> prompts;
+  for (unsigned i = 0; i < 4; ++i) {
+    prompts.push_back(sequence_of(200, 20 + i));
+    const std::vector<fs::path> before = i == 0 ? std::vector<fs::path>() : files();
+    engine([&](FakeModel&, EngineCore& core) { pin(core, prompts.back()); }, options());
+    for (const fs::path& file : files()) {
+      if (std::find(before.begin(), before.end(), file) != before.end()) continue;
+      fs::last_write_time(file, fs::file_time_type::clock::now() - std::chrono::hours(4 - i));
+    }
+  }
+  ASSERT_EQ(files().size(), 4u);
   engine(
       [&](FakeModel&, EngineCore& core) {
-        for (unsigned i = 0; i < 4; ++i) pin(core, sequence_of(200, 20 + i));
+        EXPECT_EQ(core.stats().restored_tokens, 400);
+        for (size_t i = 0; i < 4; ++i) {
+          EXPECT_EQ(core.kv().cached_prefix(nullptr, prompts[i], 200) == 200, i >= 2) << i;
+        }
       },
-      options());
-  ASSERT_EQ(files().size(), 4u);
-  EXPECT_EQ(engine({}, options(), 500).restored_tokens, 400);
+      options(), 500);
 }
 
 // --- llama.cpp's form

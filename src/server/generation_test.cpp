@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <condition_variable>
+#include <set>
 
+#include "server/event_queue.h"
 #include "server/fake_engine.h"
 #include "server/json.h"
 #include "server/metrics.h"
@@ -237,6 +239,35 @@ TEST(Generation, SeveralPromptsAndChoices) {
   EXPECT_EQ(body["choices"][2]["text"], "bcHello, world!");
   EXPECT_EQ(body["usage"]["prompt_tokens"], 3);
   EXPECT_EQ(body["usage"]["completion_tokens"], 16);
+}
+
+TEST(Generation, StreamedChoicesOfSeveralPromptsAreNumberedThrough) {
+  Fixture fixture({});
+  const auto generation = fixture.text(R"({"prompt":["a","bc"],"n":2,"stream":true})");
+  std::string frames;
+  fixture.finish(*generation, frames);
+  std::set<int> numbers;
+  for (const Json& chunk : split(frames)) {
+    for (const Json& choice : chunk["choices"]) numbers.insert(choice["index"].get<int>());
+  }
+  EXPECT_EQ(numbers, (std::set<int>{0, 1, 2, 3}));
+}
+
+TEST(EventQueue, WakesOnceUntilItIsEmptiedAndAgainWhenItOverflows) {
+  int woken = 0;
+  EventQueue queue(100, [&] { ++woken; });
+  queue.push({}, 40);
+  queue.push({}, 40);
+  EXPECT_EQ(woken, 1);
+  std::vector<Event> events;
+  queue.take(events);
+  EXPECT_EQ(events.size(), 2u);
+  queue.push({}, 60);
+  EXPECT_EQ(woken, 2);
+  EXPECT_FALSE(queue.overflowed()) << "what was taken has made room";
+  queue.push({}, 60);
+  EXPECT_TRUE(queue.overflowed());
+  EXPECT_EQ(woken, 3) << "a reader that waits for room must hear of it";
 }
 
 TEST(Generation, StreamedTextWithEcho) {

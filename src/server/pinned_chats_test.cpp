@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <thread>
+
 #include "server/fake_engine.h"
 
 namespace relay::server {
@@ -100,6 +103,17 @@ TEST(PinnedChats, WhatHasExpiredIsForgotten) {
   f.chats.refresh();
   EXPECT_EQ(f.held(), Texts{});
   EXPECT_EQ(error_of([&] { f.chats.unpin(id); }), engine::ErrorKind::kNotFound);
+}
+
+TEST(PinnedChats, WhatExpiresWhileItIsNotHeldIsForgottenToo) {
+  Fixture f;
+  f.chats.pin(f.chat("rules", 1));
+  f.engine->set_date(std::string(600, 'x'));  // too long for the fake
+  f.chats.refresh();
+  std::this_thread::sleep_for(std::chrono::milliseconds(1100));
+  f.engine->set_date("Tuesday ");
+  f.chats.refresh();
+  EXPECT_EQ(f.held(), Texts{});
 }
 
 TEST(PinnedChats, TheSameRenderingIsOnePrompt) {

@@ -208,6 +208,17 @@ TEST_F(ThreeRequests, PrefixIsOneSegment) {
   EXPECT_EQ(forest_.positions, (std::vector<int64_t>{10, 11, 13}));
 }
 
+TEST_F(ThreeRequests, BlocksSideBySideAreOneSpan) {
+  for (const size_t i : {1, 5, 9}) table_[i] = 6;  // behind block 5
+  build_from_block_tables(batch_, Sharing::kOn, forest_);
+  const auto prefix = segment_of(forest_, {0, 1, 2});
+  ASSERT_TRUE(prefix);
+  const auto spans = forest_.spans_of(*prefix);
+  ASSERT_EQ(spans.size(), 1u);
+  EXPECT_EQ(spans[0].slot, 20);
+  EXPECT_EQ(spans[0].count, 8);
+}
+
 TEST_F(ThreeRequests, SharingOffReadsEachRequestAlone) {
   build_from_block_tables(batch_, Sharing::kOff, forest_);
   validate(forest_);
@@ -283,6 +294,7 @@ TEST_F(ThreeRequests, RefusesBrokenTables) {
     batch_ = batch;
   };
   refused([&] { batch_.block_size = 0; });
+  refused([&] { batch_.block_size = INT64_MAX / 4; });  // block 5 is beyond all numbers
   refused([&] { batch_.window = -1; });
   refused([&] { batch_.table = nullptr; });
   refused([&] { batch_.requests = -1; });
@@ -375,6 +387,17 @@ TEST(TreeBuilder, RefusesBrokenTrees) {
   EXPECT_THROW(build({{-1, {}}}, {0}, {}, -1), Error) << "negative window";
 }
 
+TEST(TreeBuilder, AnOnlyChildGoesOnWhereItsNodeEnds) {
+  const std::vector<TreeNode> nodes = {{-1, {{0, 0, 8}}}, {0, {{8, 8, 4}}}, {1, {{20, 12, 2}}}};
+  const std::vector<int32_t> leaf_of_row = {2, 2};
+  Forest forest;
+  build_from_tree({.nodes = nodes, .leaf_of_row = leaf_of_row, .position_of_row = {}}, Sharing::kOn,
+                  forest);
+  validate(forest);
+  ASSERT_EQ(forest.segments.size(), 1u);
+  EXPECT_EQ(forest.segments[0].slots, 14);
+}
+
 TEST(MaskBuilder, FindsTheSharedPrompt) {
   // A prompt of 128 cells, then 3 requests whose cells take turns; a fourth row sees nothing.
   Mask mask = make_mask(DType::kF16, 4, 1, 192);
@@ -382,6 +405,7 @@ TEST(MaskBuilder, FindsTheSharedPrompt) {
     for (int64_t column = 0; column < 128; ++column) mask.set(row, column, 0);
     for (int64_t column = 128 + row; column < 188; column += 3) mask.set(row, column, 0);
   }
+  mask.set(1, 5, -0.0F);  // no bias either
   Forest forest;
   build_from_mask(mask.batch(), Sharing::kOn, forest);
   validate(forest);
@@ -391,6 +415,32 @@ TEST(MaskBuilder, FindsTheSharedPrompt) {
   EXPECT_EQ(prompt->visibility, Visibility::kAll);
   EXPECT_EQ(forest.slots_read(), 128 + 60);
   EXPECT_TRUE(says(forest, 4, 0, &mask, [&](int64_t row) { return mask.attended(row); }));
+}
+
+TEST(MaskBuilder, WithoutSharingTheRowsOfARequestStillReadTogether) {
+  Mask mask = make_mask(DType::kF16, 6, 1, 128);  // two requests of three causal rows
+  for (int64_t row = 0; row < 6; ++row) {
+    for (int64_t column = 0; column < 64; ++column) mask.set(row, column, 0);
+    for (int64_t i = 0; i <= row % 3; ++i) mask.set(row, 64 + row / 3 * 10 + i, 0);
+  }
+  Forest forest;
+  build_from_mask(mask.batch(), Sharing::kOff, forest);
+  validate(forest);
+  EXPECT_EQ(forest.slots_read(), 2 * (64 + 3));
+  EXPECT_TRUE(says(forest, 6, 0, &mask, [&](int64_t row) { return mask.attended(row); }));
+}
+
+TEST(MaskBuilder, TheStairsOfACausalPromptAreGathered) {
+  Mask mask = make_mask(DType::kF16, 32, 1, 64);
+  for (int64_t row = 0; row < 32; ++row) {
+    for (int64_t column = 0; column <= row; ++column) mask.set(row, column, 0);
+  }
+  Forest forest;
+  build_from_mask(mask.batch(), Sharing::kOn, forest);
+  validate(forest);
+  EXPECT_LE(forest.segments.size(), 2u);
+  EXPECT_EQ(forest.slots_read(), 32);
+  EXPECT_TRUE(says(forest, 32, 0, &mask, [&](int64_t row) { return mask.attended(row); }));
 }
 
 TEST(MaskBuilder, NoMaskMeansAllVisible) {
@@ -492,6 +542,12 @@ TEST_F(BrokenForest, RowTwice) {
 TEST_F(BrokenForest, RowAttendsASlotTwice) {
   for (Span& span : forest_.spans) span.slot = 0;
   expect_broken("overlapping spans");
+}
+TEST_F(BrokenForest, RowAttendsOneSlotTwice) {
+  for (Span& span : forest_.spans) {
+    if (span.slot == 4) span.slot = 3;
+  }
+  expect_broken("spans that overlap by one slot");
 }
 TEST_F(BrokenForest, OverlapAcrossSegments) {
   Segment again = forest_.segments[0];

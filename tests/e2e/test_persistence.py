@@ -30,9 +30,10 @@ def folder(tmp_path):
 
 
 def restored(server):
-    found = re.search(r"restored (\d+) tokens of prompts", server.errors())
-    assert found, server.errors()
-    return int(found[1])
+    # It is ready before all of its log has been read here.
+    line = re.compile(r"restored (\d+) tokens of prompts")
+    eventually(lambda: line.search(server.errors()), 10)
+    return int(line.search(server.errors())[1])
 
 
 def end(server):

@@ -1,11 +1,13 @@
 """What the figures share: a server, and what it is asked."""
 
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts/demo"))  # its servers and users
 
+from console import DemoError  # noqa: E402
 from servers import Server, clean_environment, free_port  # noqa: E402
 
 
@@ -33,3 +35,30 @@ def chat(content: str, tokens: int, system: str | None = None) -> dict:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+def metric(server: Server, name: str) -> float:
+    _, text = server.request("GET", "/metrics")
+    for line in text.decode().splitlines():
+        if line.startswith(name + "{"):
+            return float(line.split()[-1])
+    raise DemoError(f"/metrics has no {name}")
+
+
+def wait_running(server: Server, requests: int) -> None:
+    deadline = time.monotonic() + 60
+    while metric(server, "vllm:num_requests_running") < requests:
+        if time.monotonic() > deadline:
+            raise DemoError(f"not all of {requests} requests run after 60 s")
+        time.sleep(0.1)
+
+
+def wait_idle(server: Server) -> float:
+    """Seconds until nothing runs or waits any more."""
+    begin = time.monotonic()
+    names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+    while any(metric(server, name) > 0 for name in names):
+        if time.monotonic() > begin + 60:
+            raise DemoError("requests are stuck: something runs 60 s after all clients have left")
+        time.sleep(0.02)
+    return time.monotonic() - begin

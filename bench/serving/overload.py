@@ -11,11 +11,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import chat, relay_server
+from common import chat, relay_server, wait_idle, wait_running
 from console import DemoError, say
 from results import percentile
 from servers import Server
-from users import Answer, ask
+from users import CHAT, Answer, ask
 
 TOKENS = 16  # of each answer
 
@@ -62,14 +62,6 @@ class Load:
                 time.sleep(0.1)
 
 
-def metric(server: Server, name: str) -> float:
-    _, text = server.request("GET", "/metrics")
-    for line in text.decode().splitlines():
-        if line.startswith(name + "{"):
-            return float(line.split()[-1])
-    raise DemoError(f"/metrics has no {name}")
-
-
 def refusals(log: Path) -> list[float]:
     """Milliseconds that each took, as the server says."""
     found = []
@@ -87,22 +79,12 @@ def leave_at_once(server: Server, users: int) -> float:
     for user in range(users):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         body = json.dumps(chat(f"Tell user {user} a long story.", 4000))
-        connection.request("POST", "/v1/chat/completions", body)
+        connection.request("POST", CHAT, body)
         connections.append(connection)
-    deadline = time.monotonic() + 60
-    while metric(server, "vllm:num_requests_running") < users:
-        if time.monotonic() > deadline:
-            raise DemoError(f"not all of {users} requests run after 60 s")
-        time.sleep(0.1)
+    wait_running(server, users)
     for connection in connections:
         connection.close()
-    begin = time.monotonic()
-    names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-    while any(metric(server, name) > 0 for name in names):
-        if time.monotonic() > begin + 60:
-            raise DemoError("requests whose clients have left still run after 60 s")
-        time.sleep(0.02)
-    return time.monotonic() - begin
+    return wait_idle(server)
 
 
 def end_under_load(server: Server, users: int) -> tuple[int, float]:
@@ -110,8 +92,7 @@ def end_under_load(server: Server, users: int) -> tuple[int, float]:
     for user in range(users):
         asked = (server, chat(f"Tell user {user} a long story.", 4000), Answer(user), 0.0)
         threading.Thread(target=ask, args=asked, daemon=True).start()
-    while metric(server, "vllm:num_requests_running") < users:
-        time.sleep(0.1)
+    wait_running(server, users)
     begin = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     try:

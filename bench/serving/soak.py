@@ -12,11 +12,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common import chat, relay_server, words
+from common import chat, relay_server, wait_idle, words
 from console import DemoError, Ticker, say
-from overload import metric
 from servers import Server
-from users import Answer, ask
+from users import CHAT, Answer, ask
 
 WARM_UP = 5  # minutes
 SYSTEMS = [f"You are number {number}. {words(200)}" for number in range(4)]
@@ -59,7 +58,7 @@ def leaves(server: Server, source: random.Random) -> None:
     """Before the answer, or after some of it."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     body = question(source) | {"max_tokens": 400}
-    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    connection.request("POST", CHAT, json.dumps(body))
     if source.random() < 0.5:
         connection.getresponse().read(source.randrange(1, 2000))
     connection.close()
@@ -67,7 +66,7 @@ def leaves(server: Server, source: random.Random) -> None:
 
 def dawdles(server: Server, source: random.Random) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    connection.request("POST", "/v1/chat/completions", json.dumps(question(source)))
+    connection.request("POST", CHAT, json.dumps(question(source)))
     response = connection.getresponse()
     for _ in range(20):
         if not response.read(20):
@@ -83,7 +82,7 @@ def looks(server: Server, source: random.Random) -> None:
 
 
 def expect(server: Server, body: dict, statuses: set[int]) -> None:
-    status, text = server.request("POST", "/v1/chat/completions", body)
+    status, text = server.request("POST", CHAT, body)
     if status not in statuses:
         raise DemoError(f"{status} {text[:300].decode(errors='replace')} for {body}")
 
@@ -143,11 +142,7 @@ def run(args) -> None:
             for thread in threads:
                 thread.join()
         server.check_alive()
-        idle = time.monotonic()
-        while metric(server, "vllm:num_requests_running") > 0:
-            if time.monotonic() > idle + 60:
-                raise DemoError("a request is stuck: something runs 60 s after the last user left")
-            time.sleep(0.1)
+        wait_idle(server)
     warm = [mib for minute, mib in samples if WARM_UP <= minute < WARM_UP + 1]
     late = [mib for minute, mib in samples if minute >= args.minutes - 1]
     first, last = statistics.median(warm), statistics.median(late)

@@ -16,7 +16,6 @@ Cases, several with commas between:
 """
 
 import argparse
-import csv
 import multiprocessing
 import random
 import re
@@ -25,7 +24,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from arguments import numbers
+from arguments import numbers, write_csv
 from cuda_engine import ENVIRONMENT, Engine
 from shapes import SHAPES, VOCABULARY, write_config
 from turns import Comparison, Remote, in_turns
@@ -171,11 +170,7 @@ def main() -> None:
                 )
                 for turn in range(args.rounds)
             ]
-            if args.csv:
-                with args.csv.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, rows[0])
-                    writer.writeheader()
-                    writer.writerows(rows)
+            write_csv(args.csv, rows)
         for engine in engines:
             engine.close()
 

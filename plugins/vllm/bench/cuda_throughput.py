@@ -10,7 +10,6 @@ where changes from round to round.
 """
 
 import argparse
-import csv
 import multiprocessing
 import re
 import statistics
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 
+from arguments import write_csv
 from cuda_engine import ENVIRONMENT, Engine
 from serving_requests import SHAREGPT_INPUT, SHAREGPT_OUTPUT, Workload, requests_below
 from shapes import SHAPES, write_config
@@ -130,7 +130,7 @@ def main() -> None:
         parser.error(f"no variant is called {', '.join(unknown)}")
 
     multiprocessing.set_start_method("spawn")
-    max_len = max(c.workload(t).longest for c in cases for t in range(args.rounds)) + 8
+    max_len = max(c.workload(0).longest for c in cases) + 8  # the same for every seed
     options = dict(
         load_format="dummy",
         skip_tokenizer_init=True,
@@ -146,11 +146,7 @@ def main() -> None:
             rows.extend(measure(variant, gpu, folder, options, cases, turn))
         finally:
             free.put(gpu)
-        if args.csv:
-            with args.csv.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+        write_csv(args.csv, rows)
 
     print(
         f"{args.shape}, bf16; output tokens/s of all requests at once; own tokens "

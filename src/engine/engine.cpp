@@ -134,6 +134,12 @@ class ThreadedEngine : public Engine {
   }
 
   SubmitResult submit(GenerateRequest request, std::shared_ptr<Sink> sink) override;
+  std::optional<Refusal> refuse_if_full(int32_t ahead) override {
+    const std::lock_guard lock(mutex_);
+    std::optional<Refusal> full = check_queue(ahead + 1);
+    if (full) ++refused_;
+    return full;
+  }
   void cancel(RequestId id) override {
     post([this, id] { core_.cancel(id); });
   }
@@ -224,6 +230,7 @@ class ThreadedEngine : public Engine {
   }
 
   std::optional<Refusal> check(const GenerateRequest& request) const;
+  std::optional<Refusal> check_queue(int32_t sequences) const;  // with mutex_ held
   void post(std::function<void()> message);
   void run();
   template <typename Work>
@@ -309,6 +316,17 @@ std::optional<Refusal> ThreadedEngine::check(const GenerateRequest& request) con
   return std::nullopt;
 }
 
+std::optional<Refusal> ThreadedEngine::check_queue(int32_t sequences) const {
+  // Places: the queue, and those that would leave it at once.
+  const int32_t waiting = stats_.waiting + arriving_;
+  const int32_t idle = std::max(0, options_.parallel - stats_.running);
+  if (waiting + sequences <= options_.max_queue + idle) return std::nullopt;
+  Refusal full = refusal(ErrorKind::kQueueFull, "The queue is full (" + std::to_string(waiting) +
+                                                    " waiting); try again later.");
+  full.retry_after_seconds = 1 + waiting / std::max(1, options_.parallel);
+  return full;
+}
+
 SubmitResult ThreadedEngine::submit(GenerateRequest request, std::shared_ptr<Sink> sink) {
   std::optional<Refusal> refused = check(request);
   auto r = std::make_unique<Request>();
@@ -339,14 +357,7 @@ SubmitResult ThreadedEngine::submit(GenerateRequest request, std::shared_ptr<Sin
     if (!accepting_) {
       refused = refusal(ErrorKind::kShuttingDown, "The engine is shutting down.");
     } else if (!refused) {
-      // Places: the queue, and those that would leave it at once.
-      const int32_t waiting = stats_.waiting + arriving_;
-      const int32_t idle = std::max(0, options_.parallel - stats_.running);
-      if (waiting + request.n > options_.max_queue + idle) {
-        refused = refusal(ErrorKind::kQueueFull, "The queue is full (" + std::to_string(waiting) +
-                                                     " waiting); try again later.");
-        refused->retry_after_seconds = 1 + waiting / std::max(1, options_.parallel);
-      }
+      refused = check_queue(request.n);
     }
     if (refused) {
       ++refused_;

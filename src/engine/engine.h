@@ -373,6 +373,10 @@ class Engine {
   /// Checks and queues a request. The sink is called only if an id is returned. Grammars are
   /// compiled here, on the caller's thread.
   virtual SubmitResult submit(GenerateRequest request, std::shared_ptr<Sink> sink) = 0;
+  /// What submit() would say (kQueueFull) to a request of one choice that comes after `ahead`
+  /// others, and counted as if it had; nothing if there is room. To be asked before a prompt is
+  /// rendered and tokenised for nothing.
+  virtual std::optional<Refusal> refuse_if_full(int32_t ahead) = 0;
   /// The request ends within one step with FinishReason::kCancelled for its open choices, then
   /// on_done. Unknown or finished ids are ignored. Callable from anywhere.
   virtual void cancel(RequestId id) = 0;

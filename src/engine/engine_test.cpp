@@ -559,12 +559,14 @@ TEST(EngineLife, AFullQueueRefusesAndDrainEmptiesIt) {
   options.parallel = 2;
   options.max_queue = 3;
   const auto engine = Engine::load(options);
+  EXPECT_FALSE(engine->refuse_if_full(4)) << "two could run and three wait";
+  ASSERT_TRUE(engine->refuse_if_full(5));
   GenerateRequest r;
   r.prompt = engine->tokenize("wait for it", true, false);
   r.max_tokens = 60;
   r.sampling.ignore_eos = true;
   std::vector<std::shared_ptr<Collector>> accepted;
-  int refused = 0;
+  int refused = 1;  // by refuse_if_full()
   for (int i = 0; i < 12; ++i) {
     auto sink = std::make_shared<Collector>();
     const auto result = engine->submit(r, sink);
@@ -576,7 +578,7 @@ TEST(EngineLife, AFullQueueRefusesAndDrainEmptiesIt) {
       accepted.push_back(sink);
     }
   }
-  EXPECT_GE(refused, 5) << "two run and three wait";
+  EXPECT_GE(refused, 6) << "two run and three wait";
   EXPECT_GE(accepted.size(), 5u);
   EXPECT_EQ(engine->stats().refused, refused);
   EXPECT_TRUE(engine->drain(120s));

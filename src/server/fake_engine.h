@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -49,6 +50,8 @@ class FakeEngine : public engine::Engine {
   std::atomic<int> cancelled{0};
   std::atomic<int> pins{0};
   mutable std::atomic<int> pin_lookups{0};
+  std::atomic<bool> hold_renders{false};      ///< render_chat() waits while this is set
+  mutable std::atomic<int> renders{0};        ///< begun
   std::atomic<bool> pin_lookups_fail{false};  ///< with an exception that nobody expects
   engine::GenerateRequest last_request() {
     const std::lock_guard lock(mutex_);
@@ -134,18 +137,17 @@ class FakeEngine : public engine::Engine {
       refusal.param = "json_schema";
       return refusal;
     }
-    if (static_cast<int32_t>(jobs_.size()) >= script_.max_requests) {
-      refusal.kind = engine::ErrorKind::kQueueFull;
-      refusal.message = "the queue is full";
-      refusal.retry_after_seconds = 7;
-      return refusal;
-    }
+    if (std::optional<engine::Refusal> full = check_queue(1)) return *full;
     last_ = request;
     const engine::RequestId id = ++next_id_;
     jobs_[id] = Job{std::move(request), std::move(sink), 0, false};
     running = static_cast<int>(jobs_.size());
     changed_.notify_all();
     return id;
+  }
+  std::optional<engine::Refusal> refuse_if_full(int32_t ahead) override {
+    const std::lock_guard lock(mutex_);
+    return check_queue(ahead + 1);
   }
   void cancel(engine::RequestId id) override {
     const std::lock_guard lock(mutex_);
@@ -236,6 +238,15 @@ class FakeEngine : public engine::Engine {
     bool cancel = false;
     bool scored = false;  ///< with prompt_logprobs: the prompt's are out
   };
+
+  std::optional<engine::Refusal> check_queue(int32_t more) const {
+    if (static_cast<int32_t>(jobs_.size()) + more <= script_.max_requests) return std::nullopt;
+    engine::Refusal refusal;
+    refusal.kind = engine::ErrorKind::kQueueFull;
+    refusal.message = "the queue is full";
+    refusal.retry_after_seconds = 7;
+    return refusal;
+  }
 
   void run() {
     std::unique_lock lock(mutex_);
@@ -353,6 +364,8 @@ inline relay::engine::ChatPrompt relay::server::FakeEngine::render_chat(
     throw engine::EngineError(engine::ErrorKind::kInvalidGrammar, "this schema does not compile",
                               "json_schema");
   }
+  ++renders;
+  while (hold_renders) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   const std::lock_guard lock(mutex_);
   last_chat_ = chat;
   engine::ChatPrompt prompt;

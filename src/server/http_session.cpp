@@ -393,8 +393,13 @@ HttpSession::Awaitable<void> HttpSession::answer_generation(Endpoint endpoint, s
     });
   };
 
+  std::optional<Service::Place> place(std::in_place, runtime_.service);
   start_watching();
-  const auto begin = [&] { return runtime_.service.generate(endpoint, body, caller, wake); };
+  const auto begin = [&] {
+    auto generation = runtime_.service.generate(endpoint, body, caller, wake);
+    place.reset();  // the engine counts it now
+    return generation;
+  };
   const std::unique_ptr<Generation> generation = co_await run_on(runtime_.workers, begin);
   body.clear();
   body.shrink_to_fit();

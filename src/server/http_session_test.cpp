@@ -576,6 +576,36 @@ TEST_P(HttpSessionTest, QueueFull) {
   EXPECT_TRUE(refused.has("Retry-After: 7\r\n"));
 }
 
+TEST_P(HttpSessionTest, AFullQueueIsToldBeforeThePromptIsMade) {
+  FakeScript script = endless();
+  script.max_requests = 2;
+  start(script);
+  engine_->hold_renders = true;
+  Client first = connect();
+  Client second = connect();
+  for (Client* client : {&first, &second}) {
+    const int renders = engine_->renders;
+    client->send(Client::post_text(kChat, chat()));
+    while (engine_->renders == renders) std::this_thread::sleep_for(1ms);
+  }
+  Client third = connect();
+  EXPECT_EQ(third.post(kChat, chat()).status, 429) << "those that are prepared have the places";
+  EXPECT_EQ(third.post("/v1/messages", chat()).json()["error"]["type"], "rate_limit_error");
+  EXPECT_EQ(engine_->renders, 2);
+  engine_->hold_renders = false;
+  wait_running(2);
+  EXPECT_EQ(third.post(kChat, chat()).status, 429);
+  first.close();
+  second.close();
+  ASSERT_TRUE(idle_within(10s));
+  // Whoever fails while its prompt is made leaves its place.
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(third.post(kChat, chat(R"(,"model":"another")")).status, 404);
+  }
+  third.send(Client::post_text(kChat, chat()));
+  wait_running(1);
+}
+
 TEST_P(HttpSessionTest, AClientThatLeavesIsNoticed) {
   start(endless());
   Client streaming = connect();

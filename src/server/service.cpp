@@ -115,6 +115,14 @@ void Service::require_ready() const {
   }
 }
 
+Service::Place::Place(Service& service) : preparing_(service.preparing_) {
+  const std::shared_ptr<engine::Engine> engine = service.engine();
+  const auto full = engine->refuse_if_full(preparing_++);
+  if (!full) return;
+  --preparing_;
+  throw from_refusal(*full);
+}
+
 bool Service::is_operator(const Caller& caller) const {
   return caller.admin || (keys_.open() && !keys_.has_admin_keys());
 }

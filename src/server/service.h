@@ -54,6 +54,20 @@ class Service {
   /// Throws ApiError 503 unless ready.
   void require_ready() const;
 
+  /// A request's claim to a place in the engine's queue, to be held from before generate() until it
+  /// has returned: so a full queue is told without the work of making a prompt.
+  class Place {
+   public:
+    /// Throws ApiError 429 where the queue is full or will be, and 503 unless ready.
+    explicit Place(Service& service);
+    ~Place() { --preparing_; }
+    Place(const Place&) = delete;
+    Place& operator=(const Place&) = delete;
+
+   private:
+    std::atomic<int32_t>& preparing_;
+  };
+
   /// Endpoints that generate nothing. May wait for the engine (Work::kWaiter). Throws ApiError.
   Answer answer(const Route& route, std::string_view body, const Caller& caller);
   /// Endpoints of Work::kGeneration. Throws ApiError.
@@ -90,7 +104,8 @@ class Service {
   const ServerOptions options_;
   const KeyRing keys_;
   std::atomic<Phase> phase_{Phase::kLoading};
-  mutable std::mutex mutex_;  // guards what follows
+  std::atomic<int32_t> preparing_{0};  // places that are held
+  mutable std::mutex mutex_;           // guards what follows
   std::shared_ptr<engine::Engine> engine_;
   std::shared_ptr<PinnedChats> pinned_;
   std::shared_ptr<Metrics> metrics_;

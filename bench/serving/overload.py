@@ -22,7 +22,7 @@ TOKENS = 16  # of each answer
 
 @dataclass
 class Load:
-    """Users who ask again as soon as they are answered or refused, until `end`."""
+    """Users who ask again as soon as they are answered, or may come again, until `end`."""
 
     server: Server
     users: int
@@ -58,8 +58,8 @@ class Load:
                     self.errors.append(answer.error)
                 else:
                     self.answered += answer.completion_tokens
-            if answer.error:
-                time.sleep(0.1)
+            if answer.retry_after:
+                time.sleep(min(answer.retry_after, max(0.0, self.end - time.monotonic())))
 
 
 def refusals(log: Path) -> list[float]:

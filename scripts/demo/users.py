@@ -37,6 +37,7 @@ class Answer:
     pieces: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)  # of what was sent, text or not
     error: str = ""
+    retry_after: float = 0.0  # with an error: what the server asks to wait, 0 if it does not say
 
     @property
     def text(self) -> str:
@@ -55,6 +56,7 @@ def ask(server: Server, body: dict, answer: Answer, begin: float, path: str = CH
         response = connection.getresponse()
         if response.status != 200:
             answer.error = f"{response.status} {response.read(500).decode(errors='replace')}"
+            answer.retry_after = float(response.getheader("Retry-After", "0"))
             return
         for line in response:
             if not line.startswith(b"data: "):

@@ -98,7 +98,7 @@ void Statistics::report() {
       reasons += std::string(reasons.empty() ? " (" : ", ") + to_string(static_cast<Verdict>(i)) +
                  " " + std::to_string(nodes_[i]);
     }
-    if (!reasons.empty()) reasons += ")";
+    if (!reasons.empty()) reasons += ')';
     std::fprintf(stderr, "relay: %lld attention nodes served, %lld handed on%s\n",
                  static_cast<long long>(nodes_[0]), static_cast<long long>(handed_on),
                  reasons.c_str());

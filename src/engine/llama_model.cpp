@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -270,10 +272,11 @@ const KvLayout& LlamaModel::kv_layout() const {
 std::vector<std::string> LlamaModel::files() const {
   std::array<char, 16> text{};
   llama_model_meta_val_str(model_, "split.count", text.data(), text.size());
-  const int count = std::max(1, std::atoi(text.data()));
+  int count = 1;  // where the file does not say
+  std::from_chars(text.data(), text.data() + std::strlen(text.data()), count);
   std::array<char, 4096> prefix{};
   std::array<char, 4096> part{};
-  if (count == 1 ||
+  if (count <= 1 ||
       llama_split_prefix(prefix.data(), prefix.size(), info_.path.c_str(), 0, count) <= 0) {
     return {info_.path};
   }

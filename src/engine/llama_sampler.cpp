@@ -118,7 +118,7 @@ std::optional<GrammarTrigger> trigger_of(const LlamaModel& model, const OutputFo
       case COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN:
       case COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN_FULL: {
         const std::string& pattern = trigger.value;
-        const bool anchored = pattern.starts_with("^") && pattern.ends_with("$");
+        const bool anchored = pattern.starts_with('^') && pattern.ends_with('$');
         const bool full = trigger.type == COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN_FULL;
         result.patterns.push_back({std::regex(pattern), anchored || full});
         break;

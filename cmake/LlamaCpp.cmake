@@ -87,8 +87,15 @@ function(relay_add_llama_cpp)
     endforeach()
   endif()
 
+  # Pictures and sound: llama-server is linked with it, nothing here asks for it, and at -O3 it
+  # compiles for minutes.
+  if(TARGET mtmd)
+    target_compile_options(mtmd PRIVATE -O0)
+  endif()
+
   # ggml's own operator suite.
   add_executable(test-backend-ops "${dir}/tests/test-backend-ops.cpp")
+  target_compile_options(test-backend-ops PRIVATE -O1)
   target_link_libraries(test-backend-ops PRIVATE llama llama-common)
   set_target_properties(test-backend-ops PROPERTIES EXCLUDE_FROM_ALL ON)
 

@@ -40,6 +40,9 @@ function(relay_add_test name)
     set(ARG_TIMEOUT 900)
   endif()
   add_executable(${name} ${ARG_SOURCES})
+  if(NOT RELAY_SANITIZE)
+    target_compile_options(${name} PRIVATE -O1)  # compiles in half the time of -O3
+  endif()
   target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/src"
                                              "${PROJECT_SOURCE_DIR}/include")
   target_link_libraries(${name} PRIVATE ${ARG_LIBS} GTest::gtest_main GTest::gtest

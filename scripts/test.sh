@@ -92,7 +92,8 @@ tests_under() {  # a preset, stage, ctest arguments
 stage_asan() {
   local -x ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1
   local status=0
-  tests_under asan asan -j2 || status=1
+  # Fewer random cases than elsewhere: they differ in numbers, not in what is read and written.
+  RELAY_TEST_SCALE=0.15 tests_under asan asan -j2 || status=1
   # Left out: what computes for a minute with other models and sizes, but reads and writes alike.
   GTEST_FILTER='-Tiny/Shapes.*/tinyphi2:Tiny/Shapes.Concurrent*/tinygemma2:LlamaModel.KvOf64*' \
     tests_under asan-above asan -j2 || status=1
@@ -125,17 +126,18 @@ stage_fuzz() {
 # An emulated processor is slow: fewer random cases (tests/core/test_env.h). All kernel sets run in
 # one process, so that the reference, most of the time, is computed once for them. Other processors
 # show that each set is found only where it can run: by bf16, by SVE, by the length of its vectors.
+# Left out: the planner's own tests and those of the checker, in which nothing is Arm's.
 stage_aarch64() {
-  local -x RELAY_TEST_SCALE="${RELAY_TEST_SCALE:-0.1}"
+  local -x RELAY_TEST_SCALE="${RELAY_TEST_SCALE:-0.05}"
   local status=0
-  QEMU_CPU=max,sve256=on RELAY_TEST_ISAS="sve256 neonbf16 neon plain" tests_under aarch64 aarch64 -j 2 ||
-    return 1
+  QEMU_CPU=max,sve256=on RELAY_TEST_ISAS="sve256 neonbf16 neon plain" \
+    tests_under aarch64 aarch64 -j 2 -E '^(planner|core_checker)_test$' || return 1
   report_isas "sve256 neonbf16 neon plain" "sve256 neonbf16 neon plain"
   on_cpu() {  # qemu's name, the sets it has, the tests to run
     echo "--- $1: $2"
     QEMU_CPU="$1" RELAY_TEST_ISAS="$2" run_tests aarch64 aarch64 -R "^core_($3)_test$" || status=1
   }
-  on_cpu cortex-a72 "neon plain" "error|state|tiled|plan"
+  on_cpu cortex-a72 "neon plain" "error|state|tiled"
   on_cpu max,sve512=on "neonbf16 neon plain" error
   on_cpu max,sve=off "neonbf16 neon plain" error
   on_cpu a64fx "neon plain" error

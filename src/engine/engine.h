@@ -108,6 +108,7 @@ struct ModelInfo {
   int32_t kv_prefix = 0;           ///< positions of the learned prefix beside them
   int64_t kv_bytes_per_token = 0;  ///< KV bytes of one position over all layers
   int32_t parallel = 0;            ///< most sequences that run at once
+  int32_t max_queue = 0;           ///< most that wait, as in EngineOptions
   bool prefix_caching = true;      ///< as in EngineOptions
   bool relay_active = false;       ///< attention runs through Relay
   std::string backend;             ///< a line for people: which devices and modules are in use

@@ -35,6 +35,7 @@ class Translation {
   void tools();
   void tool_choice();
   void thinking();
+  void context_management();
   void output_config();
   void note_cache_control(const JsonFields& fields);
   /// A text block as a part of OpenAI's; other types are refused.
@@ -214,6 +215,7 @@ void Translation::tools() {
     if (const auto about = tool.string("description", kUnbounded)) function["description"] = *about;
     tool.require("input_schema");
     function["parameters"] = *tool.object("input_schema");
+    if (tool.boolean("strict", false)) function["strict"] = true;
     tools.push_back(Json{{"type", "function"}, {"function", std::move(function)}});
   }
   if (!tools.empty()) chat_["tools"] = std::move(tools);
@@ -266,8 +268,26 @@ void Translation::output_config() {
                               {"json_schema", {{"schema", fields.require("schema")}}}};
 }
 
+void Translation::context_management() {
+  const Json* given = body_.object("context_management");
+  if (given == nullptr) return;
+  const Json* edits = JsonFields(*given, "context_management").array("edits", kMaxBlocks);
+  for (size_t i = 0; edits != nullptr && i < edits->size(); ++i) {
+    const JsonFields edit((*edits)[i], item("context_management.edits", i));
+    // Thoughts are what the client sends back: to keep all is to do nothing.
+    if (edit.require_string("type", 64) == "clear_thinking_20251015") {
+      const Json* keep = edit.find("keep");
+      if (keep != nullptr && *keep == "all") continue;
+    }
+    throw unsupported(edit.name_of("type"),
+                      "The server keeps no conversation that it could edit; the one edit it takes "
+                      "is clear_thinking_20251015 with 'keep' set to all.");
+  }
+}
+
 void Translation::prompt() {
-  for (const char* name : {"container", "context_management", "mcp_servers"}) {
+  context_management();
+  for (const char* name : {"container", "mcp_servers"}) {
     const Json* value = body_.find(name);
     if (value != nullptr && !value->empty()) {
       throw unsupported(name, std::string("'") + name + "' is not supported.");

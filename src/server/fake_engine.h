@@ -41,6 +41,8 @@ class FakeEngine : public engine::Engine {
     info_.context_length = script_.context_length;
     info_.kv_cells = 4096;
     info_.kv_bytes_per_token = 10;
+    info_.parallel = 8;
+    info_.max_queue = 8;
     thread_ = std::thread([this] { run(); });
   }
   ~FakeEngine() override { stop(); }

@@ -16,6 +16,7 @@
 #include <boost/beast/http/write.hpp>
 #include <cctype>
 #include <optional>
+#include <tuple>
 
 #include "server/gzip.h"
 #include "server/json_log.h"
@@ -75,6 +76,34 @@ bool is_http_error(const error_code& error) {
 }
 
 }  // namespace
+
+/// A request's body, and its share of the memory for bodies.
+struct HttpSession::Body {
+  explicit Body(Runtime& r) : runtime(r) {}
+  ~Body() { runtime.release_body(reserved); }
+  Body(const Body&) = delete;
+  Body& operator=(const Body&) = delete;
+
+  /// The share is `bytes` from now on. Throws ApiError 429 if there is not so much left.
+  void reserve(size_t bytes) {
+    if (bytes <= reserved) {
+      runtime.release_body(reserved - bytes);
+    } else if (!runtime.reserve_body(bytes - reserved)) {
+      throw ApiError(429, "rate_limit_error", "rate_limit_exceeded",
+                     "Too many large requests are being read.")
+          .retry_after(1);
+    }
+    reserved = bytes;
+  }
+  void clear() {
+    std::string().swap(text);
+    reserve(0);
+  }
+
+  Runtime& runtime;
+  std::string text;
+  size_t reserved = 0;
+};
 
 template <typename Work>
 HttpSession::Awaitable<std::invoke_result_t<Work&>> HttpSession::run_on(net::thread_pool& pool,
@@ -293,45 +322,32 @@ HttpSession::Awaitable<void> HttpSession::handle(Parser& parser, Exchange& excha
                                                    view(request["x-api-key"]));
   if (route.takes_body) runtime_.service.require_ready();
 
-  size_t reserved = 0;
   const bool compressed = is_compressed(request);
-  if (!parser.is_done()) {
-    const auto length = parser.content_length();
-    if (length && *length > options_.max_body_bytes) {
-      throw payload_too_large(options_.max_body_bytes);
-    }
-    reserved = length ? static_cast<size_t>(*length) : options_.max_body_bytes;
-    if (compressed) reserved += options_.max_body_bytes;
-    if (!runtime_.reserve_body(reserved)) {
-      throw ApiError(429, "rate_limit_error", "rate_limit_exceeded",
-                     "Too many large requests are being read.")
-          .retry_after(1);
-    }
+  if (parser.content_length().value_or(0) > options_.max_body_bytes) {
+    throw payload_too_large(options_.max_body_bytes);
   }
-  struct Release {
-    Runtime& runtime;
-    size_t bytes;
-    ~Release() { runtime.release_body(bytes); }
-  } release{runtime_, reserved};
+  Body body(runtime_);
   if (!parser.is_done()) {
-    co_await read_body(parser, exchange);
+    co_await read_body(parser, body, exchange);
     if (gone_) co_return;
   }
   body_unread_ = false;
-
-  std::string body = std::move(parser.get().body());
+  body.text = std::move(parser.get().body());
   if (compressed) {
-    const auto unpack = [&] { return gunzip(body, options_.max_body_bytes); };
-    body = co_await run_on(runtime_.workers, unpack);
+    body.reserve(body.text.size() + options_.max_body_bytes);
+    const auto unpack = [&] { return gunzip(body.text, options_.max_body_bytes); };
+    body.text = co_await run_on(runtime_.workers, unpack);
+    body.reserve(body.text.size());
   }
   if (route.work == Work::kGeneration) {
     co_await answer_generation(route.endpoint, body, caller, exchange);
   } else {
-    co_await answer_plain(route, body, caller, exchange);
+    co_await answer_plain(route, body.text, caller, exchange);
   }
 }
 
-HttpSession::Awaitable<void> HttpSession::read_body(Parser& parser, Exchange& exchange) {
+HttpSession::Awaitable<void> HttpSession::read_body(Parser& parser, Body& body,
+                                                    Exchange& exchange) {
   parser.body_limit(options_.max_body_bytes);
   const auto expect = parser.get()[http::field::expect];
   if (!expect.empty()) {
@@ -349,7 +365,12 @@ HttpSession::Awaitable<void> HttpSession::read_body(Parser& parser, Exchange& ex
   }
   const size_t length = parser.content_length().value_or(options_.max_body_bytes);
   arm(with_rate(options_.body_timeout, length), OnExpiry::kStopReading);
-  const auto [error, count] = co_await http::async_read(transport_, buffer_, parser, kUse);
+  error_code error;
+  while (!error && !parser.is_done()) {
+    size_t count = 0;
+    std::tie(error, count) = co_await http::async_read_some(transport_, buffer_, parser, kUse);
+    body.reserve(parser.get().body().size());
+  }
   disarm();
   if (deadline_expired_) {
     throw ApiError(408, "invalid_request_error", "request_timeout",
@@ -381,7 +402,7 @@ HttpSession::Awaitable<void> HttpSession::answer_plain(const Route& route, const
   co_await write_answer(std::move(answer), exchange);
 }
 
-HttpSession::Awaitable<void> HttpSession::answer_generation(Endpoint endpoint, std::string& body,
+HttpSession::Awaitable<void> HttpSession::answer_generation(Endpoint endpoint, Body& body,
                                                             const Caller& caller,
                                                             Exchange& exchange) {
   auto wake = [weak = weak_from_this(), executor = transport_.get_executor()] {
@@ -396,13 +417,12 @@ HttpSession::Awaitable<void> HttpSession::answer_generation(Endpoint endpoint, s
   std::optional<Service::Place> place(std::in_place, runtime_.service);
   start_watching();
   const auto begin = [&] {
-    auto generation = runtime_.service.generate(endpoint, body, caller, wake);
+    auto generation = runtime_.service.generate(endpoint, body.text, caller, wake);
     place.reset();  // the engine counts it now
     return generation;
   };
   const std::unique_ptr<Generation> generation = co_await run_on(runtime_.workers, begin);
   body.clear();
-  body.shrink_to_fit();
   if (gone_) co_return;  // ~Generation cancels
 
   struct Current {

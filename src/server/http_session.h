@@ -64,11 +64,12 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   Awaitable<bool> read_header(Parser& parser, Exchange& exchange);
   /// All of a request whose header has been read; throws ApiError for the caller to answer.
   Awaitable<void> handle(Parser& parser, Exchange& exchange);
-  Awaitable<void> read_body(Parser& parser, Exchange& exchange);
+  struct Body;
+  Awaitable<void> read_body(Parser& parser, Body& body, Exchange& exchange);
   Awaitable<void> answer_plain(const Route& route, const std::string& body, const Caller& caller,
                                Exchange& exchange);
   /// Frees `body` as soon as it has been read.
-  Awaitable<void> answer_generation(Endpoint endpoint, std::string& body, const Caller& caller,
+  Awaitable<void> answer_generation(Endpoint endpoint, Body& body, const Caller& caller,
                                     Exchange& exchange);
   /// Follows a started generation to its end.
   Awaitable<void> follow(Generation& generation, Exchange& exchange);

@@ -576,6 +576,15 @@ TEST_P(HttpSessionTest, QueueFull) {
   EXPECT_TRUE(refused.has("Retry-After: 7\r\n"));
 }
 
+TEST_P(HttpSessionTest, MorePromptsThanHaveAPlaceAreNoMatterOfTrying) {
+  start();
+  std::string prompts = R"("a")";
+  for (int i = 1; i < 16; ++i) prompts += R"(,"a")";
+  Client client = connect();
+  EXPECT_EQ(client.post("/v1/completions", R"({"prompt":[)" + prompts + "]}").status, 200);
+  EXPECT_EQ(client.post("/v1/completions", R"({"prompt":[)" + prompts + R"(,"a"]})").status, 400);
+}
+
 TEST_P(HttpSessionTest, AFullQueueIsToldBeforeThePromptIsMade) {
   FakeScript script = endless();
   script.max_requests = 2;
@@ -727,8 +736,8 @@ TEST_P(HttpSessionTest, BuffersForBodiesAreBounded) {
   options.max_buffered_body_bytes = 1000;
   start({}, options);
   Client holder = connect();
-  holder.send(std::string("POST ") + kChat +
-              " HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n{");
+  holder.send(std::string("POST ") + kChat + " HTTP/1.1\r\nHost: x\r\nContent-Length: 901\r\n\r\n" +
+              std::string(900, ' '));
   std::this_thread::sleep_for(100ms);
   const std::string body = chat(",\"user\":\"" + std::string(200, 'u') + "\"");
   EXPECT_EQ(connect().post(kChat, body).status, 429);
@@ -739,6 +748,28 @@ TEST_P(HttpSessionTest, BuffersForBodiesAreBounded) {
     status = connect().post(kChat, body).status;
   }
   EXPECT_EQ(status, 200);
+}
+
+TEST_P(HttpSessionTest, ABodyTakesMemoryAsItArrivesAndUntilItIsRead) {
+  ServerOptions options;
+  options.max_body_bytes = 1000;
+  options.max_buffered_body_bytes = 1000;
+  start(endless(), options);
+  // Announced, not sent.
+  Client slow = connect();
+  slow.send(std::string("POST ") + kChat + " HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{");
+  // Of unknown length, and then answered for a long time.
+  const std::string body = chat(",\"stream\":true,\"user\":\"" + std::string(200, 'u') + "\"");
+  char size[16];
+  std::snprintf(size, sizeof(size), "%zx", body.size());
+  std::vector<std::unique_ptr<Client>> streams;
+  for (int i = 0; i < 8; ++i) {
+    streams.push_back(std::unique_ptr<Client>(new Client(connect())));
+    streams.back()->send(std::string("POST ") + kChat +
+                         " HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + size +
+                         "\r\n" + body + "\r\n0\r\n\r\n");
+    EXPECT_NE(streams.back()->read_until("data: ").find(" 200 "), std::string::npos);
+  }
 }
 
 TEST_P(HttpSessionTest, ManyStreamsOnFewThreads) {

@@ -1,5 +1,8 @@
 #include "server/json.h"
 
+#include <algorithm>
+#include <array>
+
 #include "server/errors.h"
 
 namespace relay::server {
@@ -12,10 +15,12 @@ ApiError invalid_json(size_t offset, const std::string& why) {
       "invalid_json");
 }
 
-/// Byte at which nesting first exceeds the limit: found before parsing, because the parser's own
+/// Throws for what would cost too much to parse, or to walk when it is parsed. The parser's own
 /// callback costs more than this scan and knows no offset.
-size_t find_too_deep(std::string_view text) {
+void check_cost(std::string_view text) {
   int depth = 0;
+  std::array<int64_t, kMaxJsonDepth + 1> members{};  // so far, of the objects that are open
+  int64_t comparisons = 0;
   bool in_string = false;
   for (size_t i = 0; i < text.size(); ++i) {
     const char c = text[i];
@@ -28,21 +33,23 @@ size_t find_too_deep(std::string_view text) {
     } else if (c == '"') {
       in_string = true;
     } else if (c == '[' || c == '{') {
-      if (++depth > kMaxJsonDepth) return i;
+      if (++depth > kMaxJsonDepth) {
+        throw invalid_json(i, "nested deeper than " + std::to_string(kMaxJsonDepth) + " levels");
+      }
+      members[static_cast<size_t>(depth)] = 0;
     } else if (c == ']' || c == '}') {
-      --depth;
+      depth = std::max(0, depth - 1);
+    } else if (c == ':') {
+      comparisons += members[static_cast<size_t>(depth)]++;
+      if (comparisons > kMaxJsonComparisons) throw invalid_json(i, "objects of too many members");
     }
   }
-  return std::string_view::npos;
 }
 
 }  // namespace
 
 Json parse_json(std::string_view text) {
-  const size_t too_deep = find_too_deep(text);
-  if (too_deep != std::string_view::npos) {
-    throw invalid_json(too_deep, "nested deeper than " + std::to_string(kMaxJsonDepth) + " levels");
-  }
+  check_cost(text);
   // The library takes a zero byte for the end and would not look at what follows.
   const size_t zero = text.find('\0');
   if (zero != std::string_view::npos) throw invalid_json(zero, "unexpected character");

@@ -39,6 +39,26 @@ TEST(Json, RefusesWhatWouldHurtLater) {
   EXPECT_EQ(message_of(R"("[[[[\"[[[[")"), "(parsed)");  // brackets in strings do not nest
 }
 
+std::string object_of(int members) {
+  std::string text = "{";
+  for (int i = 0; i < members; ++i) {
+    text += (i > 0 ? ",\"" : "\"") + std::to_string(i) + "\":[]";
+  }
+  return text + "}";
+}
+
+TEST(Json, RefusesObjectsThatTakeForEver) {
+  EXPECT_EQ(message_of(object_of(5'000)), "(parsed)");
+  EXPECT_NE(message_of(object_of(1'000'000)).find("too many members"), std::string::npos);
+  std::string many = "[0";
+  for (int i = 0; i < 1'000; ++i) many += "," + object_of(3'000);
+  EXPECT_NE(message_of(many + "]").find("too many members"), std::string::npos);
+  // Each object has its own: those of a list do not add up to a large one.
+  std::string small = "[0";
+  for (int i = 0; i < 100'000; ++i) small += "," + object_of(3);
+  EXPECT_EQ(message_of(small + "]"), "(parsed)");
+}
+
 TEST(Json, Utf8) {
   for (const char* good : {"", "abc", "\xc3\xa9", "\xe2\x82\xac", "\xf0\x9f\x98\x80"}) {
     EXPECT_TRUE(is_valid_utf8(good)) << good;

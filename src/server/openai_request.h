@@ -18,9 +18,10 @@ inline constexpr size_t kMaxNameBytes = 256;  ///< of models, tools, calls, salt
 /// What request fields are checked against.
 struct RequestLimits {
   int32_t vocab_size = 0;
-  int32_t max_choices = 128;    ///< n
-  size_t max_prompts = 1024;    ///< of one /v1/completions request
-  size_t max_messages = 16384;  ///< of one chat
+  int32_t max_choices = 128;     ///< n
+  size_t max_prompts = 1024;     ///< of one /v1/completions request
+  size_t max_tokens = SIZE_MAX;  ///< of a list to be written as text
+  size_t max_messages = 16384;   ///< of one chat
   size_t max_tools = 256;
   size_t max_stop_strings = 32;
   size_t max_stop_bytes = 1024;  ///< of each

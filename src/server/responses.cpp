@@ -209,6 +209,7 @@ void Translation::tools() {
         function["description"] = *about;
       }
       if (const Json* parameters = tool.object("parameters")) function["parameters"] = *parameters;
+      if (tool.boolean("strict", false)) function["strict"] = true;
       tools.push_back({{"type", "function"}, {"function", std::move(function)}});
     }
     if (!tools.empty()) chat_["tools"] = std::move(tools);

@@ -152,7 +152,11 @@ Caller Service::authorize(const Route& route, std::string_view authorization,
 
 RequestLimits Service::limits(const engine::Engine& engine) const {
   RequestLimits limits;
-  limits.vocab_size = engine.info().vocab_size;
+  const engine::ModelInfo& info = engine.info();
+  limits.vocab_size = info.vocab_size;
+  limits.max_tokens = static_cast<size_t>(info.context_length);
+  limits.max_prompts =
+      std::min(limits.max_prompts, static_cast<size_t>(info.parallel) + info.max_queue);
   return limits;
 }
 

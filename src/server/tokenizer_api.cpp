@@ -43,7 +43,7 @@ DetokenizeRequest parse_detokenize(std::string_view text, const RequestLimits& l
   DetokenizeRequest request;
   request.model = body.string("model", kMaxNameBytes).value_or("");
   body.require("tokens");
-  request.tokens = parse_token_list(*body.array("tokens", SIZE_MAX), "tokens", limits);
+  request.tokens = parse_token_list(*body.array("tokens", limits.max_tokens), "tokens", limits);
   return request;
 }
 

@@ -37,6 +37,10 @@ TEST(Tokenize, Refuses) {
   EXPECT_THROW(parse_detokenize(R"({"tokens":[256]})", kLimits), ApiError);
   EXPECT_THROW(parse_detokenize(R"({"tokens":["a"]})", kLimits), ApiError);
   EXPECT_EQ(parse_detokenize(R"({"tokens":[1,2]})", kLimits).tokens.size(), 2u);
+  RequestLimits short_lists = kLimits;
+  short_lists.max_tokens = 2;
+  EXPECT_NO_THROW(parse_detokenize(R"({"tokens":[1,2]})", short_lists));
+  EXPECT_THROW(parse_detokenize(R"({"tokens":[1,2,3]})", short_lists), ApiError);
 }
 
 }  // namespace

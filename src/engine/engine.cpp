@@ -95,6 +95,7 @@ class ThreadedEngine : public Engine {
     ModelInfo& info = model_->info();
     info.chat_template = templates_.source();
     info.prefix_caching = options.prefix_caching;
+    info.max_queue = options.max_queue;
     info.relay_active = backend.relay_active;
     info.backend = backend.line;
     core_.restore_prompts(progress);
@@ -200,7 +201,7 @@ class ThreadedEngine : public Engine {
   static CoreOptions core_options(const EngineOptions& o, const LlamaModel& model) {
     CoreOptions c;
     c.scheduler.parallel = o.parallel;
-    c.scheduler.batch_tokens = std::min(o.batch_tokens, model.cells());
+    c.scheduler.batch_tokens = std::min(o.batch_tokens, model.max_rows());
     c.prefix_caching = o.prefix_caching;
     c.pin_budget = o.pin_budget;
     c.step_seconds = o.step_seconds;

@@ -908,6 +908,29 @@ TEST(EngineCore, WhatCanNeverFitIsRefused) {
   EXPECT_EQ(bench.core.kv().cells_used(), 100);
 }
 
+// A pin may take the cells of a request that waits. That one fails, not who came before it.
+TEST(EngineCore, WhoDoesNotFitAnyMoreIsRefusedAlone) {
+  Bench bench(1000, small_steps(1));
+  const auto shared = sequence_of(500, 31);
+  bench.submit(shared, 1);
+  bench.run();
+  const auto running = bench.submit(sequence_of(10, 32), 50);
+  bench.step();
+  bool pinned = false;
+  PinRequest pin;
+  pin.tokens = sequence_of(200, 33);
+  bench.core.pin(pin, {{}, [&](const PinnedPrompt&) { pinned = true; }, {}});
+  const auto small = bench.submit(sequence_of(20, 34), 5);
+  // Is let in before it, because it shares most of its prompt.
+  const auto large = bench.submit(shared + sequence_of(400, 35), 5);
+  bench.run();
+  EXPECT_TRUE(pinned);
+  EXPECT_TRUE(running->done);
+  expect_alone(bench, *small, sequence_of(20, 34), 5);
+  EXPECT_TRUE(large->failed);
+  EXPECT_EQ(large->error, ErrorKind::kContextLengthExceeded);
+}
+
 TEST(EngineCore, DecodeRowsGoOnBesideALongPrefill) {
   Bench bench(4096, small_steps(64, 32));
   const auto chat = bench.submit(sequence_of(10, 20), 50);

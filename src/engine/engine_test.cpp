@@ -591,6 +591,22 @@ TEST(EngineLife, AFullQueueRefusesAndDrainEmptiesIt) {
   EXPECT_EQ(std::get<Refusal>(late).kind, ErrorKind::kShuttingDown);
 }
 
+// llama.cpp rounds cells up, but not what it takes in one step, and ends the process above that.
+TEST(EngineLife, AStepIsNoLargerThanTheCellsAskedFor) {
+  EngineOptions options = small_options();
+  options.kv_cells = 300;
+  options.batch_tokens = 2048;
+  options.step_seconds = 0;
+  const auto engine = Engine::load(options);
+  GenerateRequest r;
+  r.prompt.assign(400, engine->tokenize("x", false, false).at(0));
+  r.max_tokens = 2;
+  auto sink = std::make_shared<Collector>();
+  ASSERT_TRUE(std::holds_alternative<RequestId>(engine->submit(r, sink)));
+  sink->wait();
+  EXPECT_EQ(sink->choices[0].reason, FinishReason::kLength);
+}
+
 TEST(EngineLife, StopCancelsWhatRuns) {
   const auto engine = Engine::load(small_options());
   GenerateRequest r;

@@ -40,14 +40,15 @@ class FakeModel : public Model, public Vocabulary {
   int32_t vocab_size() const override { return vocab_; }
 
   DecodeStatus decode(const Batch& batch) override {
-    if (on_decode) {
-      const DecodeStatus forced = on_decode(batch);
-      if (forced != DecodeStatus::kOk) return forced;
+    const DecodeStatus forced = on_decode ? on_decode(batch) : DecodeStatus::kOk;
+    if (forced == DecodeStatus::kNoCells || batch.size() > cells() - used()) {
+      return DecodeStatus::kNoCells;
     }
-    if (batch.size() > cells() - used()) return DecodeStatus::kNoCells;
     size_t at = 0;
     logits_.assign(static_cast<size_t>(batch.size()), {});
     for (size_t i = 0; i < static_cast<size_t>(batch.size()); ++i) {
+      // Whoever fails has stored some rows.
+      if (forced == DecodeStatus::kFailed && i >= batch.token.size() / 2) return forced;
       while (cells_[at].members.any()) ++at;
       Cell& cell = cells_[at];
       cell.position = batch.position[i];

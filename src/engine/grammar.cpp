@@ -44,7 +44,7 @@ TokenTexts::TokenTexts(std::vector<std::string> texts, std::vector<bool> ends)
   std::vector<Token> order;
   for (size_t t = 0; t < texts_.size(); ++t) {
     const bool usable = !texts_[t].empty() && texts_[t][0] != '\0' && !ends_[t];
-    if (usable) order.push_back(static_cast<Token>(t));
+    (usable ? order : others_).push_back(static_cast<Token>(t));
   }
   std::sort(order.begin(), order.end(), [&](Token a, Token b) {
     const int by_text = text(a).compare(text(b));
@@ -65,10 +65,13 @@ TokenTexts::TokenTexts(std::vector<std::string> texts, std::vector<bool> ends)
 }
 
 Token TokenTexts::find(std::string_view text) const {
-  for (size_t t = 0; t < texts_.size(); ++t) {
-    if (texts_[t] == text) return static_cast<Token>(t);
-  }
-  return -1;
+  const auto is_it = [&](Token t) { return this->text(t) == text; };
+  const auto other = std::find_if(others_.begin(), others_.end(), is_it);
+  if (other != others_.end()) return *other;
+  const auto at = std::lower_bound(
+      sorted_.begin(), sorted_.end(), text,
+      [&](const Entry& entry, std::string_view t) { return this->text(entry.token) < t; });
+  return at != sorted_.end() && is_it(at->token) ? at->token : -1;
 }
 
 // --- Compiling

@@ -41,7 +41,8 @@ class TokenTexts {
   };
   std::vector<std::string> texts_;
   std::vector<bool> ends_;
-  std::vector<Entry> sorted_;
+  std::vector<Entry> sorted_;  // by text
+  std::vector<Token> others_;  // those that end, and those without text
 };
 
 /// Thrown for a grammar that is too large or too ambiguous to be compiled or followed.

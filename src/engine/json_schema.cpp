@@ -877,6 +877,7 @@ class Normaliser {
     const bool lengths = contains(own, "minLength") || contains(own, "maxLength");
     if (contains(own, "pattern")) {
       if (!own.at("pattern").is_string()) refuse(path, "'pattern' must be a string");
+      if (--budget_.patterns < 0) refuse(path, "the schema has too many patterns");
       if (lengths) drop(path, "'minLength' or 'maxLength' beside 'pattern' is not supported");
       if (keeps_format) drop(path, "'format' beside 'pattern' is not supported");
       if (strict_) check_pattern(own, path);

@@ -11,9 +11,10 @@
 namespace relay::engine {
 
 /// What the schemas of one request may have in all: llama.cpp's converter takes time for each part,
-/// and the cube of the number of an object's optional properties.
+/// the square of the number of patterns, and the cube of that of an object's optional properties.
 struct SchemaBudget {
   int64_t parts = 20'000;
+  int64_t patterns = 500;
   int64_t optional_squares = 150'000;
 };
 

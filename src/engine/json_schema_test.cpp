@@ -340,6 +340,9 @@ TEST(JsonSchema, SizeIsBounded) {
   std::string objects = R"({"anyOf":[)" + object(200, false);
   for (int i = 0; i < 20; ++i) objects.append(",").append(object(200, false));
   refuses(objects + "]}", "too many optional properties in all");
+  std::string patterns = R"({"anyOf":[{"type":"null"})";
+  for (int i = 0; i < 501; ++i) patterns += R"(,{"pattern":"^a$"})";
+  refuses(patterns + "]}", "too many patterns");
   std::string values = R"({"enum":["0")";
   for (int i = 1; i < 2000; ++i) values.append(",\"value ").append(std::to_string(i)).append("\"");
   expect(values + "]}", {R"("value 1999")", R"("0")"}, {R"("value 2000")"});

@@ -118,8 +118,7 @@ void KvMemory::free_id(SeqId seq) {
 }
 
 void KvMemory::drop(SeqId seq) {
-  const int32_t length_before = length(seq);
-  if (length_before > 0) model_.remove(seq, 0, length_before);
+  model_.remove(seq, 0, kToTheEnd);  // a step that failed may have left more than is counted
   tree_.detach(seq);
   private_total_ -= private_[index(seq)];
   private_[index(seq)] = 0;

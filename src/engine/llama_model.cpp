@@ -194,6 +194,7 @@ void LlamaModel::create_context(const EngineOptions& options, bool relay_active)
                                              std::to_string(cells) + " KV cells.\n" +
                                              take_llama_errors());
   }
+  max_rows_ = static_cast<int32_t>(llama_n_batch(context_));
   // llama.cpp rounds up to whole blocks; those cells are there to be used.
   info_.kv_cells = static_cast<int32_t>(llama_n_ctx(context_));
   const int32_t natural = std::min(info_.train_context, info_.kv_cells);
@@ -410,7 +411,7 @@ void LlamaModel::share(SeqId from, SeqId to, int32_t begin, int32_t end) {
 void LlamaModel::remove(SeqId seq, int32_t begin, int32_t end) {
   llama_memory_t memory = llama_get_memory(context_);
   begin += prefix_;
-  end += prefix_;
+  end = end == kToTheEnd ? -1 : end + prefix_;
   llama_memory_seq_rm(memory, seq, begin, end);
   if (shadow_ > 0) llama_memory_seq_rm(memory, seq + shadow_, begin, end);
 }

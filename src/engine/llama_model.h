@@ -29,6 +29,8 @@ class LlamaModel : public Model, public Vocabulary {
   LlamaModel& operator=(const LlamaModel&) = delete;
 
   int32_t cells() const override { return info_.kv_cells; }
+  /// Most rows of one decode().
+  int32_t max_rows() const { return max_rows_; }
   int32_t max_sequences() const override { return max_sequences_; }
   int32_t vocab_size() const override { return info_.vocab_size; }
   DecodeStatus decode(const Batch& batch) override;
@@ -82,6 +84,7 @@ class LlamaModel : public Model, public Vocabulary {
   llama_context* context_ = nullptr;
   const llama_vocab* vocab_ = nullptr;
   int32_t max_sequences_ = 0;
+  int32_t max_rows_ = 0;
   // A sliding-window cache reuses cells that lie outside the window and belong to one sequence
   // only, and would so take apart prefixes that are kept. There, each sequence is two of
   // llama.cpp's, s and s + shadow_; 0: no window.

@@ -18,6 +18,9 @@ using SeqId = int32_t;
 inline constexpr int32_t kMaxSequences = 256;  // llama.cpp's LLAMA_MAX_SEQ
 using SeqSet = std::bitset<kMaxSequences>;
 
+/// As the end of a range of positions: all there are.
+inline constexpr int32_t kToTheEnd = INT32_MAX;
+
 /// The rows of one step. Positions of a sequence are consecutive and continue its cells.
 struct Batch {
   std::vector<Token> token;

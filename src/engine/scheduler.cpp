@@ -47,7 +47,7 @@ StepPlan Scheduler::plan(PrefillBudget budget) {
   }
   if (running_.empty() && !waiting_.empty()) {
     // With nothing running, all but the pinned cells were to be had.
-    plan.exhausted.push_back(waiting_.front());
+    plan.exhausted.push_back(admission_order().front());
     return plan;
   }
   order_by_prefix(plan);

@@ -124,15 +124,6 @@ PlanShape shape_of(const PlanOptions& o, const PathShape& path, int32_t workers)
   return s;
 }
 
-/// The line of steps is counted in 32 bits.
-void check_size(const PlanShape& s) {
-  const int64_t steps =
-      int64_t{s.max_requests} * s.kv_heads * ceil_div(s.max_blocks * s.block_size, s.tile_slots);
-  if (steps * s.costs.step_128 > INT_MAX) {
-    fail("max_requests x kv_heads x max_blocks x block_size is too large; lower one of them");
-  }
-}
-
 }  // namespace
 
 class Plan {
@@ -156,7 +147,11 @@ class Plan {
         path == Path::kWgmma ? wgmma_shape(o.shape.qk_dim) : mma_shape(o.shape.qk_dim);
     multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
     shape = shape_of(o, p, multiprocessors * p.blocks_per_sm);
-    check_size(shape);
+    if (!fit_costs(shape)) {
+      fail(
+          "max_requests, max_rows, max_blocks x block_size and kv_heads are too large together; "
+          "lower one of them");
+    }
     partial_rows = shape.partial_capacity + int64_t{2} * shape.workers * shape.tile_rows;
   }
 

@@ -13,6 +13,7 @@
 // Everything that a request does not share is a segment of its own.
 #pragma once
 
+#include <algorithm>
 #include <climits>
 #include <initializer_list>
 #include <type_traits>
@@ -20,6 +21,27 @@
 #include "cuda/plan/plan_data.h"
 
 namespace relay::cuda {
+
+/// The planner adds costs in 32 bits: makes their unit coarser until the dearest batch within the
+/// limits fits. False if even its steps are too many to be counted.
+inline bool fit_costs(PlanShape& shape) {
+  const int64_t tiles =
+      int64_t{shape.max_requests} + ceil_div(shape.max_rows, rows_per_tile(shape));
+  const int64_t steps =
+      (int64_t{shape.max_blocks} * shape.block_size + shape.tile_slots - 1) / shape.tile_slots;
+  PlanCosts& c = shape.costs;
+  for (;;) {
+    const int64_t step = std::max({c.step_memory, c.step_8, c.step_64, c.step_128});
+    const int64_t job = c.job + int64_t{c.rows} * shape.tile_rows / 16;
+    const int64_t of_tile = (steps + kMaxParts) * step + kMaxParts * job;
+    if (of_tile <= INT_MAX / (tiles * shape.kv_heads)) return true;
+    if (step == 1) return false;
+    for (int32_t* cost :
+         {&c.step_memory, &c.step_8, &c.step_64, &c.step_128, &c.job, &c.rows, &c.worker}) {
+      *cost = std::max(1, *cost / 2);
+    }
+  }
+}
 
 /// The planner's memory: arrays by request (R), by run (N), by group segment (G) and by segment
 /// (S).

@@ -635,6 +635,38 @@ TEST(Planner, LongJobsAreSharedOutEvenly) {
 }
 
 /// Requests that decode over one prompt of 43 blocks, each seeing its last 160 tokens.
+// Costs are added in 32 bits.
+TEST(Planner, HugePromptsAreSharedOutEvenly) {
+  for (const int32_t rows : {131'072, 196'608}) {
+    Batch b = batch_of(8, 8);
+    b.shape.costs = kMmaCosts;
+    std::vector<int32_t> blocks;
+    b.fill(blocks, rows);
+    b.add(rows, rows, std::move(blocks));
+    b.finish();
+    ASSERT_TRUE(fit_costs(b.shape));
+    const HostPlan p = HostPlan::make(b);
+    ASSERT_NO_FATAL_FAILURE(check_ranges(b, p));
+    Load load;
+    ASSERT_NO_FATAL_FAILURE(check_cuts(b, p, load));
+    EXPECT_EQ(p.header.workers, b.shape.workers);
+    EXPECT_LT(load.worst, 1.3);
+  }
+}
+
+TEST(Planner, LimitsThatFitLeaveCostsAlone) {
+  Batch b = batch_of(8, 4);
+  PlanShape s = b.shape;
+  s.max_requests = 1024;
+  s.max_rows = 16'384;
+  s.max_blocks = 131'072 / s.block_size;
+  ASSERT_TRUE(fit_costs(s));
+  EXPECT_EQ(s.costs.step_memory, kWgmmaCosts.step_memory);
+  s.max_blocks = 1 << 26;
+  s.kv_heads = 128;
+  EXPECT_FALSE(fit_costs(s));
+}
+
 TEST(Planner, WindowsShareWhatTheyHaveInCommon) {
   Batch b = batch_of(2, 2);
   b.shape.window = 160;

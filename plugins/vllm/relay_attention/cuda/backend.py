@@ -172,6 +172,11 @@ class RelayFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         except RelayError as e:
             self._stand_aside(str(e))
             return
+        except torch.OutOfMemoryError:  # vLLM's budget may leave nothing
+            self._stand_aside(
+                "no GPU memory is left for its workspace; lower --gpu-memory-utilization"
+            )
+            return
         speculative = config.speculative_config
         mixed = config.compilation_config.cudagraph_mode.mixed_mode()
         self._plans = plans

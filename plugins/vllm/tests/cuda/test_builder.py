@@ -185,6 +185,18 @@ def test_what_cannot_be_planned_is_left_to_flash_attention(make_builder, library
     assert builder.own_plan == "FlashAttention's"
 
 
+def test_without_memory_for_a_workspace_flash_attention_goes_on(make_builder, library, monkeypatch):
+    builder = make_builder(layer())
+
+    def empty(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    assert not hasattr(builder.build(0, step(*DECODE)), "plans")
+    assert builder.own_plan == "FlashAttention's"
+    assert library.named("create") == []
+
+
 def test_a_builder_that_vllm_changed_is_left_alone(make_builder, library):
     class Changed(backend.RelayFlashAttentionMetadataBuilder):
         pass

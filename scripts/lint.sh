@@ -2,7 +2,8 @@
 # clang-tidy over our own translation units, as build/release compiles them; those that it leaves out
 # and that are CUDA's as build/cuda does, if it is there. CUDA's own language (.cu) is left to nvcc's
 # warnings.
-# usage: scripts/lint.sh [file.cpp...]
+# usage: scripts/lint.sh [--deep] [file.cpp...]
+#   --deep  the analyzer follows calls as well: more than twice the time, for before a release
 set -euo pipefail
 cd "$(dirname "$0")/.."
 database=build/release/compile_commands.json
@@ -10,6 +11,12 @@ cuda_database=build/cuda/compile_commands.json
 [ -f "$database" ] || { echo "lint: no $database; run cmake --preset release" >&2; exit 1; }
 [ -x .venv/bin/clang-tidy ] || { echo "lint: no .venv; run scripts/setup.sh" >&2; exit 1; }
 
+analyzer=(--extra-arg=-Xclang --extra-arg=-analyzer-config
+          --extra-arg=-Xclang --extra-arg=mode=shallow)
+if [ "${1:-}" = --deep ]; then
+  analyzer=()
+  shift
+fi
 if [ $# -gt 0 ]; then
   files=("$@")
 else
@@ -39,7 +46,8 @@ echo "lint: ${#files[@]} files"
 one() {
   local output build=build/release
   grep -q "/$1\"" "$build/compile_commands.json" || [ ! -f "$cuda_database" ] || build=build/cuda
-  if output="$(.venv/bin/clang-tidy -p "$build" --quiet --extra-arg=-Wno-unknown-warning-option "$1" 2>&1)"
+  if output="$(.venv/bin/clang-tidy -p "$build" --quiet $analyzer_arguments \
+    --extra-arg=-Wno-unknown-warning-option "$1" 2>&1)"
   then
     echo "lint: ok $1"
   else
@@ -49,5 +57,6 @@ one() {
 }
 export -f one
 export cuda_database
+export analyzer_arguments="${analyzer[*]}"  # arrays cannot be exported
 printf '%s\0' "${files[@]}" | xargs -0 -n 1 -P "$(nproc)" bash -c 'one "$1"' _ ||
   { echo "lint: faults found, see above" >&2; exit 1; }

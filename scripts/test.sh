@@ -76,10 +76,10 @@ stage_unit() {
   report_isas "$(echo $isas)" "$all" || return 1
   for isa in $isas; do
     echo "--- the core, RELAY_ISA=$isa"
-    RELAY_ISA="$isa" run_tests release unit -R '^core_' || status=1
+    RELAY_ISA="$isa" run_tests release unit -j2 -R '^core_' || status=1
   done
   echo "--- everything above the core"
-  run_tests release unit -E '^core_' || status=1
+  run_tests release unit -j2 -E '^core_' || status=1
   return "$status"
 }
 
@@ -102,12 +102,13 @@ stage_asan() {
     tests/e2e/test_commands.py tests/e2e/test_batch.py -k "not killed" || status=1
   return "$status"
 }
-# The property test is about numbers, takes a quarter of an hour here, and its threads are those of
-# the plan and adversarial tests.
+# Left out: tests without threads, and the property test, which takes a quarter of an hour here and
+# whose threads are those of the plan and adversarial tests.
 stage_tsan() {
   local -x TSAN_OPTIONS=halt_on_error=1
   local status=0
-  tests_under tsan tsan -j2 -E '^core_property_test$' || status=1
+  tests_under tsan tsan -j2 -E '^(core_(property|checker|reference|precision)|planner)_test$' ||
+    status=1
   # Left out of the engine's: what takes long and is about texts, not threads.
   GTEST_FILTER='-EngineTools.*:EngineLife.AFullQueue*:EngineLife.WrongOptions*' \
     tests_under tsan-above tsan -j2 || status=1

@@ -10,7 +10,7 @@
                whether memory grows, and whether anything is stuck
 
     python3 bench/serving overload -m model.gguf
-    python3 bench/serving soak -m model.gguf --minutes 30 -- --kv-type q8_0
+    python3 bench/serving soak -m model.gguf --minutes 30 -- --cache-type-k q8_0 --cache-type-v q8_0
 
 `relay synth llama-3.2-1b model.gguf --type q4_0` makes a model; relay serve gets what follows --.
 """

@@ -1,10 +1,10 @@
 """The paper's evaluation, reproduced and extended, on this machine and against real peers.
 
-    python bench/evaluation run                  # the set `bench`: what `make bench` runs
-    python bench/evaluation run --set full       # everything; or --set my.toml
-    python bench/evaluation run --device cuda    # what runs on an NVIDIA GPU
-    python bench/evaluation report build/evaluation/bench/results.json
-    python bench/evaluation compare before/results.json after/results.json
+    .venv/bin/python bench/evaluation run                  # the set `bench`: what `make bench` runs
+    .venv/bin/python bench/evaluation run --set full       # everything; or --set my.toml
+    .venv/bin/python bench/evaluation run --device cuda    # what runs on an NVIDIA GPU
+    .venv/bin/python bench/evaluation report build/evaluation/bench/results.json
+    .venv/bin/python bench/evaluation compare before/results.json after/results.json
 
 A run that was stopped goes on where it was when it is started again. Results lie in
 build/evaluation/<set>: results.json, a CSV for each section. `report` draws the plots and writes

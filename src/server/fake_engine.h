@@ -54,6 +54,7 @@ class FakeEngine : public engine::Engine {
   mutable std::atomic<int> pin_lookups{0};
   std::atomic<bool> hold_renders{false};      ///< render_chat() waits while this is set
   mutable std::atomic<int> renders{0};        ///< begun
+  mutable std::atomic<int> parses{0};         ///< of messages
   std::atomic<bool> pin_lookups_fail{false};  ///< with an exception that nobody expects
   engine::GenerateRequest last_request() {
     const std::lock_guard lock(mutex_);
@@ -92,6 +93,7 @@ class FakeEngine : public engine::Engine {
   }
   engine::ChatMessage parse_message(const engine::OutputFormatPtr&, const std::string& text,
                                     bool) const override {
+    ++parses;
     engine::ChatMessage message;
     if (text.rfind("CALL ", 0) != 0) {
       message.content = text;

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <iterator>
+#include <map>
 #include <stdexcept>
+#include <utility>
 
 #include "base/unix_time.h"
 
@@ -126,6 +128,7 @@ Generation::State Generation::advance(std::string& frames) {
   if (ended_) return State::kDone;
   events_.clear();
   queue_->take(events_);
+  merge_backlog();
   try {
     for (Event& event : events_) {
       Part& part = parts_[static_cast<size_t>(event.prompt)];
@@ -171,6 +174,32 @@ Generation::State Generation::advance(std::string& frames) {
     frames += kDoneFrame;
   }
   return State::kDone;
+}
+
+void Generation::merge_backlog() {
+  if (!common_.stream || format_ == nullptr) return;
+  constexpr size_t kBehind = 16;  // tokens of each choice
+  if (events_.size() <= kBehind * parts_.size() * static_cast<size_t>(common_.generate.n)) return;
+  std::vector<Event> merged;
+  std::map<std::pair<int32_t, int32_t>, size_t> first;  // by prompt and choice
+  for (Event& event : events_) {
+    if (event.kind == Event::Kind::kTokens) {
+      const auto [at, is_first] =
+          first.emplace(std::pair(event.prompt, event.choice), merged.size());
+      if (!is_first) {
+        engine::TokensDelta& to = merged[at->second].delta;
+        to.text += event.delta.text;
+        std::move(event.delta.tokens.begin(), event.delta.tokens.end(),
+                  std::back_inserter(to.tokens));
+        std::move(event.delta.prompt.begin(), event.delta.prompt.end(),
+                  std::back_inserter(to.prompt));
+        to.usage = event.delta.usage;
+        continue;
+      }
+    }
+    merged.push_back(std::move(event));
+  }
+  events_ = std::move(merged);
 }
 
 void Generation::on_tokens(Part& part, int32_t index, engine::TokensDelta delta,

@@ -101,6 +101,8 @@ class Generation {
   /// How the client calls the field that the engine calls so.
   std::string field_of(const std::string& engine_param) const;
   void submit(engine::GenerateRequest request, std::string echo);
+  /// Of a reader that is far behind: all tokens of a choice become one event.
+  void merge_backlog();
   void on_tokens(Part& part, int32_t index, engine::TokensDelta delta, std::string& frames);
   void on_finish(Part& part, int32_t index, engine::FinishReason reason,
                  const std::string& stop_string, std::string& frames);

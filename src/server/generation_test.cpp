@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <condition_variable>
+#include <map>
 #include <set>
+#include <thread>
 
 #include "server/event_queue.h"
 #include "server/fake_engine.h"
@@ -341,6 +343,27 @@ TEST(Generation, ToolCall) {
   EXPECT_EQ(call["function"]["name"], "weather");
   EXPECT_EQ(call["function"]["arguments"], R"({"city":"Ulm"})");
   EXPECT_EQ(call["id"].get<std::string>().rfind("call_", 0), 0u);
+}
+
+// The whole text is read at each step, so a reader that is behind must not take them one by one.
+TEST(Generation, ABacklogIsReadAtOnce) {
+  FakeScript script;
+  script.has_format = true;
+  script.pieces.assign(1000, "ab");
+  Fixture fixture(script);
+  const auto generation = fixture.chat(R"(,"stream":true,"n":2)");
+  while (fixture.engine->running > 0) std::this_thread::yield();
+  std::string frames;
+  ASSERT_EQ(fixture.finish(*generation, frames), Generation::State::kDone);
+  EXPECT_EQ(fixture.engine->parses, 4) << "once for the tokens and once for the end, of each";
+  std::map<int, std::string> texts;
+  for (const Json& chunk : split(frames)) {
+    const Json& choice = chunk["choices"][0];
+    texts[choice["index"]] += choice["delta"].value("content", "");
+  }
+  std::string whole;
+  for (int i = 0; i < 1000; ++i) whole += "ab";
+  EXPECT_EQ(texts, (std::map<int, std::string>{{0, whole}, {1, whole}}));
 }
 
 TEST(Generation, StreamedToolCall) {

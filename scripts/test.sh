@@ -107,8 +107,8 @@ stage_asan() {
 stage_tsan() {
   local -x TSAN_OPTIONS=halt_on_error=1
   local status=0
-  tests_under tsan tsan -j2 -E '^(core_(property|checker|reference|precision)|planner)_test$' ||
-    status=1
+  RELAY_TEST_SCALE=0.09 tests_under tsan tsan -j2 \
+    -E '^(core_(property|checker|reference|precision)|planner)_test$' || status=1
   # Left out of the engine's: what takes long and is about texts, not threads.
   GTEST_FILTER='-EngineTools.*:EngineLife.AFullQueue*:EngineLife.WrongOptions*' \
     tests_under tsan-above tsan -j2 || status=1

@@ -85,7 +85,7 @@ void check(OperatorCase& op, const ForestCase& c, bool statistics) {
 const std::vector<int64_t> kEdges = {0,  1,  2,  7,  8,  15, 16,  17,  31,  32,
                                      33, 47, 63, 64, 65, 95, 127, 128, 129, 255};
 
-/// On an emulated processor, which is slow, the case of every third index.
+/// Where it is slow, on an emulated processor or under TSan, the case of every third index.
 bool is_taken(int64_t index) { return scale() >= 0.1 || index % 3 == 0; }
 
 TEST(Lengths, PrefixAndContextAroundTileSizes) {

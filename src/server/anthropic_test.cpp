@@ -99,8 +99,9 @@ TEST(Messages, RefusesByItsOwnNames) {
   EXPECT_EQ(refusal(kHi, R"(,"temperature":1.5)"), "temperature/invalid_value");
   EXPECT_EQ(refusal(kHi, R"(,"stop_sequences":[""])"), "stop_sequences[0]/invalid_value");
   EXPECT_EQ(refusal(kHi, R"(,"mcp_servers":[{}])"), "mcp_servers/unsupported_parameter");
-  EXPECT_EQ(refusal(kHi, R"(,"context_management":{"edits":[{"type":"clear_tool_uses_20250919"}]})"),
-            "context_management.edits[0].type/unsupported_parameter");
+  EXPECT_EQ(
+      refusal(kHi, R"(,"context_management":{"edits":[{"type":"clear_tool_uses_20250919"}]})"),
+      "context_management.edits[0].type/unsupported_parameter");
   EXPECT_EQ(refusal(kHi, R"(,"context_management":{"edits":[
                                {"type":"clear_thinking_20251015","keep":{"value":1}}]})"),
             "context_management.edits[0].type/unsupported_parameter");

@@ -52,14 +52,15 @@ def run(args: argparse.Namespace) -> None:
     print_left_out(programs.left_out)
     if (load := os.getloadavg()[0]) > 0.5 and todo:
         print(f"warning: the machine is busy (load {load:.1f}): expect noise", file=sys.stderr)
-    with Progress([t.seconds for t in todo], [results.seconds(t) for t in done]) as progress:
-        for task in todo:
-            progress.begin(task.name, task.seconds)
-            programs.notes.clear()
-            rows = task.run()
-            results.put(task, rows, progress.end(), list(programs.notes))
-    path = results.write(tasks, programs.left_out)
-    print(path)
+    try:
+        with Progress([t.seconds for t in todo], [results.seconds(t) for t in done]) as progress:
+            for task in todo:
+                progress.begin(task.name, task.seconds)
+                programs.notes.clear()
+                rows = task.run()
+                results.put(task, rows, progress.end(), list(programs.notes))
+    finally:  # what a run that is stopped has measured can be reported, too
+        print(results.write(tasks, programs.left_out))
 
 
 def print_left_out(reasons: list[str]) -> None:

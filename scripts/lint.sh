@@ -12,10 +12,10 @@ cuda_database=build/cuda/compile_commands.json
 [ -f "$database" ] || { echo "lint: no $database; run cmake --preset release" >&2; exit 1; }
 [ -x .venv/bin/clang-tidy ] || { echo "lint: no .venv; run scripts/setup.sh" >&2; exit 1; }
 
-analyzer=(--extra-arg=-Xclang --extra-arg=-analyzer-config
-          --extra-arg=-Xclang --extra-arg=max-nodes=30000)  # of each function; 225,000 by default
+# Nodes of each function; 225,000 by default.
+analyzer="--extra-arg=-Xclang --extra-arg=-analyzer-config --extra-arg=-Xclang --extra-arg=max-nodes=30000"
 if [ "${1:-}" = --deep ]; then
-  analyzer=()
+  analyzer=""
   shift
 fi
 if [ $# -gt 0 ]; then
@@ -47,7 +47,7 @@ echo "lint: ${#files[@]} files"
 one() {
   local output build=build/release
   grep -q "/$1\"" "$build/compile_commands.json" || [ ! -f "$cuda_database" ] || build=build/cuda
-  if output="$(.venv/bin/clang-tidy -p "$build" --quiet $analyzer_arguments \
+  if output="$(.venv/bin/clang-tidy -p "$build" --quiet $analyzer \
     --extra-arg=-Wno-unknown-warning-option "$1" 2>&1)"
   then
     echo "lint: ok $1"
@@ -57,7 +57,6 @@ one() {
   fi
 }
 export -f one
-export cuda_database
-export analyzer_arguments="${analyzer[*]}"  # arrays cannot be exported
+export cuda_database analyzer
 printf '%s\0' "${files[@]}" | xargs -0 -n 1 -P "$(nproc)" bash -c 'one "$1"' _ ||
   { echo "lint: faults found, see above" >&2; exit 1; }

@@ -9,6 +9,7 @@
 
 #include "cuda/kernels/kernels.h"
 #include "cuda/kernels/write_kv.h"
+#include "cuda/plan/pieces.h"
 #include "cuda/plan/plan_kernels.h"
 #include "relay/cuda.h"
 
@@ -22,6 +23,7 @@ constexpr int32_t kMinSharedSlots = 64;
 /// rows than these in all. A batch that needs more shares in coarser pieces.
 constexpr int64_t kPartialsPerRow = 12;
 constexpr int64_t kMaxPartials = 4096;
+constexpr int32_t kMaxBlockSize = 1 << 16;
 
 [[noreturn]] void fail(const std::string& what) { throw Error("cuda: " + what); }
 
@@ -62,7 +64,9 @@ void validate(const PlanOptions& o) {
   }
   if (o.max_rows < 1) fail("max_rows must be positive");
   if (o.max_blocks < 1) fail("max_blocks must be positive");
-  if (o.block_size < 16 || o.block_size % 16 != 0) fail("block_size must be a multiple of 16");
+  if (o.block_size < 16 || o.block_size > kMaxBlockSize || o.block_size % 16 != 0) {
+    fail("block_size must be a multiple of 16, at most " + std::to_string(kMaxBlockSize));
+  }
   if (int64_t{o.max_blocks} * o.block_size > (1 << 24)) {
     fail("max_blocks x block_size must be at most 2^24 tokens");
   }
@@ -97,7 +101,7 @@ Path choose_path(const PlanOptions& o) {
   return major == 9 && wgmma_serves(o) ? Path::kWgmma : Path::kMma;
 }
 
-PlanShape shape_of(const PlanOptions& o, const PathShape& path, int32_t workers) {
+PlanShape shape_of(const PlanOptions& o, const PathShape& path, int32_t multiprocessors) {
   PlanShape s{};
   s.max_requests = o.max_requests;
   s.max_rows = o.max_rows;
@@ -111,7 +115,8 @@ PlanShape shape_of(const PlanOptions& o, const PathShape& path, int32_t workers)
   s.causal = o.causal ? 1 : 0;
   s.tile_rows = path.tile_rows;
   s.tile_slots = path.tile_slots;
-  s.workers = workers;
+  s.workers = multiprocessors * path.blocks_per_sm;
+  s.max_portions = s.workers * (1 + path.tail_portions);
   s.max_segments = static_cast<int32_t>(PlannerScratch::max_segments(s));
   // Rows that share are those of requests that fill no tile.
   const int64_t sharing_rows =
@@ -134,6 +139,7 @@ class Plan {
   PlanShape shape{};
   PlanView view{};
   PlanMemory memory{};
+  int32_t* taken = nullptr;  ///< portions of the tail, of the attention under way
   float* partial_out = nullptr;
   float2* partial_state = nullptr;
   int64_t partial_rows = 0;
@@ -146,13 +152,13 @@ class Plan {
     const PathShape p =
         path == Path::kWgmma ? wgmma_shape(o.shape.qk_dim) : mma_shape(o.shape.qk_dim);
     multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
-    shape = shape_of(o, p, multiprocessors * p.blocks_per_sm);
+    shape = shape_of(o, p, multiprocessors);
     if (!fit_costs(shape)) {
       fail(
           "max_requests, max_rows, max_blocks x block_size and kv_heads are too large together; "
           "lower one of them");
     }
-    partial_rows = shape.partial_capacity + int64_t{2} * shape.workers * shape.tile_rows;
+    partial_rows = cut_partial_row(shape, shape.max_portions, 1);
   }
 
   /// Places everything from `base` on (null: only counts); returns the bytes.
@@ -168,9 +174,12 @@ class Plan {
     take(memory.epoch, 1);
     take(memory.faults, 2);
     take(view.header, 1);
-    take(view.cuts, shape.workers + 1);
-    take(view.begins, shape.workers);
+    take(taken, 1);
+    take(view.cuts, shape.max_portions + 1);
+    take(view.begins, shape.max_portions);
     cleared = used;
+    take(view.lists, int64_t{options.max_rows} * options.shape.q_heads);
+    take(view.pieces, partial_rows);
     take(view.segments, shape.max_segments);
     take(view.row_index, shape.max_row_index);
     take(view.rows, options.max_rows);
@@ -256,6 +265,7 @@ AttendParams params_of(const Plan& plan, const Inputs& in) {
   const PlanOptions& o = plan.options;
   AttendParams p{};
   p.plan = plan.view;
+  p.taken = plan.taken;
   p.table = plan.batch.table;
   p.table_stride = plan.batch.table_stride;
   p.requests = plan.batch.requests;
@@ -282,6 +292,7 @@ AttendParams params_of(const Plan& plan, const Inputs& in) {
   p.tile_rows = plan.shape.tile_rows;
   p.tile_slots = plan.shape.tile_slots;
   p.workers = plan.shape.workers;
+  p.max_portions = plan.shape.max_portions;
   p.partial_capacity = plan.shape.partial_capacity;
   p.scale = in.scale;
   p.softcap = in.softcap;

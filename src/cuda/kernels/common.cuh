@@ -1,4 +1,4 @@
-// What the attention kernels share: a worker's way through its steps, element types, the softmax.
+// What the attention kernels share: the way through a portion's steps, element types, the softmax.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,6 +6,7 @@
 #include <cuda_fp8.h>
 
 #include "cuda/kernels/params.h"
+#include "cuda/plan/pieces.h"
 
 namespace relay::cuda {
 
@@ -23,29 +24,24 @@ struct Item {
   int32_t partial;  ///< where the tile's first partial row lies; -1: results go straight out
 };
 
-/// Partial rows of a job's piece. Merging must find them, so both ask here.
-__device__ inline int32_t partial_row(const AttendParams& p, int32_t segment_rows,
-                                      int32_t partial_base, int32_t kv_head, int32_t first_row,
-                                      int32_t worker, bool has_begin, bool has_end) {
-  if (!has_begin) return p.partial_capacity + worker * p.tile_rows;
-  if (partial_base >= 0) return partial_base + kv_head * segment_rows * p.group + first_row;
-  return has_end ? -1 : p.partial_capacity + (p.workers + worker) * p.tile_rows;
-}
-
-/// A worker's items, in order. The same in every thread.
+/// A portion's items, in order. The same in every thread.
 class Walk {
  public:
-  /// The first segment stands where its worker is known, so that nothing waits for its number.
-  __device__ Walk(const AttendParams& p, int32_t worker) : worker_(worker) {
-    const Cut begin = p.plan.cuts[worker];
-    at_ = begin.step;
-    number_ = begin.segment;
-    end_ = p.plan.cuts[worker + 1].step;
+  /// `item` is to be the one that next() is called with. The first segment stands where its portion
+  /// is known, so that nothing waits for its number.
+  __device__ void begin(const AttendParams& p, int32_t portion, Item& item) {
+    portion_ = portion;
+    const Cut from = p.plan.cuts[portion];
+    end_ = p.plan.cuts[portion + 1].step;
+    item.segment = p.plan.begins[portion];
+    at_ = from.step;
+    number_ = from.segment;
+    began_ = false;
   }
 
   __device__ bool is_done() const { return at_ >= end_; }
 
-  /// `item`: the one before, or, at first, any.
+  /// `item`: the one before, or, at first, what begin() made of it.
   __device__ bool next(const AttendParams& p, Item& item) {
     if (is_done()) return false;
     Segment& s = item.segment;
@@ -53,7 +49,6 @@ class Walk {
     item.kv_head += 1;
     if (!began_) {
       began_ = true;
-      s = p.plan.begins[worker_];
       const int32_t local = at_ - s.step_base;
       const int32_t job = s.steps > 0 ? local / s.steps : 0;
       item.step_begin = local - job * s.steps;
@@ -70,17 +65,17 @@ class Walk {
     item.first_row = tile_ * p.tile_rows;
     item.rows = min(p.tile_rows, s.rows * p.group - item.first_row);
     item.step_end = min(s.steps, item.step_begin + end_ - at_);
-    item.partial = partial_row(p, s.rows, s.partial_base, item.kv_head, item.first_row, worker_,
+    item.partial = partial_row(p, s.rows, s.partial_base, item.kv_head, item.first_row, portion_,
                                item.step_begin == 0, item.step_end == s.steps);
     at_ += item.step_end - item.step_begin;
     return true;
   }
 
  private:
-  int32_t worker_;
-  int32_t at_;  // the step after the last item's
-  int32_t end_;
-  int32_t number_;
+  int32_t portion_ = 0;
+  int32_t at_ = 0;  // the step after the last item's
+  int32_t end_ = 0;
+  int32_t number_ = 0;
   int32_t tile_ = 0;
   bool began_ = false;
 };

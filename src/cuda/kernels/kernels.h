@@ -13,6 +13,7 @@ struct PathShape {
   int32_t tile_rows;
   int32_t tile_slots;
   int32_t blocks_per_sm;
+  int32_t tail_portions;  ///< for each of these, at most
   PlanCosts costs;
 };
 

@@ -16,7 +16,7 @@ cudaError_t launch_type(const AttendParams& params, cudaStream_t stream);
 
 PathShape mma_shape(int32_t head_size) {
   const bool wide = head_size > 128;
-  PathShape shape{64, wide ? 32 : 64, wide ? 1 : 2, {}};
+  PathShape shape{64, wide ? 32 : 64, wide ? 1 : 2, 0, {}};
   // In units of 1/32 of reading a step's KV: two blocks share a multiprocessor's tensor cores.
   shape.costs = {.step_memory = 32,
                  .step_8 = 24,
@@ -25,6 +25,8 @@ PathShape mma_shape(int32_t head_size) {
                  .job = 16,
                  .rows = 3,
                  .worker = 96,
+                 .portion = 96,
+                 .tail = 0,
                  .snap = 2};
   return shape;
 }

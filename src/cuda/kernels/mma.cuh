@@ -427,7 +427,8 @@ __global__ void __launch_bounds__(kThreads) attend(AttendParams p) {
   let_next_start();  // only now: merging begins with reading the plan
   const Logits logits(p);
   Item item{};
-  Walk walk(p, blockIdx.x);
+  Walk walk;
+  walk.begin(p, blockIdx.x, item);  // there is no tail
   while (walk.next(p, item)) {
     if (item.rows <= 16) {
       K::template attend_item<true>(p, item, logits, shared);

@@ -8,6 +8,7 @@ namespace relay::cuda {
 /// Strides in bytes.
 struct AttendParams {
   PlanView plan;
+  int32_t* taken;  ///< portions of the tail; 0 between launches
   const int32_t* table;
   int64_t table_stride;  ///< elements
   const char* q;
@@ -25,6 +26,7 @@ struct AttendParams {
   int32_t q_heads, kv_heads, group;
   int32_t tile_rows, tile_slots;
   int32_t workers;
+  int32_t max_portions;
   int32_t partial_capacity;
   float scale;
   float softcap;
@@ -33,8 +35,8 @@ struct AttendParams {
   const float* k_scale;
   const float* v_scale;
   float* lse;
-  /// Partial results: partial_capacity rows of whole jobs, then for each worker tile_rows of the
-  /// job whose end it did, then for each those of the job whose begin it did.
+  /// Partial results: partial_capacity rows of whole jobs, then, for each portion, those of the job
+  /// whose end it has, and those of the job whose begin (cut_partial_row()).
   float* partial_out;     ///< [rows][head_size], not divided by the sum
   float2* partial_state;  ///< [rows] maximum (of logits times log2 e) and sum
 };

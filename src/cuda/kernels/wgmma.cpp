@@ -2,6 +2,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <numeric>
+
 #include "cuda/kernels/kernels.h"
 #include "cuda/kernels/wgmma_shape.h"
 
@@ -24,24 +26,39 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-bool describe(CUtensorMap& map, const AttendParams& p, DType type, const char* data, int64_t block,
-              int64_t slot, int64_t head, bool slots_first) {
+struct Plane {
+  const char* data;
+  int64_t block, slot, head;  ///< strides in bytes
+};
+
+bool describe(CUtensorMap& map, wgmma::Units& units, const AttendParams& p, DType type,
+              const Plane& plane) {
   const auto n = [](int64_t v) { return static_cast<cuuint64_t>(v); };
-  // The stride of a dimension of one element is never used, but checked.
-  if (p.kv_heads == 1) head = slot;
-  if (p.cache_blocks == 1) block = 16;
-  const cuuint64_t inner = n(slots_first ? p.block_size : p.kv_heads);
-  const cuuint64_t outer = n(slots_first ? p.kv_heads : p.block_size);
-  const cuuint64_t sizes[4] = {n(p.head_size), inner, outer, n(p.cache_blocks)};
-  const cuuint64_t strides[3] = {n(slots_first ? slot : head), n(slots_first ? head : slot),
-                                 n(block)};
-  const cuuint32_t page = wgmma::kPageSlots;
-  const cuuint32_t box[4] = {wgmma::kSpan, slots_first ? page : 1, slots_first ? 1 : page, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const bool by_atoms = p.head_size % wgmma::kSpan != 0;
+  const int64_t pages = p.block_size / wgmma::kPageSlots;
+  const int64_t page = plane.slot * wgmma::kPageSlots;
+  // The strides of what there is but one of do not matter.
+  int64_t unit = 0;
+  if (p.cache_blocks > 1) unit = std::gcd(unit, plane.block);
+  if (p.kv_heads > 1) unit = std::gcd(unit, plane.head);
+  if (pages > 1) unit = std::gcd(unit, page);
+  if (unit == 0) unit = 16;
+  const int64_t last =
+      (plane.block * (p.cache_blocks - 1) + plane.head * (p.kv_heads - 1) + page * (pages - 1)) /
+      unit;
+  if (last > INT32_MAX) return false;
+  units = {static_cast<int32_t>(plane.block / unit), static_cast<int32_t>(plane.head / unit),
+           static_cast<int32_t>(page / unit)};
+  const cuuint64_t spans = by_atoms ? 1 : n(p.head_size / wgmma::kSpan);
+  const cuuint64_t sizes[5] = {by_atoms ? n(p.head_size) : wgmma::kSpan, 8, spans, 2, n(last + 1)};
+  const cuuint64_t strides[4] = {n(plane.slot), wgmma::kSpan * 2, n(plane.slot * 8), n(unit)};
+  const cuuint32_t box[5] = {wgmma::kSpan, 8, static_cast<cuuint32_t>(spans), by_atoms ? 1u : 2u,
+                             1};
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   return encode_tiled()(&map,
                         type == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                        4, const_cast<char*>(data), sizes, strides, box, steps,
+                        5, const_cast<char*>(plane.data), sizes, strides, box, steps,
                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
@@ -50,7 +67,7 @@ bool describe(CUtensorMap& map, const AttendParams& p, DType type, const char* d
 }  // namespace
 
 PathShape wgmma_shape(int32_t head_size) {
-  PathShape shape{wgmma::kTileRows, wgmma::tile_slots(head_size), 1, {}};
+  PathShape shape{wgmma::kTileRows, wgmma::tile_slots(head_size), 1, 5, {}};
   // In units of 1/32 of reading a step's KV where all multiprocessors read: some 90 ns.
   shape.costs = {.step_memory = 32,
                  .step_8 = 6,
@@ -59,6 +76,8 @@ PathShape wgmma_shape(int32_t head_size) {
                  .job = 8,
                  .rows = 4,
                  .worker = 64,
+                 .portion = 32,
+                 .tail = 288,
                  .snap = 2};
   return shape;
 }
@@ -66,12 +85,14 @@ PathShape wgmma_shape(int32_t head_size) {
 cudaError_t launch_wgmma(const AttendParams& p, DType type, cudaStream_t stream) {
   if (encode_tiled() == nullptr) return cudaErrorNotSupported;
   wgmma::Maps maps{};
-  // K and V may differ in their strides, not in their order.
-  const bool slots_first = p.k_slot < p.k_head;
-  maps.slots_first = slots_first ? 1 : 0;
-  if (!describe(maps.k, p, type, p.k, p.k_block, p.k_slot, p.k_head, slots_first) ||
-      !describe(maps.v, p, type, p.v, p.v_block, p.v_slot, p.v_head, slots_first)) {
+  if (!describe(maps.k, maps.k_units, p, type, {p.k, p.k_block, p.k_slot, p.k_head}) ||
+      !describe(maps.v, maps.v_units, p, type, {p.v, p.v_block, p.v_slot, p.v_head})) {
     return cudaErrorInvalidValue;
+  }
+  maps.by_atoms = p.head_size % wgmma::kSpan != 0 ? 1 : 0;
+  maps.block_pages = p.block_size / wgmma::kPageSlots;
+  if (maps.block_pages > 1) {
+    maps.reciprocal = static_cast<uint32_t>(((uint64_t{1} << 32) - 1) / maps.block_pages + 1);
   }
   return type == DType::kBF16 ? wgmma::launch_type<__nv_bfloat16>(p, maps, stream)
                               : wgmma::launch_type<__half>(p, maps, stream);

@@ -8,6 +8,9 @@
 // head size flops a step. Which items it has and their queries, a warpgroup is told by a loading
 // warp of its own, so that it waits for memory itself only to mask rows and to store.
 //
+// Each block begins with a portion of the plan of its own; then it takes what is left of the tail,
+// one short portion after the other, until there is none.
+//
 // Within a warpgroup the products of the next scores and of the present weights with V run while it
 // computes the next weights. S, P and O never leave registers. For up to 8 query rows (the contexts
 // that requests have for themselves) these would be 56 empty rows of 64: there the products are
@@ -29,6 +32,7 @@ constexpr int kThreads = 3 * kGroupThreads;
 constexpr int kGroupRows = 64;
 constexpr int kHalfRows = kGroupRows / 2;
 constexpr int kFewRows = 8;
+constexpr int kAtomBytes = 8 * 128;  // eight rows of a span
 constexpr int kSharedBytes = 227 * 1024;
 
 // --- Instructions --------------------------------------------------------------------------------
@@ -42,9 +46,41 @@ __device__ inline void init_barrier(uint32_t barrier, int arrivals) {
 __device__ inline void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-__device__ inline void arrive_expecting(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
+// By one lane of a warp. All lanes come here with the same values: were they in a branch of one
+// lane, the compiler would move each operand into a uniform register in a loop over lanes.
+
+/// Arrives at two barriers, where so many bytes are to be copied.
+__device__ inline void arrive_expecting(uint32_t keys_full, int key_bytes, uint32_t values_full,
+                                        int value_bytes) {
+  asm volatile(
+      "{\n.reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "@one mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\n"
+      "@one mbarrier.arrive.expect_tx.shared.b64 _, [%2], %3;\n}" ::"r"(keys_full),
+      "r"(key_bytes), "r"(values_full), "r"(value_bytes)
+      : "memory");
+}
+/// What copy_boxes() copies, of the dimensions of Maps; rows and spans begin at 0.
+struct Box {
+  uint32_t to;
+  const CUtensorMap& map;
+  uint32_t barrier;
+  int unit;
+};
+/// Copies a box of V, and one of K if `has_key`.
+__device__ inline void copy_boxes(const Box& k, bool has_key, const Box& v, int element,
+                                  int eight_rows) {
+  asm volatile(
+      "{\n.reg .pred one, both;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "setp.ne.and.s32 both, %8, 0, one;\n"
+      "@both cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%9, 0, 0, %10, %3}], [%2];\n"
+      "@one cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%4], "
+      "[%5, {%9, 0, 0, %10, %7}], [%6];\n}" ::"r"(k.to),
+      "l"(&k.map), "r"(k.barrier), "r"(k.unit), "r"(v.to), "l"(&v.map), "r"(v.barrier), "r"(v.unit),
+      "r"(has_key ? 1 : 0), "r"(element), "r"(eight_rows)
+      : "memory");
 }
 __device__ inline void wait(uint32_t barrier, uint32_t phase) {
   asm volatile(
@@ -55,14 +91,6 @@ __device__ inline void wait(uint32_t barrier, uint32_t phase) {
       "bra again;\n"
       "ready:\n}" ::"r"(barrier),
       "r"(phase)
-      : "memory");
-}
-__device__ inline void copy_page(uint32_t to, const CUtensorMap& map, uint32_t barrier, int c0,
-                                 int c1, int c2, int c3) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
-      "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
-      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
 /// Arrives once all that this thread has asked copy_chunk() for is there.
@@ -99,9 +127,10 @@ __device__ inline void fence_stores() {
 __device__ inline void sync_group(int group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
 }
-
 /// A matrix in shared memory for wgmma, in rows of 128 bytes whose 16-byte pieces are swizzled.
-/// `leading`: bytes from one span of 64 columns to the next, where those are not what is summed.
+/// kEightRows: bytes from eight rows to the next eight. `leading`: those from one span of 64
+/// columns to the next, where those are not what is summed.
+template <int kEightRows>
 class Matrix {
  public:
   /// The same for all threads of a warp, and the compiler is to see it: else it computes each
@@ -111,8 +140,7 @@ class Matrix {
 
   __device__ uint64_t descriptor(uint32_t offset) const {
     constexpr uint32_t kSwizzle128 = 1u << 30;
-    constexpr uint32_t kEightRows = 1024 >> 4;
-    return uint64_t{kSwizzle128 | kEightRows} << 32 | (low_ + (offset >> 4));
+    return uint64_t{kSwizzle128 | kEightRows >> 4} << 32 | (low_ + (offset >> 4));
   }
 
  private:
@@ -127,8 +155,11 @@ template <typename T, int kHead, bool kPlain>
 struct Kernel {
   static constexpr int kSlots = tile_slots(kHead);
   static constexpr int kSpans = kHead / kSpan;
-  static constexpr int kSpanBytes = kSlots * 128;
-  static constexpr int kTileBytes = kSpans * kSpanBytes;
+  // A tile of K or V: [slot / 8][span][slot % 8][64 elements]. So a page is one piece.
+  static constexpr int kEightSlots = kSpans * kAtomBytes;
+  static constexpr int kPageAtoms = kPageSlots / 8 * kSpans;
+  static constexpr int kPageBytes = kPageAtoms * kAtomBytes;
+  static constexpr int kTileBytes = kSlots / 8 * kEightSlots;
   static constexpr int kQueryBytes = kGroupRows * kHead * 2;
   static constexpr int kControlBytes = 1536;  // what Shared has behind the tiles
   static constexpr int kStages =
@@ -136,20 +167,22 @@ struct Kernel {
   static constexpr int kScoreBlocks = kSlots / 8;
   static constexpr int kOutBlocks = kHead / 8;
   static constexpr int kPages = kSlots / kPageSlots;
+  static constexpr int kPortionsAhead = 4;
   // Of a thread. The block is launched with 168 for each, which are shared out anew: a warpgroup
   // that asked for more than the others have left would wait for ever.
   static constexpr int kLoaderRegisters = 56;
   static constexpr int kComputeRegisters = 224;
   static_assert(kLoaderRegisters + 2 * kComputeRegisters <= 3 * 168);
   static_assert(kStages >= 4 && kStages <= 16);
-  static_assert(kPages * kSpans <= 32, "a lane of a loading warp a page, span and K or V");
+  using Queries = Matrix<kAtomBytes>;
+  using Tile = Matrix<kEightSlots>;
 
   /// What a warpgroup is to do next.
   struct Assignment {
-    Item item;
+    Item item;       // of no rows: only to pass tiles, or to end
     int32_t first;   // of its query rows, in the item's tile
     int32_t passed;  // tiles of the other warpgroup's since this one's last item
-    bool is_last;    // perhaps with an item of no rows
+    bool is_last;
 
     __device__ int32_t rows() const { return min(kGroupRows, item.rows - first); }
   };
@@ -166,7 +199,9 @@ struct Kernel {
     static constexpr int kTiles = 2 * kQueryBytes;
     static constexpr int kBarriers = kTiles + kStages * kTileBytes;
     static constexpr int kQueryBarriers = kBarriers + 2 * kStages * 8;
-    static constexpr int kAssignments = kQueryBarriers + 8 * 8;
+    static constexpr int kPortionBarriers = kQueryBarriers + 8 * 8;
+    static constexpr int kPortions = kPortionBarriers + 2 * kPortionsAhead * 8;
+    static constexpr int kAssignments = kPortions + kPortionsAhead * 8;
     static constexpr int kReductions = kAssignments + 4 * sizeof(Assignment);
     static_assert(kReductions + 4 * sizeof(Reduction) <= kBarriers + kControlBytes);
 
@@ -181,6 +216,15 @@ struct Kernel {
     }
     __device__ uint32_t queries_empty(int group, int half) const {
       return queries_full(group, half) + 4 * 8;
+    }
+    __device__ uint32_t portion_full(int slot) const {
+      return address + kPortionBarriers + slot * 8;
+    }
+    __device__ uint32_t portion_empty(int slot) const {
+      return portion_full(slot) + kPortionsAhead * 8;
+    }
+    __device__ int32_t* portion(int slot) const {
+      return reinterpret_cast<int32_t*>(base + kPortions) + slot;
     }
     /// Weights of up to kFewRows rows, [slot / 64][row][slot % 64] with swizzled pieces of 16
     /// bytes: where their half has no queries.
@@ -228,70 +272,144 @@ struct Kernel {
 
   // --- Loading ---
 
-  /// Loads a step's K and V. Each of the two loading warps has half of the pages; its lanes go page
-  /// by page, as a token's K and V are neighbours in most caches.
+  /// The portions of this block, for each of the four loading warps: its own, then those of the
+  /// tail that it takes. One warp takes them; the others are told.
+  class Portions {
+   public:
+    __device__ explicit Portions(bool takes) : takes_(takes) {}
+
+    /// Asks for the next one: some time before it is needed, as the answer takes a while.
+    __device__ void take(const AttendParams& p) {
+      if (takes_ && threadIdx.x % 32 == 0) taken_ = p.workers + atomicAdd(p.taken, 1);
+    }
+    /// The first of the tail: not before this block's own portion ends, as another may be faster.
+    __device__ void take_first(const AttendParams& p) {
+      if (at_ == 0) take(p);
+    }
+
+    /// The portion that was taken last; -1: there was none left.
+    __device__ int32_t next(const AttendParams& p, const Shared& shared) {
+      const int32_t portions = p.plan.header->portions;
+      if (portions <= p.workers) return -1;  // there is no tail
+      const int lane = threadIdx.x % 32;
+      const int slot = at_ % kPortionsAhead;
+      const uint32_t phase = at_ / kPortionsAhead & 1;
+      ++at_;
+      int32_t portion = __shfl_sync(~0u, taken_, 0);
+      if (takes_) {
+        wait(shared.portion_empty(slot), phase ^ 1);
+        if (lane == 0) {
+          *shared.portion(slot) = portion;
+          arrive(shared.portion_full(slot));
+        }
+        __syncwarp();
+      } else {
+        wait(shared.portion_full(slot), phase);
+        portion = *shared.portion(slot);
+        arrive(shared.portion_empty(slot));
+      }
+      return portion < portions ? portion : -1;
+    }
+
+   private:
+    int32_t taken_ = 0;
+    uint32_t at_ = 0;
+    bool takes_;
+  };
+
+  static constexpr int kWarpPages = kPages / 2;  // of a step, for each of the two loading warps
+
+  /// Loads this warp's half of a step's K and V: lane l knows where the l-th page of both lies, of
+  /// which `pages` are there. Page by page, as a token's K and V are neighbours in most caches.
   __device__ static void load_step(const Shared& shared, Ring& ring, const Maps& maps, int warp,
-                                   int kv_head, int pages, int block, int slot) {
-    constexpr int kWarpPages = kPages / 2;
-    const int lane = threadIdx.x % 32;
+                                   int pages, int key_unit, int value_unit) {
     const Ring values = ring.ahead(1);
     wait(shared.empty(ring.stage), ring.phase ^ 1);
     wait(shared.empty(values.stage), values.phase ^ 1);
-    if (lane == 0) {
-      constexpr int kPageBytes = kSpans * kPageSlots * 128;
-      const int mine = max(0, min(kWarpPages, pages - warp * kWarpPages));
-      arrive_expecting(shared.full(ring.stage), mine * kPageBytes);
-      arrive_expecting(shared.full(values.stage), kWarpPages * kPageBytes);
-    }
-    __syncwarp();
-    const int page = warp * kWarpPages + lane / (2 * kSpans);
-    const int span = lane % kSpans;
-    const bool is_value = lane / kSpans % 2 == 1;
-    if (lane < kWarpPages * 2 * kSpans && (is_value || page < pages)) {
-      const Ring& at = is_value ? values : ring;
-      const uint32_t to =
-          shared_address(shared.tile(at.stage)) + span * kSpanBytes + page * kPageSlots * 128;
-      // A block outside of the cache is filled with zeros: so are V's pages behind the segment's,
-      // as nothing else may be read into sums.
-      copy_page(to, is_value ? maps.v : maps.k, shared.full(at.stage), span * kSpan,
-                maps.slots_first ? slot : kv_head, maps.slots_first ? kv_head : slot,
-                page < pages ? block : -1);
+    // From one lane, so that the compiler sees that they are the same in all.
+    const auto same = [](uint32_t value) { return __shfl_sync(~0u, value, 0); };
+    const int own = warp * kWarpPages * kPageBytes;
+    const uint32_t to_keys = same(shared_address(shared.tile(ring.stage)) + own);
+    const uint32_t to_values = same(shared_address(shared.tile(values.stage)) + own);
+    const uint32_t keys_full = same(shared.full(ring.stage));
+    const uint32_t values_full = same(shared.full(values.stage));
+    const int mine = same(max(0, min(kWarpPages, pages)));
+    arrive_expecting(keys_full, mine * kPageBytes, values_full, kWarpPages * kPageBytes);
+    // V's pages behind the segment's are outside of the cache and so filled with zeros, as nothing
+    // else may be read into sums.
+    if (kHead == 128 && maps.by_atoms != 0) {
+#pragma unroll 1
+      for (int i = 0; i < kWarpPages * kPageAtoms; ++i) {
+        const int page = i / kPageAtoms;
+        const int key = __shfl_sync(~0u, key_unit, page);
+        const int value = __shfl_sync(~0u, value_unit, page);
+        copy_boxes({to_keys + i * kAtomBytes, maps.k, keys_full, key}, page < mine,
+                   {to_values + i * kAtomBytes, maps.v, values_full, value}, i % kSpans * kSpan,
+                   i / kSpans % 2);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWarpPages; ++i) {
+        const int key = __shfl_sync(~0u, key_unit, i);
+        const int value = __shfl_sync(~0u, value_unit, i);
+        copy_boxes({to_keys + i * kPageBytes, maps.k, keys_full, key}, i < mine,
+                   {to_values + i * kPageBytes, maps.v, values_full, value}, 0, 0);
+      }
     }
     ring.advance(2);
   }
 
-  /// Up to 32 pages of one item: lane l knows the block of page l.
+  /// Several steps of one item: lane l knows the block of the (l % kWarpPages)-th page of the
+  /// loading warp's half of step l / kWarpPages.
   struct Batch {
     int kv_head;
-    int column;  // of the first page
-    int pages;
-    int block;
+    int pages;  // of both warps
+    int block;  // -1: none
+    int page;   // within the block
   };
+  static constexpr int kBatchPages = 32 / kWarpPages * kPages;
 
-  /// Two warps do this, since handing out copies takes about as long as they do. The numbers of the
-  /// blocks are asked for a batch ahead of their use, across items.
+  /// Where a batch's pages lie, in the unit of a tensor map.
+  __device__ static int unit_of(const AttendParams& p, const Batch& batch, const Units& units) {
+    if (batch.block < 0 || batch.block >= p.cache_blocks) return -1;
+    return batch.block * units.block + batch.kv_head * units.head + batch.page * units.page;
+  }
+
+  /// Two warps do this, since handing out copies takes time. The numbers of the blocks are asked
+  /// for a batch ahead of their use, across items.
   __device__ static void load_items(const AttendParams& p, const Maps& maps, int warp,
                                     const Shared& shared) {
     const int lane = threadIdx.x % 32;
+    const int lane_page = lane / kWarpPages * kPages + warp * kWarpPages + lane % kWarpPages;
+    Portions portions(warp == 0);
     Item item{};
-    Walk walk(p, blockIdx.x);
+    Walk walk;
+    walk.begin(p, blockIdx.x, item);
+    if (walk.is_done()) portions.take_first(p);
     int at = 0;  // page of the item's segment
     int end = 0;
     const auto fetch = [&](Batch& batch) {
       if (at == end) {
-        if (!walk.next(p, item)) return false;
+        while (!walk.next(p, item)) {
+          const int32_t portion = portions.next(p, shared);
+          if (portion < 0) return false;
+          walk.begin(p, portion, item);
+          portions.take(p);  // short as they are, one is held in reserve
+        }
         at = item.step_begin * kPages;
         end = min(item.step_end * kPages, ceil_div(item.segment.slots, kPageSlots));
       }
       batch.kv_head = item.kv_head;
-      batch.column = item.segment.first + at * kPageSlots;
-      batch.pages = min(32, end - at);
+      batch.pages = min(kBatchPages, end - at);
+      const int page = item.segment.first / kPageSlots + at + lane_page;
+      const int column = maps.column_of(page);
+      batch.page = page - column * maps.block_pages;
       batch.block = -1;
-      if (lane < batch.pages) {
-        batch.block = __ldg(p.table + item.segment.request * p.table_stride +
-                            (batch.column + lane * kPageSlots) / p.block_size);
+      if (lane_page < batch.pages) {
+        batch.block = __ldg(p.table + item.segment.request * p.table_stride + column);
       }
       at += batch.pages;
+      if (at == end && walk.is_done()) portions.take_first(p);
       return true;
     };
     Ring ring;
@@ -299,13 +417,13 @@ struct Kernel {
     for (bool more = true; more;) {
       Batch next{};
       more = fetch(next);
+      int keys = unit_of(p, batch, maps.k_units);
+      int values = unit_of(p, batch, maps.v_units);
 #pragma unroll 1
-      for (int first = 0; first < batch.pages; first += kPages) {
-        const int page = first + warp * (kPages / 2) + lane / (2 * kSpans);
-        const int block = __shfl_sync(~0u, batch.block, page % 32);
-        const int slot = (batch.column + page * kPageSlots) % p.block_size;
-        const int pages = min(kPages, batch.pages - first);
-        load_step(shared, ring, maps, warp, batch.kv_head, pages, block, slot);
+      for (int pages = batch.pages; pages > 0; pages -= kPages) {
+        load_step(shared, ring, maps, warp, pages - warp * kWarpPages, keys, values);
+        keys = __shfl_down_sync(~0u, keys, kWarpPages);
+        values = __shfl_down_sync(~0u, values, kWarpPages);
       }
       batch = next;
     }
@@ -314,33 +432,51 @@ struct Kernel {
   /// Brings what the loader will ask for next into the L2 cache, where the weights of the layer
   /// before may have driven it out.
   __device__ static void prefetch_plan(const AttendParams& p) {
+    const int lane = threadIdx.x % 32;
+    const int workers = p.plan.header->workers;
+    const int portions = p.plan.header->portions;
+    const int segments = p.plan.header->segments;
+    // The segments [from, to) of a portion of a worker's own, and a share of the tail's.
+    const auto prefetch_segments = [&](int from, int to, int step) {
+      constexpr int kLine = 128 / sizeof(int32_t);
+#pragma unroll 1
+      for (int s = from; s < to; s += step) {
+        const Segment segment = p.plan.segments[s];
+        if (segment.first_row < 0) prefetch(p.plan.row_index + segment.row_begin);
+        const int32_t* table = p.table + segment.request * p.table_stride;
+        const int last = (segment.first + segment.slots - 1) / p.block_size;
+#pragma unroll 1
+        for (int i = segment.first / p.block_size; i <= last; i += kLine) prefetch(table + i);
+      }
+    };
     const Cut begin = p.plan.cuts[blockIdx.x];
     const Cut end = p.plan.cuts[blockIdx.x + 1];
-    if (begin.step == end.step) return;
-    const int last = min(end.segment, p.plan.header->segments - 1);
-    constexpr int kLine = 128 / sizeof(int32_t);
-    for (int s = begin.segment + threadIdx.x % 32; s <= last; s += 32) {
-      const Segment segment = p.plan.segments[s];
-      if (segment.first_row < 0) prefetch(p.plan.row_index + segment.row_begin);
-      const int32_t* table = p.table + segment.request * p.table_stride;
-      const int to = (segment.first + segment.slots - 1) / p.block_size;
-#pragma unroll 1
-      for (int i = segment.first / p.block_size; i <= to; i += kLine) prefetch(table + i);
+    if (static_cast<int>(blockIdx.x) < workers) {
+      prefetch_segments(begin.segment + lane, min(end.segment + 1, segments), 32);
+    }
+    if (portions == workers) return;
+    const int all = gridDim.x * 32;
+    const int mine = blockIdx.x * 32 + lane;
+    prefetch_segments(p.plan.cuts[workers].segment + mine, segments, all);
+    for (int i = workers + mine; i < portions; i += all) {
+      prefetch(p.plan.begins + i);
+      prefetch(p.plan.cuts + i);
     }
   }
 
   /// The same for what merging will ask for first, each block a share.
   __device__ static void prefetch_merging(const AttendParams& p) {
-    const int lane = threadIdx.x % 32;
-    const int rows = p.plan.header->rows;
+    const int lists = p.plan.header->rows * p.q_heads;
+    const int pieces = p.plan.header->pieces;
+    const int mine = blockIdx.x * 32 + threadIdx.x % 32;
+    const int all = gridDim.x * 32;
+    constexpr int kListsLine = 128 / sizeof(PieceList);
+    constexpr int kPiecesLine = 128 / sizeof(int32_t);
 #pragma unroll 1
-    for (int i = (blockIdx.x * 32 + lane) * 8; i < rows; i += gridDim.x * 32 * 8) {
-      prefetch(p.plan.rows + i);
-    }
+    for (int i = mine * kListsLine; i < lists; i += all * kListsLine) prefetch(p.plan.lists + i);
 #pragma unroll 1
-    for (int i = blockIdx.x * 32 + lane; i < p.requests; i += gridDim.x * 32) {
-      prefetch(p.plan.requests + i);
-      prefetch(p.plan.parts + i * kMaxParts);
+    for (int i = mine * kPiecesLine; i < pieces; i += all * kPiecesLine) {
+      prefetch(p.plan.pieces + i);
     }
   }
 
@@ -380,20 +516,34 @@ struct Kernel {
     const int lane = threadIdx.x % 32;
     Halves at;
     Assignment next{};
-    Walk walk(p, blockIdx.x);
+    Portions portions(false);
+    Walk walk;
+    walk.begin(p, blockIdx.x, next.item);
     int turn = 0;
     do {
       const bool is_there = walk.next(p, next.item);
-      if (!is_there) next.item.rows = 0;
-      const bool one_group = next.item.rows <= kGroupRows;
-      const bool is_mine = !one_group || turn == group;
-      turn ^= one_group;
-      if (is_there && !is_mine) {
-        next.passed += 2 * (next.item.step_end - next.item.step_begin);
-        continue;
+      if (is_there) {
+        const bool one_group = next.item.rows <= kGroupRows;
+        const bool is_mine = !one_group || turn == group;
+        turn ^= one_group;
+        if (!is_mine) {
+          next.passed += 2 * (next.item.step_end - next.item.step_begin);
+          continue;
+        }
+      } else {
+        // The other warpgroup's tiles are to be passed before the next portion is there, as the
+        // loaders, who need their places, are those who take it.
+        if (next.passed == 0) {
+          const int32_t portion = portions.next(p, shared);
+          next.is_last = portion < 0;
+          if (!next.is_last) {
+            walk.begin(p, portion, next.item);
+            continue;
+          }
+        }
+        next.item.rows = 0;
       }
-      next.is_last = !is_there || walk.is_done();
-      next.first = one_group ? 0 : group * kGroupRows;
+      next.first = next.item.rows <= kGroupRows ? 0 : group * kGroupRows;
       const int rows = next.rows();
       Halves to = at;
       for (int taken = Halves::taken(rows); taken > 0; --taken, ++to.count) {
@@ -463,26 +613,28 @@ struct Kernel {
     for (int i = threadIdx.x % kGroupThreads; i < slots * kChunks; i += kGroupThreads) {
       const int slot = i / kChunks + (i / kChunks < begin ? 0 : end - begin);
       const int span = i / 8 % kSpans;
-      *reinterpret_cast<uint4*>(tile + span * kSpanBytes + slot * 128 + i % 8 * 16) = {0, 0, 0, 0};
+      *reinterpret_cast<uint4*>(tile + slot / 8 * kEightSlots + span * kAtomBytes + slot % 8 * 128 +
+                                i % 8 * 16) = {0, 0, 0, 0};
     }
     return slots > 0;
   }
 
-  __device__ static void multiply_keys(float (&s)[kScoreBlocks][4], const Matrix& q,
-                                       const Matrix& k) {
+  __device__ static void multiply_keys(float (&s)[kScoreBlocks][4], const Queries& q,
+                                       const Tile& k) {
 #pragma unroll
     for (int d = 0; d < kHead / 16; ++d) {
       wgmma_shared<T, kScoreBlocks>(s, q.descriptor(d / 4 * (kGroupRows * 128) + d % 4 * 32),
-                                    k.descriptor(d / 4 * kSpanBytes + d % 4 * 32), d > 0);
+                                    k.descriptor(d / 4 * kAtomBytes + d % 4 * 32), d > 0);
     }
     wgmma_commit();
   }
 
   __device__ static void multiply_values(State& state, const uint32_t (&weights)[kSlots / 16][4],
-                                         const Matrix& v) {
+                                         const Tile& v) {
 #pragma unroll
     for (int n = 0; n < kSlots / 16; ++n) {
-      wgmma_registers<T, kOutBlocks>(state.out, weights[n], v.descriptor(n * 2048), true);
+      wgmma_registers<T, kOutBlocks>(state.out, weights[n], v.descriptor(n * 2 * kEightSlots),
+                                     true);
     }
     wgmma_commit();
   }
@@ -666,13 +818,13 @@ struct Kernel {
 #pragma unroll 1
     for (; step < item.step_end; ++step) {
       const bool later = step > item.step_begin;
-      const Matrix q(q_address, 16);
-      const Matrix k(shared_address(shared.tile(keys.stage)), 16);
+      const Queries q(q_address, 16);
+      const Tile k(shared_address(shared.tile(keys.stage)), 16);
       await_tile(shared, keys);
       wgmma_fence();
       multiply_keys(scores, q, k);
       if (later) {
-        const Matrix v(shared_address(shared.tile(values.stage)), kSpanBytes);
+        const Tile v(shared_address(shared.tile(values.stage)), kAtomBytes);
         prepare_values(values, step - 1);
         wgmma_fence();
         multiply_values(state, weights, v);
@@ -699,7 +851,7 @@ struct Kernel {
       values = keys.ahead(1);
       keys.advance(2);
     }
-    const Matrix v(shared_address(shared.tile(values.stage)), kSpanBytes);
+    const Tile v(shared_address(shared.tile(values.stage)), kAtomBytes);
     prepare_values(values, step - 1);
     wgmma_fence();
     multiply_values(state, weights, v);
@@ -718,13 +870,14 @@ struct Kernel {
   };
 
   /// K Q^T: slots x rows.
-  __device__ static void multiply_few_keys(float (&s)[kSlots / 64][4], const Matrix& q,
-                                           const Matrix& k) {
+  __device__ static void multiply_few_keys(float (&s)[kSlots / 64][4], const Queries& q,
+                                           const Tile& k) {
 #pragma unroll
     for (int d = 0; d < kHead / 16; ++d) {
 #pragma unroll
       for (int n = 0; n < kSlots / 64; ++n) {
-        wgmma_few<T, false>(s[n], k.descriptor(d / 4 * kSpanBytes + n * 64 * 128 + d % 4 * 32),
+        wgmma_few<T, false>(s[n],
+                            k.descriptor(d / 4 * kAtomBytes + n * 8 * kEightSlots + d % 4 * 32),
                             q.descriptor(d / 4 * (kGroupRows * 128) + d % 4 * 32), d > 0);
       }
     }
@@ -732,13 +885,13 @@ struct Kernel {
   }
 
   /// V^T P^T: head size x rows.
-  __device__ static void multiply_few_values(FewState& state, const Matrix& weights,
-                                             const Matrix& v) {
+  __device__ static void multiply_few_values(FewState& state, const Queries& weights,
+                                             const Tile& v) {
 #pragma unroll
     for (int n = 0; n < kSlots / 16; ++n) {
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
-        wgmma_few<T, true>(state.out[span], v.descriptor(span * kSpanBytes + n * 2048),
+        wgmma_few<T, true>(state.out[span], v.descriptor(span * kAtomBytes + n * 2 * kEightSlots),
                            weights.descriptor(n / 4 * (kFewRows * 128) + n % 4 * 32), true);
       }
     }
@@ -899,8 +1052,8 @@ struct Kernel {
       const Ring values = ring.ahead(1);
       float s[kSlots / 64][4];
       {
-        const Matrix q(q_address, 16);
-        const Matrix k(shared_address(shared.tile(ring.stage)), 16);
+        const Queries q(q_address, 16);
+        const Tile k(shared_address(shared.tile(ring.stage)), 16);
         await_tile(shared, ring);
         wgmma_fence();
         multiply_few_keys(s, q, k);
@@ -912,8 +1065,8 @@ struct Kernel {
       await_values(shared, item.segment, values, step);
       fence_stores();
       sync_group(group);
-      const Matrix w(shared_address(weights), 16);
-      const Matrix v(shared_address(shared.tile(values.stage)), kSpanBytes);
+      const Queries w(shared_address(weights), 16);
+      const Tile v(shared_address(shared.tile(values.stage)), kAtomBytes);
       wgmma_fence();
       multiply_few_values(state, w, v);
       wgmma_wait<0>();
@@ -941,6 +1094,8 @@ struct Kernel {
         attend_item(p, assigned, logits, shared, group, queries, ring);
       } else if (rows > 0) {
         attend_few(p, assigned, logits, shared, group, queries, ring);
+      } else if (!is_last) {
+        release_queries(shared, group, 0, queries);
       }
     }
   }
@@ -962,6 +1117,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       init_barrier(shared.full(i), 2);  // both loading warps
       init_barrier(shared.empty(i), 2 * kGroupThreads / 32);
     }
+    for (int i = 0; i < K::kPortionsAhead; ++i) {
+      init_barrier(shared.portion_full(i), 1);
+      init_barrier(shared.portion_empty(i), 3 * 32);
+    }
     for (int i = 0; i < 4; ++i) {
       init_barrier(shared.queries_full(i / 2, i % 2), 32 + 1);  // copies, and the assignment
       init_barrier(shared.queries_empty(i / 2, i % 2), kGroupThreads / 32);
@@ -982,7 +1141,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(K::kComputeRegisters));
     if (threadIdx.x / 32 == kGroupThreads / 32) K::prefetch_queries(p);
-    K::compute_items(p, shared, threadIdx.x / kGroupThreads - 1);
+    const int group = threadIdx.x / kGroupThreads - 1;
+    K::compute_items(p, shared, group);
   }
 #endif
 }

@@ -9,12 +9,32 @@
 
 namespace relay::cuda::wgmma {
 
-/// Where K and V lie, for TMA: dimensions (element, head, slot in block, block), the middle two in
-/// the order of their strides.
+/// How far one block, KV head or page of a block is from the next.
+struct Units {
+  int32_t block;
+  int32_t head;
+  int32_t page;
+};
+
+/// Where K and V lie, for TMA: dimensions (element of a span, row of eight, span, eight rows of a
+/// page, unit), the last of which are the largest steps that lead to every block, head and page. So
+/// one copy brings a page. Where the head size is no multiple of a span, the first is (element),
+/// and a copy brings eight rows of a span.
 struct Maps {
   CUtensorMap k;
   CUtensorMap v;
-  int32_t slots_first;
+  Units k_units;
+  Units v_units;
+  int32_t by_atoms;
+  int32_t block_pages;  ///< pages of a block
+  uint32_t reciprocal;  ///< 2^32 / block_pages, rounded up; 0 for one
+
+  /// The column of a request's block table in which its page lies. Exact for up to 2^20 pages and
+  /// 2^12 pages a block.
+  RELAY_HD int32_t column_of(int32_t page) const {
+    if (reciprocal == 0) return page;
+    return static_cast<int32_t>(uint64_t{static_cast<uint32_t>(page)} * reciprocal >> 32);
+  }
 };
 
 inline constexpr int kTileRows = 128;

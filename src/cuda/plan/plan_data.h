@@ -2,10 +2,11 @@
 //
 // Work is counted in *steps*: one KV head's tile of `tile_slots` slots for one tile of up to
 // `tile_rows` query rows (rows x head group). A segment has kv_heads x row_tiles *jobs* of `steps`
-// steps each; all jobs of all segments stand in one line, and worker w does the steps
-// [cuts[w], cuts[w + 1]) of it. So a worker takes the end of one job, some whole ones and the
-// beginning of another, all workers have the same amount of work, and at most one job more than
-// there are workers is cut for that.
+// steps each; all jobs of all segments stand in one line, which is cut into *portions*: portion i
+// is the steps [cuts[i], cuts[i + 1]), the end of one job, some whole ones and the beginning of
+// another. Each worker begins with one, all about as long. What follows is the *tail*: short
+// portions of requests' own contexts, taken by whoever has time, since multiprocessors do not get
+// equal parts of the memory's bandwidth.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,8 @@ inline constexpr int kMaxRuns = 5;
 inline constexpr int kMaxGroupSegments = 8;
 /// Parts of one request: those of its runs, those that it leads, and what lies between.
 inline constexpr int kMaxParts = 64;
+/// Jobs of more rows are not cut within the tail, where each portion has room for so many results.
+inline constexpr int kTailRows = 32;
 static_assert(kMaxRuns * kMaxGroupSegments + kMaxGroupSegments + kMaxRuns + kMaxGroupSegments + 1 <=
               kMaxParts);
 
@@ -71,8 +74,8 @@ struct RequestInfo {
   int32_t row_begin;         ///< its first query row
 };
 
-/// What merging needs of a segment stands here too, as each read that waits for another costs it
-/// most of a microsecond.
+/// What finding the pieces needs of a segment stands here too, as each read that waits for another
+/// costs most of a microsecond.
 struct RequestPart {
   int32_t segment;
   int32_t row;  ///< its first row among the segment's
@@ -94,15 +97,25 @@ enum PlanFault : uint32_t {
 };
 
 struct PlanHeader {
-  int32_t segments;
-  int32_t shared_segments;
-  int32_t workers;
-  int32_t steps;
-  int32_t rows;
-  int32_t partial_rows;
-  uint32_t faults;
-  int32_t fault_request;  ///< the first request that something is wrong with
+  int32_t segments = 0;
+  int32_t shared_segments = 0;
+  int32_t workers = 0;   ///< that have a portion of their own
+  int32_t portions = 0;  ///< with those of the tail
+  int32_t steps = 0;
+  int32_t rows = 0;
+  int32_t partial_rows = 0;
+  int32_t pieces = 0;  ///< of all lists
+  uint32_t faults = 0;
+  int32_t fault_request = INT32_MAX;  ///< the first request that something is wrong with
 };
+
+/// Where the partial rows of a (query row, head) are listed.
+struct PieceList {
+  int32_t begin;
+  int32_t count;  ///< or kDirect
+};
+/// Its result has gone straight out.
+inline constexpr int32_t kDirect = -1;
 
 /// A place in the line of steps, and the segment it is in (or at the end of).
 struct Cut {
@@ -117,8 +130,10 @@ struct PlanView {
   RowInfo* rows;          ///< [max_rows]
   RequestInfo* requests;  ///< [max_requests]
   RequestPart* parts;     ///< [max_requests][kMaxParts]
-  Cut* cuts;              ///< [workers + 1]
-  Segment* begins;        ///< [workers] the segment in which each begins
+  Cut* cuts;              ///< [max_portions + 1], written up to the number of portions or workers
+  Segment* begins;        ///< [max_portions] the segment in which each begins
+  PieceList* lists;       ///< [max_rows][q_heads]
+  int32_t* pieces;        ///< [partial rows] numbers of partial rows
 };
 
 /// How long things take, in any unit, where all workers are busy.
@@ -130,6 +145,8 @@ struct PlanCosts {
   int32_t job;          ///< beginning and ending a job
   int32_t rows;         ///< the same for each 16 query rows of it
   int32_t worker;       ///< the least that is worth a worker of its own
+  int32_t portion;      ///< the least that is worth handing out
+  int32_t tail;         ///< what each worker has to do, at least, where there is a tail
   int32_t snap;         ///< steps: no piece of a job is smaller
 };
 
@@ -147,6 +164,7 @@ struct PlanShape {
   int32_t tile_rows;
   int32_t tile_slots;
   int32_t workers;
+  int32_t max_portions;  ///< as many as workers: there is no tail
   int32_t max_segments;
   int32_t max_row_index;
   int32_t partial_capacity;   ///< rows for whole jobs' partials; those of cut ones have their own

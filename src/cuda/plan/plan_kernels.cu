@@ -4,10 +4,14 @@
 //   stamp_owners   every listed block gets the least request that lists it        1 atomic an entry
 //   find_runs      a request's columns become runs of one owner                   2 reads an entry
 //   plan_work      planner.h                                                      one thread block
+//   list_pieces    where each row's results will lie                    one warp a (row, KV head)
 //
 // Owners carry the number of the step, so that they need no clearing: one 64-bit maximum takes the
 // newest step and in it the least request.
+#include <climits>
+
 #include "cuda/launch.h"
+#include "cuda/plan/pieces.h"
 #include "cuda/plan/plan_kernels.h"
 
 namespace relay::cuda {
@@ -18,6 +22,7 @@ constexpr int kColumnsPerThread = 4;
 constexpr int kColumns = kThreads * kColumnsPerThread;
 constexpr int kMaxStarts = 64;
 constexpr int kMaxTeam = 1024;
+constexpr int kListThreads = 128;
 
 /// Whole blocks that may be shared, [begin, end).
 struct Columns {
@@ -239,6 +244,136 @@ __global__ void __launch_bounds__(kMaxTeam)
   }
 }
 
+/// The last portion that begins at or before a step. One warp.
+__device__ int32_t portion_of(const int32_t* cuts, int32_t portions, int32_t step) {
+  const int32_t lane = threadIdx.x % 32;
+  int32_t low = 0;
+  while (portions > 1) {
+    const int32_t each = ceil_div(portions, 32);
+    const int32_t at = lane * each;
+    const bool before = at < portions && cuts[low + at] <= step;
+    const int32_t skipped = (__popc(__ballot_sync(~0u, before)) - 1) * each;
+    low += skipped;
+    portions = min(each, portions - skipped);
+  }
+  return low;
+}
+
+/// Calls f(l, tile, partial) for each piece of each tile that rows of head `kv_head` of a query row
+/// are in, part by part: `l` lane of the part's `first_row` (of the query row, among the segment's
+/// rows x group), `partial` the lane's piece or INT_MIN: 32 pieces at a time. One warp.
+template <typename F>
+__device__ void each_piece(const PlanShape& shape, const PlanView& view, const int32_t* cuts,
+                           int32_t row, int32_t kv_head, F f) {
+  const int32_t lane = threadIdx.x % 32;
+  const int32_t portions = view.header->portions;
+  const int32_t request = view.rows[row].request;
+  const RequestInfo info = view.requests[request];
+  const int32_t local = row - info.row_begin;
+#pragma unroll 1
+  for (int32_t number = 0; number < info.parts; ++number) {
+    // All lanes read the same; the next one's cache line is mostly this one's.
+    RequestPart part;
+    if (info.rows_per_segment > 0) {
+      const int32_t segment = info.segment + local / info.rows_per_segment;
+      part = part_of(segment, local % info.rows_per_segment, view.segments[segment]);
+    } else {
+      part = view.parts[request * kMaxParts + number];
+      part.row += local;
+    }
+    if (part.steps == 0) continue;
+    const int32_t first_row = part.row * shape.group;
+#pragma unroll 1
+    for (int32_t tile = first_row / shape.tile_rows;
+         tile * shape.tile_rows < first_row + shape.group; ++tile) {
+      const int32_t begin = part.step_base + (tile * shape.kv_heads + kv_head) * part.steps;
+      const int32_t end = begin + part.steps;
+#pragma unroll 1
+      for (int32_t p = portion_of(cuts, portions, begin); p < portions && cuts[p] < end; p += 32) {
+        int32_t partial = INT_MIN;
+        if (p + lane < portions) {
+          const int32_t from = max(begin, cuts[p + lane]);
+          const int32_t to = min(end, cuts[p + lane + 1]);
+          if (from < to) {
+            partial = partial_row(shape, part.segment_rows, part.partial_base, kv_head,
+                                  tile * shape.tile_rows, p + lane, from == begin, to == end);
+          }
+        }
+        f(first_row, tile, partial);
+      }
+    }
+  }
+}
+
+/// Lists the pieces of each (query row, head). Once a step and not in each layer, since looking
+/// them up takes longer than adding them.
+__global__ void __launch_bounds__(kListThreads) list_pieces(PlanShape shape, PlanView view) {
+  extern __shared__ int32_t cuts[];
+  let_next_start();
+  wait_for_previous();
+  const int32_t portions = view.header->portions;
+  for (int32_t i = threadIdx.x; i <= portions; i += kListThreads) cuts[i] = view.cuts[i].step;
+  __syncthreads();
+  constexpr int32_t kWarps = kListThreads / 32;
+  const int32_t lane = threadIdx.x % 32;
+  const int32_t chunks = ceil_div(shape.group, 32);  // of a group's heads: one a lane
+  const int32_t tasks = view.header->rows * shape.kv_heads * chunks;
+#pragma unroll 1
+  for (int32_t task = blockIdx.x * kWarps + threadIdx.x / 32; task < tasks;
+       task += gridDim.x * kWarps) {
+    const int32_t chunk = task % chunks;
+    const int32_t kv_head = task / chunks % shape.kv_heads;
+    const int32_t row = task / chunks / shape.kv_heads;
+    const int32_t head = chunk * 32 + lane;  // of the group
+    const auto tile_of = [&](int32_t first_row, int32_t of_group) {
+      return (first_row + of_group) / shape.tile_rows;
+    };
+    int32_t count = 0;
+    bool direct = false;
+    each_piece(shape, view, cuts, row, kv_head,
+               [&](int32_t first_row, int32_t tile, int32_t partial) {
+                 const uint32_t there = __ballot_sync(~0u, partial != INT_MIN);
+                 const bool whole = __any_sync(~0u, partial == -1);
+                 if (tile_of(first_row, head) != tile) return;
+                 count += __popc(there);
+                 direct = direct || whole;
+               });
+    const bool is_head = head < shape.group;
+    if (direct || !is_head) count = 0;
+    int32_t through = count;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int32_t other = __shfl_up_sync(~0u, through, d);
+      if (lane >= d) through += other;
+    }
+    int32_t begin = 0;
+    if (lane == 31 && through > 0) begin = atomicAdd(&view.header->pieces, through);
+    begin = __shfl_sync(~0u, begin, 31) + through - count;
+    if (is_head) {
+      view.lists[row * shape.q_heads + kv_head * shape.group + head] = {begin,
+                                                                        direct ? kDirect : count};
+    }
+    int32_t at = begin;  // where the lane's head goes on
+    const int32_t heads = min(32, shape.group - chunk * 32);
+    if (!__any_sync(~0u, count > 0)) continue;
+    each_piece(shape, view, cuts, row, kv_head,
+               [&](int32_t first_row, int32_t tile, int32_t partial) {
+                 const uint32_t there = __ballot_sync(~0u, partial != INT_MIN);
+                 const int32_t before = __popc(there & ((1u << lane) - 1));
+#pragma unroll 1
+                 for (int32_t h = 0; h < heads; ++h) {
+                   const int32_t of_group = chunk * 32 + h;
+                   const int32_t to = __shfl_sync(~0u, at, h) + before;
+                   const bool lists = __shfl_sync(~0u, count, h) > 0 && partial >= 0;
+                   if (lists && tile_of(first_row, of_group) == tile) {
+                     view.pieces[to] = partial + (first_row + of_group) % shape.tile_rows;
+                   }
+                 }
+                 if (tile_of(first_row, head) == tile) at += __popc(there);
+               });
+  }
+}
+
 }  // namespace
 
 cudaError_t launch_plan(const PlanShape& shape, const PlanBatch& batch, const PlanView& view,
@@ -270,8 +405,14 @@ cudaError_t launch_plan(const PlanShape& shape, const PlanBatch& batch, const Pl
   const auto shared_bytes = static_cast<size_t>(in_shared_memory ? bytes : 0);
   error = cudaFuncSetAttribute(plan_work, cudaFuncAttributeMaxDynamicSharedMemorySize, most - 1024);
   if (error != cudaSuccess) return error;
-  return launch(plan_work, 1, team, shared_bytes, stream, fitted, batch, view, memory, sharing,
-                in_shared_memory);
+  error = launch(plan_work, 1, team, shared_bytes, stream, fitted, batch, view, memory, sharing,
+                 in_shared_memory);
+  if (error != cudaSuccess || !any) return error;
+  const int64_t warps = int64_t{shape.max_rows} * shape.kv_heads * ceil_div(shape.group, 32);
+  const int64_t blocks = warps * 32 / kListThreads + 1;
+  const int64_t enough = 16 * int64_t{shape.workers};
+  return launch(list_pieces, static_cast<unsigned>(blocks < enough ? blocks : enough), kListThreads,
+                sizeof(int32_t) * (shape.max_portions + 1), stream, fitted, view);
 }
 
 }  // namespace relay::cuda

@@ -1,4 +1,4 @@
-// Planning on the device: three small kernels, one after the other in a stream.
+// Planning on the device: four small kernels, one after the other in a stream.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -36,8 +36,8 @@ inline bool fit_costs(PlanShape& shape) {
     const int64_t of_tile = (steps + kMaxParts) * step + kMaxParts * job;
     if (of_tile <= INT_MAX / (tiles * shape.kv_heads)) return true;
     if (step == 1) return false;
-    for (int32_t* cost :
-         {&c.step_memory, &c.step_8, &c.step_64, &c.step_128, &c.job, &c.rows, &c.worker}) {
+    for (int32_t* cost : {&c.step_memory, &c.step_8, &c.step_64, &c.step_128, &c.job, &c.rows,
+                          &c.worker, &c.portion}) {
       *cost = std::max(1, *cost / 2);
     }
   }
@@ -58,7 +58,8 @@ struct PlannerScratch {
   int32_t* cursor;        // R
   int32_t* next;          // R
   int32_t* bounds_count;  // R
-  int32_t* own_count;     // R, segments of its own
+  int32_t* own_count;     // R, segments of its own, of one that may share
+  int32_t* tile_count;    // R, and of one that fills tiles
   int32_t* bounds;        // R x (kMaxGroupSegments + 1)
   Run* runs;              // N
   Run* raster;            // N, the same in their groups' rasters
@@ -71,7 +72,7 @@ struct PlannerScratch {
   int32_t* before;        // N x kMaxGroupSegments, rows in the group segments before the run's
   int32_t* sums;          // S
   int32_t* costs;         // S
-  int32_t* totals;        // 3
+  int32_t* totals;        // 4
 
   RELAY_HD static int64_t max_segments(const PlanShape& shape) {
     const int64_t tiles = ceil_div(shape.max_rows, rows_per_tile(shape)) + shape.max_requests;
@@ -91,7 +92,7 @@ struct PlannerScratch {
     PlannerScratch& to = s != nullptr ? *s : ignored;
     for (int32_t** p : {&to.rows, &to.row_begin, &to.length, &to.first, &to.seen_from, &to.run_base,
                         &to.run_count, &to.members, &to.shift, &to.cursor, &to.next,
-                        &to.bounds_count, &to.own_count}) {
+                        &to.bounds_count, &to.own_count, &to.tile_count}) {
       take(*p, r);
     }
     take(to.bounds, r * (kMaxGroupSegments + 1));
@@ -104,7 +105,7 @@ struct PlannerScratch {
     take(to.before, r * kMaxRuns * kMaxGroupSegments);
     take(to.sums, max_segments(shape));
     take(to.costs, max_segments(shape));
-    take(to.totals, 3);
+    take(to.totals, 4);
     return used;
   }
 };
@@ -149,7 +150,7 @@ class Planner {
 
   RELAY_HD void take_requests(const int32_t* run_counts, const Run* runs) {
     const int32_t n = batch_.requests;
-    team_.each(1, [&](int) { *out_.header = PlanHeader{0, 0, 0, 0, 0, 0, 0, INT_MAX}; });
+    team_.each(1, [&](int) { *out_.header = PlanHeader{}; });
     team_.each(n, [&](int i) {
       const RequestShape r = request_shape(shape_, batch_, i);
       s_.rows[i] = r.rows;
@@ -314,16 +315,20 @@ class Planner {
     }
     team_.each(n, [&](int i) {
       int32_t own = 0;
+      int32_t tiles = 0;
       if (s_.rows[i] > 0) {
         if (sharable(shape_, s_.rows[i])) {
           walk(i, [&](int32_t, int32_t) { ++own; }, [](int32_t, int32_t) {});
         } else {
-          own = ceil_div(s_.rows[i], rows_per_tile(shape_));
+          tiles = ceil_div(s_.rows[i], rows_per_tile(shape_));
         }
       }
       s_.own_count[i] = own;
+      s_.tile_count[i] = tiles;
     });
-    segments_ = shared_ + team_.scan(s_.own_count, n);
+    const auto own = team_.scan(s_.tile_count, s_.own_count, n);
+    light_ = shared_ + own.first;
+    segments_ = light_ + own.second;
   }
 
   /// In the order of columns: own(begin, end) for what request i reads alone, shared(group segment,
@@ -419,14 +424,15 @@ class Planner {
     });
     team_.each(n, [&](int i) {
       const int32_t rows = s_.rows[i];
-      const int32_t base = shared_ + s_.own_count[i];
+      const bool light = sharable(shape_, rows);
+      const int32_t base = light ? light_ + s_.own_count[i] : shared_ + s_.tile_count[i];
       if (rows == 0) {
         out_.requests[i] = {0, 0, 0, s_.row_begin[i]};
         return;
       }
       Segment segment{};
       segment.request = i;
-      if (!sharable(shape_, rows)) {
+      if (!light) {
         const int32_t step = rows_per_tile(shape_);
         out_.requests[i] = {1, base, step, s_.row_begin[i]};
         for (int32_t t = 0; t * step < rows; ++t) {
@@ -526,21 +532,22 @@ class Planner {
     const int32_t half = job_cost(segment) / 2;
     return job_cost(segment) - (waiting < half ? waiting : half);
   }
+  RELAY_HD int32_t whole_cost(const Segment& segment) const {
+    return job_lead(segment) + segment.steps * step_cost(segment);
+  }
   RELAY_HD int32_t jobs(const Segment& segment) const {
     return segment.row_tiles * shape_.kv_heads;
   }
 
-  /// Cuts the line of steps into equal shares. The row tiles of a wide segment are to read the same
-  /// KV at the same time, so that it comes from memory once: each of its tiles gets the same number
-  /// of workers of its own, which cut it in the same places.
+  /// Cuts the line of steps into equal shares and the tail. The row tiles of a wide segment are to
+  /// read the same KV at the same time, so that it comes from memory once: each of its tiles gets
+  /// the same number of workers of its own, which cut it in the same places.
   RELAY_HD void cut() {
     find_reading_share();
     team_.each(segments_, [&](int k) {
       const Segment& segment = out_.segments[k];
       s_.sums[k] = jobs(segment) * segment.steps;
-      s_.costs[k] = segment.steps == 0
-                        ? 0
-                        : jobs(segment) * (job_lead(segment) + segment.steps * step_cost(segment));
+      s_.costs[k] = segment.steps == 0 ? 0 : jobs(segment) * whole_cost(segment);
     });
     const auto sums = team_.scan(s_.sums, s_.costs, segments_);
     const int32_t steps = sums.first;
@@ -548,9 +555,13 @@ class Planner {
     int32_t workers = cost / shape_.costs.worker;
     workers = workers < 1 ? 1 : (workers > shape_.workers ? shape_.workers : workers);
     team_.each(segments_, [&](int k) { out_.segments[k].step_base = s_.sums[k]; });
+    const int32_t light = light_cost(cost, workers);
     // From here on sums[k] is the first worker of wide segment k.
-    const int32_t wide_cost = wide_ == segments_ ? cost : (wide_ > 0 ? s_.costs[wide_] : 0);
-    const bool rest = cost > wide_cost;
+    const int32_t wide_cost = cost_before(wide_, cost);
+    const int32_t rest = cost - wide_cost;
+    const int32_t heavy = rest - light;  // of the rest: no part of the tail
+    // Where there is a tail to fill what others leave, workers of wide segments may get less.
+    const int32_t relief = light / 2 < cost / kRelief ? light / 2 : cost / kRelief;
     int32_t wide_workers = 0;
     bool teamed = false;
     // As near to its share as can be, or, where that leaves the rest too few, below it.
@@ -558,8 +569,8 @@ class Planner {
       team_.each(wide_, [&](int k) {
         const int64_t tiles = out_.segments[k].row_tiles;
         const int64_t share = int64_t{wide_share(k, cost)} * workers;
-        const auto teams =
-            static_cast<int32_t>((share + (below > 0 ? 0 : cost * tiles / 2)) / (cost * tiles));
+        const int64_t whole = (cost - relief) * tiles;
+        const auto teams = static_cast<int32_t>((share + (below > 0 ? 0 : whole / 2)) / whole);
         s_.sums[k] = (teams < 1 ? 1 : teams) * static_cast<int32_t>(tiles);
       });
       // Not where shares would be uneven: nobody may have more than 5/4 of the mean.
@@ -569,39 +580,79 @@ class Planner {
       });
       uneven = team_.any(uneven);
       wide_workers = team_.scan(s_.sums, wide_);
-      teamed = !uneven && wide_workers + (rest ? 1 : 0) <= workers &&
-               !(rest && too_much(cost - wide_cost, workers - wide_workers, cost, workers));
+      teamed = !uneven && wide_workers + (heavy > 0 ? 1 : 0) <= workers &&
+               !(heavy > 0 && too_much(heavy, workers - wide_workers, cost, workers));
     }
     if (!teamed) wide_workers = 0;
     const int32_t done = teamed ? wide_cost : 0;
     const int32_t others = workers - wide_workers;
-    if (teamed && !rest) workers = wide_workers;
-    team_.each(shape_.workers + 1, [&](int w) {
-      if (w >= workers) {
-        out_.cuts[w] = Cut{steps, segments_};
+    const int32_t tail = tail_cost(cost - done, light, others, cost, workers);
+    const int32_t fixed = cost - done - tail;
+    if (fixed == 0) workers = wide_workers > 0 ? wide_workers : workers;
+    const int32_t room = shape_.max_portions - shape_.workers;
+    int32_t portions = tail / shape_.costs.portion;
+    portions = tail == 0 ? 0 : (portions < 1 ? 1 : (portions > room ? room : portions));
+    const int32_t all = workers + portions;
+    team_.each((all > shape_.workers ? all : shape_.workers) + 1, [&](int i) {
+      if (i >= all) {
+        out_.cuts[i] = Cut{steps, segments_};
         return;
       }
-      const Cut cut = w < wide_workers
-                          ? team_step(w, wide_workers)
-                          : step_at(done + int64_t{cost - done} * (w - wide_workers) / others);
-      out_.cuts[w] = cut;
-      if (segments_ > 0) out_.begins[w] = out_.segments[cut.segment];
+      Cut cut{};
+      if (i < wide_workers) {
+        cut = team_step(i, wide_workers);
+      } else if (i < workers) {
+        cut = step_at(done + int64_t{fixed} * (i - wide_workers) / others, 0);
+      } else {
+        // Where it begins, only what cannot be cut is not.
+        cut = step_at(done + fixed + int64_t{tail} * (i - workers) / portions,
+                      i > workers ? tail / portions : 1);
+      }
+      out_.cuts[i] = cut;
+      if (segments_ > 0) out_.begins[i] = out_.segments[cut.segment];
     });
     team_.each(1, [&](int) {
       PlanHeader& header = *out_.header;
       header.segments = segments_;
       header.shared_segments = shared_;
       header.workers = steps > 0 ? workers : 0;
+      header.portions = steps > 0 ? all : 0;
       header.steps = steps;
       header.partial_rows = partial_rows_;
     });
+  }
+
+  /// What the tail may be made of: the own contexts of requests that fill no tile, where none of
+  /// their jobs is both long and too wide to be cut there. Only where reading is the bound, as
+  /// nothing else takes longer for some workers than for others.
+  RELAY_HD int32_t light_cost(int32_t cost, int32_t workers) {
+    if (shape_.max_portions == shape_.workers || workers < shape_.workers || !reading_bounds_ ||
+        cost / workers < shape_.costs.tail) {
+      return 0;
+    }
+    bool long_jobs = false;
+    team_.each(segments_ - light_, [&](int i) {
+      const Segment& segment = out_.segments[light_ + i];
+      long_jobs = long_jobs || (segment.rows * shape_.group > kTailRows &&
+                                int64_t{whole_cost(segment)} * shape_.workers * 8 > cost);
+    });
+    return team_.any(long_jobs) ? 0 : cost - cost_before(light_, cost);
+  }
+
+  /// Of `rest`, what is left to whoever has time: workers of their own get three quarters of the
+  /// mean, and what is not light in any case.
+  RELAY_HD static int32_t tail_cost(int32_t rest, int32_t light, int32_t others, int32_t cost,
+                                    int32_t workers) {
+    const int64_t fixed = int64_t{cost} * others * 3 / (int64_t{workers} * 4);
+    const int64_t tail = rest - fixed;
+    return static_cast<int32_t>(tail < 0 ? 0 : (tail < light ? tail : light));
   }
 
   /// Who is bound by reading reads faster where others are bound by products. What all of it takes
   /// at least is the longer of all reading and all products; reading gets what the products of the
   /// others leave of that.
   RELAY_HD void find_reading_share() {
-    enum { kReading, kProducts, kMemory, kSums };
+    enum { kReading, kProducts, kMemory, kExcess, kSums };
     team_.each(kSums, [&](int k) { s_.totals[k] = 0; });
     team_.each(segments_, [&](int k) {
       const Segment& segment = out_.segments[k];
@@ -609,21 +660,29 @@ class Planner {
       const int32_t products = jobs(segment) * job_cost(segment) + steps * step_products(segment);
       const int32_t memory = steps * step_memory(segment);
       team_.add(&s_.totals[kMemory], memory);
+      // Of a short step only what it reads.
+      const auto bytes = static_cast<int32_t>(int64_t{memory} * segment.slots /
+                                              (shape_.tile_slots * int64_t{segment.steps} + 1));
+      team_.add(&s_.totals[kExcess], bytes - products);
       if (is_read_bound(segment)) {
         team_.add(&s_.totals[kReading], memory);
       } else {
         team_.add(&s_.totals[kProducts], products);
       }
     });
+    reading_bounds_ = s_.totals[kExcess] > 0;
     const int64_t left = int64_t{s_.totals[kMemory]} - s_.totals[kProducts];
     const int64_t reading = s_.totals[kReading];
     const int64_t share = reading > 0 && left > 0 ? left * kWhole / reading : 0;
     reading_share_ = share < kWhole ? static_cast<int32_t>(share) : kWhole;
   }
 
-  /// The cost of wide segment k.
+  /// The cost of all segments before k.
+  RELAY_HD int32_t cost_before(int32_t k, int32_t cost) const {
+    return k == segments_ ? cost : s_.costs[k];
+  }
   RELAY_HD int32_t wide_share(int32_t k, int32_t cost) const {
-    return (k + 1 == segments_ ? cost : s_.costs[k + 1]) - s_.costs[k];
+    return cost_before(k + 1, cost) - s_.costs[k];
   }
 
   /// Whether `part` of the cost is too much for so many of the workers.
@@ -656,8 +715,10 @@ class Planner {
     return step > steps - shape_.costs.snap ? steps : step;
   }
 
-  /// The step in front of which `cost` is reached; not near a job's end or begin.
-  RELAY_HD Cut step_at(int64_t cost) const {
+  /// The step in front of which `cost` is reached; not near a job's end or begin. `portion`: cost
+  /// of a portion of the tail, where jobs of many rows are not cut, nor those that are not much
+  /// longer.
+  RELAY_HD Cut step_at(int64_t cost, int32_t portion) const {
     if (segments_ == 0) return {0, 0};
     int32_t low = 0;  // the last segment that begins at or before it
     for (int32_t high = segments_; high - low > 1;) {
@@ -668,10 +729,15 @@ class Planner {
     if (segment.steps == 0) return {segment.step_base, low};
     const int32_t one = step_cost(segment);
     const int32_t lead = job_lead(segment);
-    const int32_t whole = lead + segment.steps * one;
+    const int32_t whole = whole_cost(segment);
     const auto within = static_cast<int32_t>(cost - s_.costs[low]);
     int32_t job = within / whole;
     int32_t step = snapped((within % whole - lead + one / 2) / one, segment.steps);
+    if (portion > 0 && step > 0 &&
+        (segment.rows * shape_.group > kTailRows || whole < 2 * portion)) {
+      job += 1;
+      step = 0;
+    }
     if (job >= jobs(segment)) {
       job = jobs(segment);
       step = 0;
@@ -704,11 +770,14 @@ class Planner {
   const PlanView& out_;
   int32_t run_total_ = 0;
   int32_t shared_ = 0;
-  int32_t wide_ = 0;  ///< shared segments of several row tiles
+  int32_t wide_ = 0;   ///< shared segments of several row tiles
+  int32_t light_ = 0;  ///< the first of requests that fill no tile
   int32_t segments_ = 0;
   int32_t partial_rows_ = 0;
   static constexpr int32_t kWhole = 1024;
-  int32_t reading_share_ = kWhole;  ///< of what reading takes where all read, in kWhole-ths
+  static constexpr int32_t kRelief = 8;  ///< workers of wide segments get so much less, at most
+  int32_t reading_share_ = kWhole;       ///< of what reading takes where all read, in kWhole-ths
+  bool reading_bounds_ = false;          ///< it takes longer than all products
 };
 
 }  // namespace relay::cuda

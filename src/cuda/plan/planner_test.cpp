@@ -7,10 +7,12 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <set>
 #include <utility>
 #include <vector>
 
 #include "core/random.h"
+#include "cuda/plan/pieces.h"
 
 namespace relay::cuda {
 namespace {
@@ -41,6 +43,7 @@ struct HostTeam {
 
 struct Batch {
   PlanShape shape{};
+  int32_t tail = 5;  ///< portions of it for each worker, at most
   std::vector<int32_t> starts{0};
   std::vector<int32_t> lengths;
   std::vector<std::vector<int32_t>> ids;  ///< blocks of each request
@@ -72,6 +75,7 @@ struct Batch {
       s.max_blocks = std::max(s.max_blocks, static_cast<int32_t>(blocks.size()) + spare);
     }
     s.min_shared_blocks = ceil_div(64, s.block_size);
+    s.max_portions = s.workers * (1 + tail);
     s.max_segments = static_cast<int32_t>(PlannerScratch::max_segments(s));
     const int32_t sharing = std::min(s.max_rows, s.max_requests * rows_per_tile(s));
     s.max_row_index = sharing * kMaxParts;
@@ -141,22 +145,27 @@ struct HostPlan {
     garbage(p.rows, shape.max_rows);
     garbage(p.requests, shape.max_requests);
     garbage(p.parts, int64_t{shape.max_requests} * kMaxParts);
-    garbage(p.cuts, shape.workers + 1);
-    garbage(p.begins, shape.workers);
+    garbage(p.cuts, shape.max_portions + 1);
+    garbage(p.begins, shape.max_portions);
     shape.max_requests = std::max(1, b.requests());  // scratch is laid out for the batch
     std::vector<char> memory;
     garbage(memory, PlannerScratch::lay_out(shape, nullptr, nullptr));
     PlannerScratch scratch{};
     PlannerScratch::lay_out(shape, memory.data(), &scratch);
-    const PlanView view{&p.header,         p.segments.data(), p.row_index.data(), p.rows.data(),
-                        p.requests.data(), p.parts.data(),    p.cuts.data(),      p.begins.data()};
     std::vector<int32_t> counts;
     std::vector<Run> runs;
     find_runs(b, counts, runs);
     HostTeam<kReverse> team;
     const PlanBatch batch = b.view();
+    const PlanView view = p.view();
     Planner<HostTeam<kReverse>>(team, shape, batch, scratch, view).plan(counts.data(), runs.data());
     return p;
+  }
+
+  /// Without lists of pieces.
+  PlanView view() {
+    return {&header,      segments.data(), row_index.data(), rows.data(), requests.data(),
+            parts.data(), cuts.data(),     begins.data(),    nullptr,     nullptr};
   }
 
   /// Where the rows of request i are, for its row `local`.
@@ -363,7 +372,8 @@ int64_t cost_before(const PlanShape& s, const HostPlan& p, int32_t step) {
 
 struct Load {
   int32_t wide = 0;     ///< segments whose tiles have workers of their own
-  double worst = 0.0;   ///< largest share, as a multiple of the mean
+  int32_t tail = 0;     ///< portions that are handed out late
+  double worst = 0.0;   ///< largest load of a worker, as a multiple of the mean
   double excess = 0.0;  ///< the same less what snapping explains
 };
 
@@ -376,10 +386,16 @@ void check_cuts(const Batch& b, const HostPlan& p, Load& load) {
   }
   ASSERT_EQ(p.header.steps, steps);
   ASSERT_EQ(p.cuts[0].step, 0);
-  ASSERT_EQ(p.cuts[s.workers].step, steps);
-  ASSERT_EQ(p.cuts[p.header.workers].step, steps);
-  ASSERT_LE(p.header.workers, s.workers);
-  for (int32_t w = 0; w < s.workers; ++w) {
+  ASSERT_EQ(p.cuts[p.header.portions].step, steps);
+  ASSERT_LE(p.header.workers, p.header.portions);
+  ASSERT_LE(p.header.portions, s.max_portions);
+  const int32_t workers = p.header.workers;
+  if (p.header.portions > workers) {
+    ASSERT_EQ(workers, s.workers) << "results of the tail lie behind those of all workers";
+  }
+  const int32_t written = std::max(s.workers, p.header.portions);
+  ASSERT_EQ(p.cuts[written].step, steps);
+  for (int32_t w = 0; w < written; ++w) {
     const Cut cut = p.cuts[w];
     ASSERT_LE(cut.step, p.cuts[w + 1].step) << w;
     ASSERT_TRUE(cut.segment >= 0 && cut.segment <= p.header.segments) << w;
@@ -394,6 +410,24 @@ void check_cuts(const Batch& b, const HostPlan& p, Load& load) {
     }
   }
   if (steps == 0) return;
+  // The tail has no place for many results of a job that is cut, and short jobs are not.
+  const auto cost_of = [&](int32_t from, int32_t to) {
+    return cost_before(s, p, to) - cost_before(s, p, from);
+  };
+  const int32_t late = p.header.portions - workers;
+  const int64_t portion = late > 0 ? cost_of(p.cuts[workers].step, steps) / late : 0;
+  int64_t uncut = 0;  // cost of the longest of these
+  for (int32_t i = workers; i < p.header.portions; ++i) {
+    ASSERT_LT(p.cuts[i].segment, p.header.segments) << i;
+    const Segment& g = p.segments[p.cuts[i].segment];
+    ASSERT_EQ(g.shared, 0) << i;
+    if (g.rows * s.group > kTailRows) {
+      ASSERT_EQ((p.cuts[i].step - g.step_base) % g.steps, 0) << i;
+    }
+    const int64_t whole = g.steps > 0 ? cost_of(g.step_base, g.step_base + g.steps) : 0;
+    if (g.rows * s.group > kTailRows || whole < 2 * portion + 2) uncut = std::max(uncut, whole);
+  }
+  load.tail = late;
 
   // Wide segments come first. With workers of their own, as many for each tile, all tiles of one
   // are cut in the same places.
@@ -407,7 +441,8 @@ void check_cuts(const Batch& b, const HostPlan& p, Load& load) {
     const Segment& g = p.segments[k];
     const int32_t line = s.kv_heads * g.steps;
     cuts_of[k].resize(g.row_tiles);
-    for (const Cut& cut : p.cuts) {
+    for (int32_t w = 0; w < workers; ++w) {
+      const Cut cut = p.cuts[w];
       const int32_t at = cut.step - g.step_base;
       if (at >= 0 && at < g.row_tiles * line) cuts_of[k][at / line].push_back(at % line);
     }
@@ -428,20 +463,30 @@ void check_cuts(const Batch& b, const HostPlan& p, Load& load) {
   load.wide = teamed ? wide : 0;
 
   // Shares are equal but for snapping: among all, or among a wide segment's and among the others.
-  const int32_t workers = p.header.workers;
   const auto share = [&](int32_t from, int32_t to) {
     return static_cast<double>(cost_before(s, p, p.cuts[to].step) -
                                cost_before(s, p, p.cuts[from].step));
   };
-  const double mean = share(0, workers) / workers;
+  const double mean = share(0, p.header.portions) / workers;
+  std::vector<double> loads;
   for (int32_t w = 0, k = 0; w < workers; ++w) {
     while (k < load.wide && w >= first[k + 1]) ++k;
     const int32_t from = load.wide > 0 ? first[k] : 0;
     const int32_t to = k < load.wide ? first[k + 1] : workers;
-    ASSERT_LE(share(w, w + 1), share(from, to) / (to - from) + 2 * snap) << "worker " << w;
-    load.worst = std::max(load.worst, share(w, w + 1) / mean);
-    load.excess = std::max(load.excess, (share(w, w + 1) - 2 * snap) / mean);
+    const int64_t rounded = late > 0 && w + 1 == workers ? uncut : 0;
+    ASSERT_LE(share(w, w + 1), share(from, to) / (to - from) + 2 * snap + rounded)
+        << "worker " << w;
+    loads.push_back(share(w, w + 1));
   }
+  // Whoever has done first takes the next portion of the tail.
+  for (int32_t i = workers; i < p.header.portions; ++i) {
+    ASSERT_LE(share(i, i + 1), share(workers, p.header.portions) / load.tail + uncut + 2 * snap)
+        << i;
+    *std::min_element(loads.begin(), loads.end()) += share(i, i + 1);
+  }
+  const double most = *std::max_element(loads.begin(), loads.end());
+  load.worst = most / mean;
+  load.excess = (most - 2 * snap) / mean;
 }
 
 void check_plan(const Batch& b, const HostPlan& p, Load& load) {
@@ -453,14 +498,54 @@ void check_plan(const Batch& b, const HostPlan& p, Load& load) {
   ASSERT_NO_FATAL_FAILURE(check_cuts(b, p, load));
 }
 
+/// No two results lie in the same place, and what goes straight out does so once.
+void check_pieces(const Batch& b, const HostPlan& p) {
+  const PlanShape& s = b.shape;
+  std::set<int32_t> written;  // partial rows
+  std::map<std::pair<int32_t, int32_t>, int32_t> direct;
+  std::vector<int32_t> steps;
+  for (int32_t i = 0; i <= p.header.portions; ++i) steps.push_back(p.cuts[i].step);
+  for (int32_t i = 0; i < p.header.portions; ++i) {
+    int32_t k = 0;
+    for (int32_t at = steps[i]; at < steps[i + 1];) {
+      while (at >=
+             p.segments[k].step_base + p.segments[k].row_tiles * s.kv_heads * p.segments[k].steps) {
+        ++k;
+      }
+      const Segment& g = p.segments[k];
+      const int32_t job = (at - g.step_base) / g.steps;
+      const int32_t from = (at - g.step_base) % g.steps;
+      const int32_t to = std::min(g.steps, from + steps[i + 1] - at);
+      const int32_t kv_head = job % s.kv_heads;
+      const int32_t first = job / s.kv_heads * s.tile_rows;
+      const int32_t partial =
+          partial_row(s, g.rows, g.partial_base, kv_head, first, i, from == 0, to == g.steps);
+      const int32_t rows = std::min(s.tile_rows, g.rows * s.group - first);
+      ASSERT_TRUE(i < s.workers || partial < 0 || rows <= kTailRows || from == 0) << i;
+      for (int32_t m = 0; m < rows; ++m) {
+        const int32_t row = p.row_of(k, (first + m) / s.group);
+        const int32_t head = kv_head * s.group + (first + m) % s.group;
+        if (partial < 0) {
+          ++direct[{row, head}];
+        } else {
+          ASSERT_TRUE(written.insert(partial + m).second) << "portion " << i;
+        }
+      }
+      at += to - from;
+    }
+  }
+  ASSERT_TRUE(written.empty() || *written.rbegin() < cut_partial_row(s, s.max_portions, 1));
+  for (const auto& [where, times] : direct) ASSERT_EQ(times, 1);
+}
+
 /// A wide segment gets a multiple of its tiles in workers: so uneven may that make the shares.
 constexpr double kMostOfMean = 1.5;
 
 // --- Batches
 // --------------------------------------------------------------------------------------
 
-constexpr PlanCosts kMmaCosts{32, 24, 24, 32, 16, 3, 96, 2};
-constexpr PlanCosts kWgmmaCosts{32, 6, 16, 21, 8, 4, 64, 2};
+constexpr PlanCosts kMmaCosts{32, 24, 24, 32, 16, 3, 96, 96, 0, 2};
+constexpr PlanCosts kWgmmaCosts{32, 6, 16, 21, 8, 4, 64, 32, 288, 2};
 
 Batch batch_of(int32_t kv_heads, int32_t group) {
   Batch b;
@@ -487,6 +572,7 @@ Batch random_batch(Random& random) {
   s.tile_rows = random.chance(0.5) ? 64 : 128;
   s.tile_slots = random.chance(0.5) ? 64 : 128;
   s.workers = static_cast<int32_t>(random.chance(0.4) ? 132 : random.log_between(1, 132));
+  b.tail = static_cast<int32_t>(random.between(0, 5));
   if (random.chance(0.3)) s.partial_capacity = static_cast<int32_t>(random.log_between(0, 4000));
   if (random.chance(0.5)) s.costs = kMmaCosts;
   std::vector<std::vector<int32_t>> nodes(1);  // the blocks from the root to each node
@@ -535,14 +621,18 @@ TEST(Planner, RandomBatches) {
   int32_t shared = 0;
   int32_t coarser = 0;
   int32_t wide = 0;
+  int32_t tail = 0;
   for (uint64_t seed = 1; seed <= 500; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     Random random(seed);
     Batch b = random_batch(random);
-    const HostPlan p = HostPlan::make(b);
+    HostPlan p = HostPlan::make(b);
     Load load;
     ASSERT_NO_FATAL_FAILURE(check_plan(b, p, load));
     EXPECT_LE(load.excess, kMostOfMean);
+    if (seed % 4 == 0) {
+      ASSERT_NO_FATAL_FAILURE(check_pieces(b, p));
+    }
     const HostPlan other = HostPlan::make<true>(b);
     ASSERT_EQ(std::memcmp(&p.header, &other.header, sizeof(p.header)), 0);
     ASSERT_TRUE(same(p.segments, other.segments) && same(p.row_index, other.row_index) &&
@@ -551,6 +641,7 @@ TEST(Planner, RandomBatches) {
                 same(p.begins, other.begins));
     shared += p.header.shared_segments > 0 ? 1 : 0;
     wide += load.wide > 0 ? 1 : 0;
+    tail += load.tail > 0 ? 1 : 0;
     // Too little room for partial results: coarser, and still right.
     b.shape.partial_capacity = static_cast<int32_t>(random.between(0, p.header.partial_rows));
     const HostPlan tight = HostPlan::make(b);
@@ -562,6 +653,7 @@ TEST(Planner, RandomBatches) {
   EXPECT_GE(shared, 100);
   EXPECT_GE(coarser, 100);
   EXPECT_GE(wide, 20);
+  EXPECT_GE(tail, 100);
 }
 
 // --- Plans that are known
@@ -696,7 +788,7 @@ TEST(Planner, NothingToDo) {
     const HostPlan p = HostPlan::make(b);
     EXPECT_EQ(p.header.segments, 0);
     EXPECT_EQ(p.header.workers, 0);
-    for (const Cut& cut : p.cuts) EXPECT_EQ(cut.step, 0);
+    for (int32_t w = 0; w <= b.shape.workers; ++w) EXPECT_EQ(p.cuts[w].step, 0);
   }
 }
 

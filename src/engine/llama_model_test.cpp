@@ -287,11 +287,11 @@ TEST(LlamaModelKv, WhatIsSavedContinuesElsewhereAsItWas) {
     first.submit(prompt, 1);
     first.submit(random_tokens(*first.model, 60, 74), 9);
     first.run();
-    const Salt salt = first.core->kv().salt("");
+    const Scope scope{0, first.core->kv().salt("")};
     const Tokens kept(prompt.begin(), prompt.end() - 1);
     std::deque<std::vector<uint8_t>> pieces;
     for (int32_t at = 0; at < 149; at += 64) {
-      auto piece = first.core->kv().save(salt, kept, at, std::min(64, 149 - at));
+      auto piece = first.core->kv().save(scope, kept, at, std::min(64, 149 - at));
       ASSERT_TRUE(piece);
       pieces.push_back(std::move(*piece));
     }
@@ -307,7 +307,7 @@ TEST(LlamaModelKv, WhatIsSavedContinuesElsewhereAsItWas) {
       return piece;
     };
     KvMemory& kv = second.core->kv();
-    ASSERT_TRUE(kv.restore(kv.salt(""), kept, second.model->kv_layout().bytes_per_token(), next));
+    ASSERT_TRUE(kv.restore({0, kv.salt("")}, kept, second.model->kv_layout().bytes_per_token(), next));
     second.check();
     const auto there = first.submit(prompt + question, 12);
     const auto here = second.submit(prompt + question, 12);

@@ -142,6 +142,9 @@ void serve(ServeOptions options) {
   const engine::ModelInfo& info = engine->info();
   spdlog::info("{} ({}), context {} tokens, KV cache {} tokens", info.name, info.description,
                info.context_length, info.kv_cells);
+  for (const engine::Adapter& adapter : info.adapters) {
+    spdlog::info("LoRA adapter {} from {}", adapter.name, adapter.path);
+  }
   if (info.kv_prefix > 0) {
     spdlog::info("KV prefix of {} positions before every request", info.kv_prefix);
   }

@@ -1,5 +1,6 @@
 #include "cli/serve_options.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 
@@ -10,6 +11,34 @@
 namespace relay::cli {
 
 namespace {
+
+/// [NAME=]FILE of --lora.
+engine::Adapter parse_adapter(const std::string& text) {
+  const size_t equals = text.find('=');
+  engine::Adapter adapter;
+  adapter.path = equals == std::string::npos ? text : text.substr(equals + 1);
+  adapter.name = equals == std::string::npos ? std::filesystem::path(text).stem().string()
+                                             : text.substr(0, equals);
+  if (adapter.name.empty()) throw Error("--lora " + text + ": the name is missing");
+  check_readable(adapter.path, "the LoRA adapter");
+  return adapter;
+}
+
+void prepare_adapters(ServeOptions& o) {
+  std::vector<std::string> names = o.server.model_names;
+  if (names.empty()) {
+    names.push_back(std::filesystem::path(o.engine.model_path).stem().string());
+  }
+  for (const std::string& text : o.lora_modules) {
+    engine::Adapter adapter = parse_adapter(text);
+    if (std::find(names.begin(), names.end(), adapter.name) != names.end()) {
+      throw Error("--lora " + text + ": the name " + adapter.name +
+                  " is taken; give another one, as in NAME=" + adapter.path);
+    }
+    names.push_back(adapter.name);
+    o.engine.adapters.push_back(std::move(adapter));
+  }
+}
 
 void check_template_kwargs(const std::string& json) {
   if (json.empty()) return;
@@ -35,6 +64,14 @@ void add_model_options(CLI::App& app, ServeOptions& o) {
       ->delimiter(',')
       ->allow_extra_args(false)
       ->option_text("NAME,...")
+      ->group(kGroup);
+  app.add_option("--lora,--lora-modules", o.lora_modules,
+                 "LoRA adapter(s), GGUF files that convert_lora_to_gguf.py makes, each served as a "
+                 "model of its own: by this name, or the file's. The base model answers without "
+                 "them. Nothing of the KV cache is shared between adapters")
+      ->envname("RELAY_LORA")
+      ->delimiter(',')
+      ->option_text("[NAME=]FILE,...")
       ->group(kGroup);
   app.add_option("--kv-prefix", o.engine.kv_prefix,
                  "Learned keys and values that stand before every prompt (prefix tuning), made by "
@@ -303,6 +340,7 @@ void prepare_engine_options(ServeOptions& options) {
     check_readable(options.engine.chat_template_file, "the chat template");
   }
   check_template_kwargs(options.engine.template_kwargs_json);
+  prepare_adapters(options);
   if (options.engine.batch_tokens < options.engine.parallel) {
     throw Error(
         "--batch-size must be at least --parallel: each step computes a token of every "

@@ -13,6 +13,7 @@ namespace relay::cli {
 struct ServeOptions {
   engine::EngineOptions engine;
   server::ServerOptions server;
+  std::vector<std::string> lora_modules;  ///< [NAME=]FILE
   std::vector<std::string> pin_prompts;
   std::string api_key_file;
   std::string admin_key_file;

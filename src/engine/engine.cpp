@@ -202,6 +202,7 @@ class ThreadedEngine : public Engine {
     CoreOptions c;
     c.scheduler.parallel = o.parallel;
     c.scheduler.batch_tokens = std::min(o.batch_tokens, model.max_rows());
+    c.scheduler.adapters = static_cast<int32_t>(o.adapters.size());
     c.prefix_caching = o.prefix_caching;
     c.pin_budget = o.pin_budget;
     c.step_seconds = o.step_seconds;
@@ -221,7 +222,10 @@ class ThreadedEngine : public Engine {
     c.folder = o.prompt_cache_dir;
     c.max_bytes = o.prompt_cache_bytes;
     c.expected.token_bytes = model.kv_layout().bytes_per_token();
-    c.expected.key = model.kv_key();
+    c.expected.key = model.kv_key(0);
+    for (size_t a = 1; a <= o.adapters.size(); ++a) {
+      c.adapter_keys.push_back(model.kv_key(static_cast<int32_t>(a)));
+    }
     c.expected.most_tokens = static_cast<uint32_t>(model.cells());
     c.expected.vocabulary = model.vocab_size();
     c.notice = o.notice ? o.notice : [](const std::string& text) {
@@ -231,6 +235,9 @@ class ThreadedEngine : public Engine {
   }
 
   std::optional<Refusal> check(const GenerateRequest& request) const;
+  bool is_adapter(int32_t adapter) const {
+    return adapter >= 0 && static_cast<size_t>(adapter) <= options_.adapters.size();
+  }
   std::optional<Refusal> check_queue(int32_t sequences) const;  // with mutex_ held
   void post(std::function<void()> message);
   void run();
@@ -288,6 +295,10 @@ std::optional<Refusal> ThreadedEngine::check(const GenerateRequest& request) con
                      "prompt");
     }
   }
+  if (!is_adapter(request.adapter)) {
+    return refusal(ErrorKind::kInvalidRequest,
+                   "There is no adapter " + std::to_string(request.adapter) + ".", "adapter");
+  }
   if (request.n < 1 || request.n > info.parallel) {
     return refusal(ErrorKind::kInvalidRequest,
                    "n must be 1 to " + std::to_string(info.parallel) + ".", "n");
@@ -340,6 +351,7 @@ SubmitResult ThreadedEngine::submit(GenerateRequest request, std::shared_ptr<Sin
   }
   const auto prompt = static_cast<int32_t>(std::min<size_t>(request.prompt.size(), INT32_MAX));
   r->sink = std::move(sink);
+  r->adapter = request.adapter;
   r->cache_salt = std::move(request.cache_salt);
   r->priority = request.priority;
   r->prompt = std::move(request.prompt);
@@ -396,6 +408,10 @@ PinnedPrompt ThreadedEngine::pin_prompt(const PinRequest& request, const Progres
       throw EngineError(ErrorKind::kInvalidRequest,
                         "Token " + std::to_string(t) + " is not in the vocabulary.");
     }
+  }
+  if (!is_adapter(request.adapter)) {
+    throw EngineError(ErrorKind::kInvalidRequest,
+                      "There is no adapter " + std::to_string(request.adapter) + ".");
   }
   if (!options_.prefix_caching) {
     throw EngineError(ErrorKind::kInvalidRequest, "Nothing can be pinned without prefix caching.");
@@ -467,7 +483,7 @@ void ThreadedEngine::publish_state() {
   EngineStats stats = core_.stats();
   std::vector<PinnedPrompt> pinned = core_.pinned();
   const std::lock_guard lock(mutex_);
-  stats_ = stats;
+  stats_ = std::move(stats);
   pinned_ = std::move(pinned);
 }
 

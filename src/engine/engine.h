@@ -56,9 +56,17 @@ class EngineError : public std::runtime_error {
   std::string param_;
 };
 
+/// A LoRA adapter. Requests choose one by its place in a list: adapter i is the i-th, counted from
+/// 1, and adapter 0 is the base model.
+struct Adapter {
+  std::string name;  ///< its public name
+  std::string path;  ///< a GGUF file
+};
+
 struct EngineOptions {
   std::string model_path;          ///< a GGUF file
   std::string model_alias;         ///< the model's public name; empty: the file's stem
+  std::vector<Adapter> adapters;   ///< loaded beside the model
   std::string kv_prefix;           ///< a file of learned KV (kv_prefix.h) before every sequence
   std::string chat_template_file;  ///< a Jinja template to use instead of the model's; empty: none
   std::string template_kwargs_json;  ///< object: what every chat template is given, unless the chat
@@ -94,15 +102,16 @@ using ProgressFn = std::function<void(double fraction, const std::string& what)>
 
 /// What was loaded; constant for the engine's life.
 struct ModelInfo {
-  std::string name;            ///< the alias
-  std::string path;            ///< the GGUF file
-  std::string description;     ///< architecture, size and weight type, as llama.cpp prints it
-  std::string chat_template;   ///< the template in use (Jinja source)
-  int64_t created = 0;         ///< Unix seconds of the load
-  int64_t size_bytes = 0;      ///< of all weights
-  int64_t parameters = 0;      ///< number of weights
-  int32_t context_length = 0;  ///< most tokens of one request, prompt and completion together
-  int32_t train_context = 0;   ///< the context the model was trained for
+  std::string name;               ///< the alias
+  std::string path;               ///< the GGUF file
+  std::vector<Adapter> adapters;  ///< as in EngineOptions
+  std::string description;        ///< architecture, size and weight type, as llama.cpp prints it
+  std::string chat_template;      ///< the template in use (Jinja source)
+  int64_t created = 0;            ///< Unix seconds of the load
+  int64_t size_bytes = 0;         ///< of all weights
+  int64_t parameters = 0;         ///< number of weights
+  int32_t context_length = 0;     ///< most tokens of one request, prompt and completion together
+  int32_t train_context = 0;      ///< the context the model was trained for
   int32_t vocab_size = 0;
   int32_t kv_cells = 0;            ///< token positions of the KV cache
   int32_t kv_prefix = 0;           ///< positions of the learned prefix beside them
@@ -191,6 +200,7 @@ struct GenerateRequest {
   /// prompt is taken from the cache: their logits are nowhere but in its computation.
   bool prompt_logprobs = false;
   int32_t n = 1;           ///< choices; they share the prompt
+  int32_t adapter = 0;     ///< to be computed with; see Adapter. KV is shared within one alone
   std::string cache_salt;  ///< only requests with equal salts share KV (pinned: all)
   int32_t priority = 0;    ///< lower is served earlier; equal ones in order of arrival
 };
@@ -278,6 +288,7 @@ struct PinRequest {
   std::vector<Token> tokens;  ///< of render_chat_prefix() or tokenize()
   std::string cache_salt;     ///< empty: requests of every salt may share it; else only of this one
   int64_t ttl_seconds = 0;    ///< 0: until unpinned
+  int32_t adapter = 0;        ///< as in GenerateRequest
 };
 
 struct PinnedPrompt {
@@ -288,6 +299,7 @@ struct PinnedPrompt {
   int64_t bytes = 0;       ///< KV bytes of these tokens
   int64_t created = 0;     ///< Unix seconds
   int64_t expires_at = 0;  ///< Unix seconds; 0: never
+  int32_t adapter = 0;     ///< as in GenerateRequest
   std::string cache_salt;
 };
 
@@ -304,6 +316,8 @@ struct EngineStats {
   int64_t kv_bytes_unshared = 0;     ///< what the running sequences would hold without sharing
   int32_t shared_group_size = 0;     ///< decode rows of the largest group that shares a prefix
   int32_t shared_prefix_tokens = 0;  ///< length of that prefix
+  std::vector<int32_t> running_adapters;  ///< those of running sequences, each once; not the base
+  std::vector<int32_t> waiting_adapters;  ///< the same of waiting ones
   // counters
   int64_t steps = 0;
   int64_t prefix_queries = 0;          ///< prompt tokens looked up

@@ -35,21 +35,22 @@ EngineCore::EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOpt
              .prompts = most_pins(model, options.scheduler.parallel),
              .kv_bytes_per_token = options.kv_bytes_per_token}),
       persistence_(kv_, cache),
-      pacer_(options.step_seconds, options.decode_stretch, options.scheduler.batch_tokens) {}
+      pacers_(static_cast<size_t>(options.scheduler.adapters) + 1,
+              {options.step_seconds, options.decode_stretch, options.scheduler.batch_tokens}) {}
 
 EngineCore::~EngineCore() = default;
 
-int32_t EngineCore::cells_for(const Salt& salt, std::span<const Token> tokens) const {
-  return kv_.cells_total() - kv_.cells_pinned() + kv_.pinned_prefix(salt, tokens);
+int32_t EngineCore::cells_for(const Scope& scope, std::span<const Token> tokens) const {
+  return kv_.cells_total() - kv_.cells_pinned() + kv_.pinned_prefix(scope, tokens);
 }
 
 void EngineCore::submit(std::unique_ptr<Request> request) {
   Request& r = *request;
-  const Salt salt = kv_.salt(r.cache_salt);
+  const Scope scope{r.adapter, kv_.salt(r.cache_salt)};
   const auto prompt = static_cast<int32_t>(r.prompt.size());
   // The last token of a completion is never stored.
   const std::span<const Token> shareable = r.prompt_logprobs ? std::span<const Token>() : r.prompt;
-  const int32_t room = cells_for(salt, shareable) - prompt + 1;
+  const int32_t room = cells_for(scope, shareable) - prompt + 1;
   if (r.max_tokens_may_shrink) r.max_tokens = std::clamp(room, 1, r.max_tokens);
   if (r.max_tokens > room) {
     ++counters_.refused;
@@ -71,7 +72,7 @@ void EngineCore::submit(std::unique_ptr<Request> request) {
     s->priority = r.priority;
     s->request = &r;
     s->choice = static_cast<int32_t>(i);
-    s->salt = salt;
+    s->scope = scope;
     s->prompt_length = prompt;
     s->max_tokens = r.max_tokens;
     s->scores_prompt = r.prompt_logprobs;
@@ -138,8 +139,14 @@ void EngineCore::restore_prompts(const ProgressFn& progress) {
   counters_.seconds_restoring = seconds_between(start, Clock::now());
 }
 
-PrefillBudget EngineCore::prefill_budget() const {
-  PrefillBudget budget = pacer_.budget(scheduler_.decoding());
+PrefillBudget EngineCore::prefill_budget(int32_t adapter) const {
+  int32_t turns = 1;
+  if (options_.scheduler.adapters > 0) {
+    const auto adapters = Scheduler::adapters_of(scheduler_.running_sequences());
+    turns = std::max(1, static_cast<int32_t>(adapters.size()));
+  }
+  PrefillBudget budget =
+      pacers_[static_cast<size_t>(adapter)].budget(scheduler_.decoding(adapter), turns);
   const bool scoring = std::any_of(requests_.begin(), requests_.end(),
                                    [](const auto& r) { return r.second->prompt_logprobs; });
   if (scoring) {
@@ -155,7 +162,7 @@ PrefillBudget EngineCore::prefill_budget() const {
 
 bool EngineCore::step() {
   pins_.expire();
-  const StepPlan plan = scheduler_.plan(prefill_budget());
+  const StepPlan plan = scheduler_.plan(prefill_budget(scheduler_.next_adapter()));
   const auto now = Clock::now();
   note_admissions(plan, now);
   for (Sequence* s : plan.exhausted) end_exhausted(*s);
@@ -187,6 +194,7 @@ void EngineCore::note_admissions(const StepPlan& plan, Clock::time_point now) {
 
 void EngineCore::compute(const StepPlan& plan) {
   batch_.clear();
+  batch_.adapter = plan.adapter;
   for (const Slice& slice : plan.slices) {
     const Sequence& s = *slice.sequence;
     for (int32_t i = 0; i < slice.count; ++i) {
@@ -220,10 +228,11 @@ void EngineCore::compute(const StepPlan& plan) {
     }
     return;
   }
-  scheduler_.commit(plan);
+  scheduler_.commit(plan, seconds);
   ++counters_.steps;
   counters_.computed_prompt_tokens += plan.prefill_rows;
-  pacer_.note(plan.rows - plan.prefill_rows, plan.prefill_rows, seconds);
+  pacers_[static_cast<size_t>(plan.adapter)].note(plan.rows - plan.prefill_rows, plan.prefill_rows,
+                                                  seconds);
   note_sharing(plan);
   sample(plan);
 }
@@ -441,6 +450,12 @@ EngineStats EngineCore::stats() const {
   s.pinned_tokens = kv_.cells_pinned();
   s.evicted_tokens = kv_.evicted_tokens();
   s.kv_bytes_used = s.kv_cells_used * options_.kv_bytes_per_token;
+  if (options_.scheduler.adapters > 0) {
+    s.running_adapters = Scheduler::adapters_of(scheduler_.running_sequences());
+    s.waiting_adapters = Scheduler::adapters_of(scheduler_.waiting_sequences());
+    std::erase(s.running_adapters, 0);
+    std::erase(s.waiting_adapters, 0);
+  }
   for (const Sequence* q : scheduler_.running_sequences()) {
     s.kv_bytes_unshared += kv_.length(q->kv) * options_.kv_bytes_per_token;
   }

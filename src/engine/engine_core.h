@@ -36,6 +36,7 @@ using Clock = std::chrono::steady_clock;
 /// A request that passed the checks that need no cache state.
 struct Request {
   RequestId id = 0;
+  int32_t adapter = 0;  ///< as in GenerateRequest
   std::shared_ptr<Sink> sink;
   Clock::time_point submitted = Clock::now();
   std::string cache_salt;
@@ -103,7 +104,7 @@ class EngineCore {
   const Scheduler& scheduler() const { return scheduler_; }
 
  private:
-  PrefillBudget prefill_budget() const;
+  PrefillBudget prefill_budget(int32_t adapter) const;
   void note_admissions(const StepPlan& plan, Clock::time_point now);
   void note_sharing(const StepPlan& plan);
   void compute(const StepPlan& plan);
@@ -117,7 +118,7 @@ class EngineCore {
   void fail_sequence(Sequence& sequence, ErrorKind kind, const std::string& message,
                      Scheduler::Keep keep);
   void end_exhausted(Sequence& sequence);
-  int32_t cells_for(const Salt& salt, std::span<const Token> tokens) const;
+  int32_t cells_for(const Scope& scope, std::span<const Token> tokens) const;
   GeneratedToken describe(const Request& request, Token token, int32_t row);
 
   Model& model_;
@@ -133,7 +134,7 @@ class EngineCore {
   EngineStats counters_;  // its gauges are made in stats()
   uint64_t arrivals_ = 0;
   Batch batch_;
-  StepPacer pacer_;
+  std::vector<StepPacer> pacers_;  // of each adapter: its steps take their own time
 };
 
 }  // namespace relay::engine

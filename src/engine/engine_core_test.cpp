@@ -67,12 +67,13 @@ class Bench {
   std::shared_ptr<Outcome> submit(const Tokens& prompt, int32_t max_tokens, int32_t n = 1,
                                   const std::string& salt = {},
                                   const std::vector<std::string>& stop = {},
-                                  bool prompt_logprobs = false) {
+                                  bool prompt_logprobs = false, int32_t adapter = 0) {
     auto out = std::make_shared<Outcome>();
     auto request = std::make_unique<Request>();
     request->id = ++last_id;
     request->sink = std::make_shared<Recorder>(out);
     request->prompt = prompt;
+    request->adapter = adapter;
     request->max_tokens = max_tokens;
     request->cache_salt = salt;
     request->stop = stop;
@@ -128,9 +129,9 @@ Tokens operator+(Tokens a, const Tokens& b) {
 }
 
 void expect_alone(const Bench& bench, const Outcome& out, const Tokens& prompt, int32_t max_tokens,
-                  int32_t choice = 0) {
+                  int32_t choice = 0, int32_t adapter = 0) {
   ASSERT_TRUE(out.done);
-  const Tokens expected = bench.model.completion(prompt, max_tokens);
+  const Tokens expected = bench.model.completion(prompt, max_tokens, adapter);
   const auto it = out.tokens.find(choice);
   EXPECT_EQ(it == out.tokens.end() ? Tokens{} : it->second, expected);
 }
@@ -551,10 +552,10 @@ class Queue {
   ~Queue() {
     for (const auto& s : sequences) scheduler.remove(s.get(), Scheduler::Keep::kNothing);
   }
-  Sequence& add(const Tokens& tokens, int32_t max_tokens = 1000) {
+  Sequence& add(const Tokens& tokens, int32_t max_tokens = 1000, int32_t adapter = 0) {
     auto s = std::make_unique<Sequence>();
     s->arrival = sequences.size() + 1;
-    s->salt = kv.salt("");
+    s->scope = {adapter, kv.salt("")};
     s->tokens = tokens;
     s->prompt_length = s->length();
     s->max_tokens = max_tokens;
@@ -563,9 +564,12 @@ class Queue {
     return *sequences.back();
   }
   /// Plans and computes a step; each sequence that samples takes a token.
-  StepPlan step(PrefillBudget budget) {
+  StepPlan step(PrefillBudget budget, double seconds = 0) {
     StepPlan plan = scheduler.plan(budget);
-    scheduler.commit(plan);
+    scheduler.commit(plan, seconds);
+    for (const Slice& slice : plan.slices) {
+      EXPECT_EQ(slice.sequence->scope.adapter, plan.adapter) << "a step is of one adapter";
+    }
     for (const Slice& slice : plan.slices) {
       if (slice.samples) slice.sequence->tokens.push_back(7);
     }
@@ -651,8 +655,8 @@ TEST(Scheduler, OnlyPromptsOfOneSaltWaitForEachOther) {
   const Tokens prompt = sequence_of(200, 91);
   for (const std::string second : {"one", "two"}) {
     Queue queue({.parallel = 8, .batch_tokens = 512});
-    queue.add(prompt).salt = queue.kv.salt("one");
-    queue.add(prompt).salt = queue.kv.salt(second);
+    queue.add(prompt).scope.salt = queue.kv.salt("one");
+    queue.add(prompt).scope.salt = queue.kv.salt(second);
     queue.step({64, 64});
     EXPECT_EQ(queue.scheduler.waiting(), second == "one" ? 1 : 0) << second;
   }
@@ -688,6 +692,90 @@ TEST(Scheduler, OnlyThoseBeforeItInItsPriorityAreOvertaken) {
   EXPECT_EQ(idle.overtaken, 0);
 }
 
+TEST(Scheduler, AdaptersShareTheTimeHoweverManyRequestsEachHas) {
+  Queue queue({.parallel = 32, .batch_tokens = 512, .adapters = 2});
+  for (int32_t i = 0; i < 20; ++i) queue.add(Tokens{i} + sequence_of(3, 99));
+  const Sequence& one = queue.add(sequence_of(4, 100), 1000, 1);
+  // The base model's steps take four times as long as the adapter's.
+  std::vector<double> had(3, 0.0);
+  const auto step = [&] {
+    const int32_t adapter = queue.scheduler.next_adapter();
+    const double seconds = adapter == 0 ? 0.4 : 0.1;
+    EXPECT_EQ(queue.step({512, 512}, seconds).adapter, adapter);
+    had[static_cast<size_t>(adapter)] += seconds;
+  };
+  for (int i = 0; i < 50; ++i) {
+    step();
+    EXPECT_NEAR(had[0], had[1], 0.4 + 1e-6) << "nobody waits longer than for a step of the other";
+  }
+  EXPECT_EQ(one.generated(), 40);
+  // One that comes later has no claim to the time before, and waits for a turn of each at most.
+  const Sequence& two = queue.add(sequence_of(4, 101), 1000, 2);
+  for (int i = 0; i < 5; ++i) step();
+  EXPECT_GE(two.generated(), 1);
+  had = {0, 0, 0};
+  for (int i = 0; i < 90; ++i) step();
+  EXPECT_NEAR(had[0], had[2], 0.5);
+  EXPECT_NEAR(had[1], had[2], 0.5);
+}
+
+TEST(Scheduler, NobodyIsOvertakenForBeingOfAnotherAdapter) {
+  Queue queue({.parallel = 2, .batch_tokens = 512, .adapters = 1});
+  std::vector<Sequence*> order;
+  for (int32_t i = 0; i < 12; ++i) {
+    order.push_back(&queue.add(Tokens{i} + sequence_of(3, 102), 1, i % 3 == 2 ? 1 : 0));
+  }
+  for (size_t begun = 0; begun < order.size();) {
+    queue.step({512, 512}, 0.1);
+    for (const Sequence* s : order) {
+      if (s->running() && s->generated() > 0) {
+        queue.scheduler.remove(const_cast<Sequence*>(s), Scheduler::Keep::kNothing);
+      }
+    }
+    while (begun < order.size() && order[begun]->began) ++begun;
+    for (size_t i = begun; i < order.size(); ++i) ASSERT_FALSE(order[i]->began) << i;
+  }
+}
+
+TEST(EngineCore, AdaptersAnswerForThemselvesAndShareNothing) {
+  CoreOptions options = small_steps();
+  options.scheduler.adapters = 2;
+  options.pin_budget = 0.5;
+  Bench bench(2048, options);
+  const Tokens system = sequence_of(100, 103);
+  PinRequest pin;
+  pin.tokens = system;
+  std::vector<PinnedPrompt> pinned;
+  for (pin.adapter = 0; pin.adapter <= 1; ++pin.adapter) {
+    bench.core.pin(pin, {{},
+                         [&](const PinnedPrompt& prompt) { pinned.push_back(prompt); },
+                         [](ErrorKind, const std::string& why) { ADD_FAILURE() << why; }});
+    bench.run();
+  }
+  ASSERT_EQ(pinned.size(), 2u);
+  EXPECT_NE(pinned[0].id, pinned[1].id);
+  EXPECT_EQ(pinned[1].adapter, 1);
+  EXPECT_EQ(bench.core.kv().cells_pinned(), 200);
+  // Prompts that differ in their adapter alone, side by side, each with a prefix of its own: none
+  // waits for another's.
+  std::vector<std::shared_ptr<Outcome>> outs;
+  for (int32_t i = 0; i < 12; ++i) {
+    outs.push_back(bench.submit(system + Tokens{1, 2, i / 3}, 8, 1, "tenant", {}, false, i % 3));
+  }
+  bench.step();
+  const EngineStats stats = bench.core.stats();
+  EXPECT_EQ(stats.running_adapters, (std::vector<int32_t>{1, 2}));
+  bench.run();
+  for (int32_t i = 0; i < 12; ++i) {
+    const Outcome& out = *outs[static_cast<size_t>(i)];
+    expect_alone(bench, out, system + Tokens{1, 2, i / 3}, 8, 0, i % 3);
+    EXPECT_EQ(out.usage.cached_tokens, i == 2 ? 0 : i % 3 == 2 ? 102 : 100) << i;
+  }
+  EXPECT_NE(outs[0]->tokens, outs[1]->tokens);
+  for (const PinnedPrompt& prompt : pinned) bench.core.unpin(prompt.id);
+  bench.expect_no_leak();
+}
+
 TEST(StepPacer, KeepsStepsToTheirTimes) {
   // A machine on which a decode row takes 4 ms beside 100, and a prompt's row 7 ms.
   StepPacer pacer(1.0, 1.75, 512);
@@ -715,6 +803,13 @@ TEST(StepPacer, KeepsStepsToTheirTimes) {
   EXPECT_EQ(pacer.budget(24).beside, 0) << "a look as well where three times as many decode";
 }
 
+TEST(StepPacer, AdaptersThatTakeTurnsShareAStepsTime) {
+  StepPacer pacer(1.0, 1.75, 512);
+  for (int i = 0; i < 20; ++i) pacer.note(0, 100, 1.0);
+  EXPECT_EQ(pacer.budget(0).alone, 96);
+  EXPECT_EQ(pacer.budget(0, 3).alone, 32);
+}
+
 // Scheduler and pacer on a machine whose steps take what step_seconds() says.
 class PacedQueue : public Queue {
  public:
@@ -726,7 +821,7 @@ class PacedQueue : public Queue {
   }
   /// Returns how long the step took.
   double step() {
-    const StepPlan plan = Queue::step(pacer.budget(scheduler.decoding()));
+    const StepPlan plan = Queue::step(pacer.budget(scheduler.decoding(0)));
     const int32_t decode_rows = plan.rows - plan.prefill_rows;
     const double seconds = step_seconds(decode_rows, plan.prefill_rows);
     pacer.note(decode_rows, plan.prefill_rows, seconds);

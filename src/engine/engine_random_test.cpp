@@ -44,6 +44,7 @@ class Random {
 /// Prefixes as a prompt cache would have them.
 struct Store {
   struct Entry {
+    int32_t adapter = 0;
     std::string salt;  // its digest; empty: for all
     Tokens tokens;
     std::vector<uint8_t> kv;
@@ -52,11 +53,12 @@ struct Store {
 
   void save(KvMemory& kv, uint32_t hits) {
     for (const PrefixTree::Prefix& prefix : kv.lasting(hits)) {
-      Entry entry{prefix.salt ? prefix.salt->digest : "", prefix.tokens, {}};
+      const auto& [adapter, salt] = prefix.scope;
+      Entry entry{adapter, salt ? salt->digest : "", prefix.tokens, {}};
       const auto length = static_cast<int32_t>(prefix.tokens.size());
       for (int32_t at = 0; at < length; at += 5) {
         const auto piece =
-            kv.save(prefix.salt, prefix.tokens, at, std::min<int32_t>(5, length - at));
+            kv.save(prefix.scope, prefix.tokens, at, std::min<int32_t>(5, length - at));
         if (!piece) return;
         entry.kv.insert(entry.kv.end(), piece->begin(), piece->end());
       }
@@ -77,8 +79,9 @@ struct Store {
       return std::vector<uint8_t>(e.kv.begin() + static_cast<std::ptrdiff_t>(at - count),
                                   e.kv.begin() + static_cast<std::ptrdiff_t>(at));
     };
-    const Salt salt = e.salt.empty() ? nullptr : kv.salt_of_digest(e.salt);
-    kv.restore(salt, e.tokens, FakeModel::kBytesPerToken, next);
+    Scope scope{e.adapter, nullptr};
+    if (!e.salt.empty()) scope.salt = kv.salt_of_digest(e.salt);
+    kv.restore(scope, e.tokens, FakeModel::kBytesPerToken, next);
   }
 };
 
@@ -144,18 +147,18 @@ class Books {
 
  private:
   struct Running {
-    Salt salt;
+    Scope scope;
     Tokens tokens;
     int32_t computed = 0;
   };
 
-  Salt any_salt() {
+  Scope any_scope() {
     const int32_t which = random_.below(3);
-    return kv_.salt(which == 0 ? "" : which == 1 ? "a" : "b");
+    return {random_.below(2), kv_.salt(which == 0 ? "" : which == 1 ? "a" : "b")};
   }
 
   /// The longest prefix of these tokens that somebody holds who may share: by looking at everyone.
-  int32_t longest(const Salt& salt, const Tokens& tokens) const {
+  int32_t longest(const Scope& scope, const Tokens& tokens) const {
     int32_t best = 0;
     for (SeqId s = 0; s < model_.max_sequences(); ++s) {
       if (kv_.tree().empty(s)) continue;
@@ -165,7 +168,8 @@ class Books {
         path.insert(path.begin(), n);
       }
       for (const PrefixTree::Node* n : path) {
-        if (n->salt && n->salt != salt) break;
+        if (n->scope.adapter != scope.adapter) break;
+        if (n->scope.salt && n->scope != scope) break;
         open = n->end();
       }
       const Tokens held = model_.tokens_of(s);
@@ -181,19 +185,19 @@ class Books {
 
   void join() {
     Running r;
-    r.salt = any_salt();
+    r.scope = any_scope();
     r.tokens = random_.prompt(40);
     if (random_.chance(3) && !running_.empty()) {  // a fork of what somebody has computed
       const Running& other =
           std::next(running_.begin(), random_.below(static_cast<int32_t>(running_.size())))->second;
-      r.salt = other.salt;
+      r.scope = other.scope;
       r.tokens = other.tokens;
       r.tokens.push_back(random_.below(3));
     }
     const auto limit = static_cast<int32_t>(r.tokens.size()) - 1;
-    const int32_t expected = longest(r.salt, Tokens(r.tokens.begin(), r.tokens.begin() + limit));
-    ASSERT_EQ(kv_.cached_prefix(r.salt, r.tokens, limit), expected);
-    const auto admission = kv_.admit(r.salt, r.tokens, limit, 0, 0);
+    const int32_t expected = longest(r.scope, Tokens(r.tokens.begin(), r.tokens.begin() + limit));
+    ASSERT_EQ(kv_.cached_prefix(r.scope, r.tokens, limit), expected);
+    const auto admission = kv_.admit(r.scope, r.tokens, limit, 0, 0);
     if (!admission) return;
     // (To have an id for it, a part of what would match may have gone.)
     ASSERT_LE(admission->cached, expected);
@@ -209,6 +213,7 @@ class Books {
     const int32_t count = std::min(left, 1 + random_.below(12));
     if (count == 0 || !kv_.make_room(count)) return;
     Batch batch;
+    batch.adapter = r.scope.adapter;
     for (int32_t i = 0; i < count; ++i) {
       batch.add(r.tokens[static_cast<size_t>(r.computed + i)], r.computed + i, seq, false);
     }
@@ -216,7 +221,7 @@ class Books {
     kv_.grow(seq, count);
     r.computed += count;
     if (!random_.chance(4)) {
-      kv_.publish(seq, r.salt, std::span(r.tokens).first(static_cast<size_t>(r.computed)));
+      kv_.publish(seq, r.scope, std::span(r.tokens).first(static_cast<size_t>(r.computed)));
     }
   }
 
@@ -268,12 +273,13 @@ TEST_P(RandomWalk, TheBooksOfKvAgreeWithItsCells) {
   books->end();
 }
 
-// --- the core: requests with several choices, priorities and salts, preemption, failures
+// --- the core: requests with several choices, priorities, salts and adapters, preemption, failures
 
 struct Asked {
   Tokens prompt;
   int32_t max_tokens = 0;
   int32_t n = 1;
+  int32_t adapter = 0;
   std::map<int32_t, Tokens> tokens;
   bool cancelled = false;
   bool ended = false;
@@ -326,6 +332,7 @@ class Core {
     } else if (what == 5) {
       PinRequest pin;
       pin.tokens = random_.prompt(30);
+      pin.adapter = random_.below(adapters_ + 1);
       if (random_.chance(3)) pin.cache_salt = "a";
       core_.pin(pin, {{}, [](const PinnedPrompt&) {}, [](ErrorKind, const std::string&) {}});
     } else if (what == 6 && !core_.pinned().empty()) {
@@ -378,6 +385,7 @@ class Core {
     o.scheduler.parallel = 1 + random_.below(20);
     o.scheduler.batch_tokens = 24 + random_.below(40);
     o.scheduler.min_follow_tokens = 1 + random_.below(20);
+    o.scheduler.adapters = adapters_ = random_.below(3);
     o.pin_budget = 0.3;
     o.step_seconds = random_.chance(2) ? 0 : 1e-4;
     return o;
@@ -391,6 +399,7 @@ class Core {
     r->id = ++last_id_;
     r->sink = std::make_shared<Listener>(asked);
     r->prompt = asked->prompt;
+    r->adapter = asked->adapter = random_.below(adapters_ + 1);
     r->max_tokens = asked->max_tokens;
     r->priority = random_.chance(4) ? random_.below(3) : 0;
     r->cache_salt = random_.chance(3) ? "a" : "";
@@ -402,7 +411,7 @@ class Core {
   }
   void judge(const Asked& asked) {
     for (const auto& [choice, tokens] : asked.tokens) {
-      const Tokens whole = model_.completion(asked.prompt, asked.max_tokens);
+      const Tokens whole = model_.completion(asked.prompt, asked.max_tokens, asked.adapter);
       if (!asked.cancelled && !asked.failed) {
         // Shorter only if prompts were pinned meanwhile that leave it no more cells.
         EXPECT_LE(tokens.size(), whole.size());
@@ -414,6 +423,7 @@ class Core {
   }
 
   Random random_;
+  int32_t adapters_ = 0;
   FakeModel model_;
   EngineCore core_;
   Store store_;

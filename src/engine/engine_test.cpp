@@ -265,6 +265,11 @@ TEST_F(EngineTest, RefusalsNameTheirReason) {
   r = ask("hello", 5);
   r.n = 1000;
   EXPECT_EQ(refused(r).param, "n");
+  r = ask("hello", 5);
+  for (const int32_t adapter : {-1, 1}) {
+    r.adapter = adapter;
+    EXPECT_EQ(refused(r).param, "adapter");
+  }
   r = ask("hello", 1 << 20);
   const Refusal length = refused(r);
   EXPECT_EQ(length.kind, ErrorKind::kContextLengthExceeded);
@@ -515,6 +520,9 @@ TEST_F(EngineTest, APinnedPromptIsSharedByEverySalt) {
   }
   EXPECT_TRUE(engine->pinned_prompts().empty()) << "expired";
   EXPECT_THROW(engine->unpin(p.id), EngineError);
+  pin.adapter = 1;
+  EXPECT_THROW(engine->pin_prompt(pin), EngineError) << "there is none";
+  pin.adapter = 0;
   pin.tokens.assign(static_cast<size_t>(engine->info().kv_cells / 2), 5);
   try {
     engine->pin_prompt(pin);

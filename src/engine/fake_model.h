@@ -1,5 +1,6 @@
 // A model for tests: its next token is a hash of every token in the cells that the row attends, so
-// a cell that is missing, foreign or at the wrong position changes the output.
+// a cell that is missing, foreign or at the wrong position changes the output. A row that attends a
+// cell of another adapter is an error.
 #pragma once
 
 #include <cstdint>
@@ -18,16 +19,17 @@ class FakeModel : public Model, public Vocabulary {
       : cells_(static_cast<size_t>(cells)), max_sequences_(max_sequences), vocab_(vocab) {}
 
   /// What follows these tokens.
-  static Token next(const std::vector<Token>& tokens, int32_t vocab = 61) {
-    uint64_t h = 1469598103934665603u;
+  static Token next(const std::vector<Token>& tokens, int32_t vocab = 61, int32_t adapter = 0) {
+    uint64_t h = 1469598103934665603u + static_cast<uint64_t>(adapter);
     for (const Token t : tokens) h = (h ^ static_cast<uint64_t>(t + 1)) * 1099511628211u;
     return static_cast<Token>((h >> 17) % static_cast<uint64_t>(vocab));
   }
   /// The greedy completion of a prompt, up to `count` tokens, ending before end_token.
-  std::vector<Token> completion(std::vector<Token> tokens, int32_t count) const {
+  std::vector<Token> completion(std::vector<Token> tokens, int32_t count,
+                                int32_t adapter = 0) const {
     std::vector<Token> result;
     for (int32_t i = 0; i < count; ++i) {
-      const Token t = next(tokens, vocab_);
+      const Token t = next(tokens, vocab_, adapter);
       if (t == end_token) break;
       result.push_back(t);
       tokens.push_back(t);
@@ -53,6 +55,7 @@ class FakeModel : public Model, public Vocabulary {
       Cell& cell = cells_[at];
       cell.position = batch.position[i];
       cell.token = batch.token[i];
+      cell.adapter = batch.adapter;
       cell.members.set(static_cast<size_t>(batch.seq[i]));
       const std::vector<Token> seen = tokens_of(batch.seq[i]);
       if (static_cast<int32_t>(seen.size()) != batch.position[i] + 1) {
@@ -60,9 +63,15 @@ class FakeModel : public Model, public Vocabulary {
                                std::to_string(batch.position[i]) + " sees " +
                                std::to_string(seen.size()) + " cells");
       }
+      for (const Cell& other : cells_) {
+        if (other.members.test(static_cast<size_t>(batch.seq[i])) &&
+            other.adapter != batch.adapter) {
+          throw std::logic_error("fake model: a row sees a cell of another adapter");
+        }
+      }
       if (!batch.wants_logits[i]) continue;
       logits_[i].assign(static_cast<size_t>(vocab_), 0.0f);
-      logits_[i][static_cast<size_t>(next(seen, vocab_))] = 5.0f;
+      logits_[i][static_cast<size_t>(next(seen, vocab_, batch.adapter))] = 5.0f;
     }
     rows_computed += batch.size();
     ++steps;
@@ -93,7 +102,12 @@ class FakeModel : public Model, public Vocabulary {
     const std::vector<Token> tokens = tokens_of(seq);
     std::vector<uint8_t> kv;
     for (int32_t i = begin; i < end; ++i) {
-      const auto value = static_cast<uint32_t>(tokens.at(static_cast<size_t>(i)));
+      const Cell* cell = nullptr;
+      for (const Cell& c : cells_) {
+        if (c.members.test(static_cast<size_t>(seq)) && c.position == i) cell = &c;
+      }
+      const auto value = static_cast<uint32_t>(tokens.at(static_cast<size_t>(i))) |
+                         static_cast<uint32_t>(cell->adapter) << 24;
       for (int shift = 0; shift < 32; shift += 8)
         kv.push_back(static_cast<uint8_t>(value >> shift));
     }
@@ -109,7 +123,8 @@ class FakeModel : public Model, public Vocabulary {
       uint32_t value = 0;
       for (size_t b = kBytesPerToken; b-- > 0;) value = value << 8 | kv[kBytesPerToken * i + b];
       cells_[at].position = begin + static_cast<int32_t>(i);
-      cells_[at].token = static_cast<Token>(value);
+      cells_[at].token = static_cast<Token>(value & 0xffffff);
+      cells_[at].adapter = static_cast<int32_t>(value >> 24);
       cells_[at].members.set(static_cast<size_t>(seq));
     }
     return true;
@@ -156,6 +171,7 @@ class FakeModel : public Model, public Vocabulary {
   struct Cell {
     int32_t position = 0;
     Token token = 0;
+    int32_t adapter = 0;
     SeqSet members;
   };
   std::vector<Cell> cells_;

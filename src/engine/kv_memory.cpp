@@ -22,27 +22,27 @@ KvMemory::KvMemory(Model& model, bool prefix_caching)
   for (SeqId s = ids - 1; s >= 0; --s) free_ids_.push_back(s);
 }
 
-int32_t KvMemory::cached_prefix(const Salt& salt, std::span<const Token> tokens,
+int32_t KvMemory::cached_prefix(const Scope& scope, std::span<const Token> tokens,
                                 int32_t limit) const {
-  return prefix_caching_ ? tree_.match(salt, tokens, limit).length : 0;
+  return prefix_caching_ ? tree_.match(scope, tokens, limit).length : 0;
 }
 
-int32_t KvMemory::pinned_prefix(const Salt& salt, std::span<const Token> tokens) const {
-  const PrefixTree::Match match = tree_.match(salt, tokens, static_cast<int32_t>(tokens.size()));
+int32_t KvMemory::pinned_prefix(const Scope& scope, std::span<const Token> tokens) const {
+  const PrefixTree::Match match = tree_.match(scope, tokens, static_cast<int32_t>(tokens.size()));
   for (const PrefixTree::Node* node = match.node; node != tree_.root(); node = node->parent) {
     if ((node->members & pinned_).any()) return std::min(node->end(), match.length);
   }
   return 0;
 }
 
-std::optional<KvMemory::Admission> KvMemory::admit(const Salt& salt, std::span<const Token> tokens,
-                                                   int32_t limit, int32_t headroom,
-                                                   int32_t promised) {
+std::optional<KvMemory::Admission> KvMemory::admit(const Scope& scope,
+                                                   std::span<const Token> tokens, int32_t limit,
+                                                   int32_t headroom, int32_t promised) {
   const auto count = static_cast<int32_t>(tokens.size());
   // The id first: getting one may evict a path, perhaps the very one that would match.
   const SeqId seq = acquire_id();
   if (seq < 0) return std::nullopt;
-  const PrefixTree::Match match = tree_.match(salt, tokens, prefix_caching_ ? limit : 0);
+  const PrefixTree::Match match = tree_.match(scope, tokens, prefix_caching_ ? limit : 0);
   const int32_t need = count - match.length + headroom + promised;
   int32_t evictable = 0;
   if (need > cells_free()) {
@@ -57,7 +57,7 @@ std::optional<KvMemory::Admission> KvMemory::admit(const Salt& salt, std::span<c
   const int32_t cached = match.length;
   const SeqId holder = match.holder();
   running_.set(index(seq));
-  salt_of_[index(seq)] = salt;
+  salt_of_[index(seq)] = scope.salt;
   if (cached > 0) {
     tree_.attach(seq, match);
     model_.share(holder, seq, 0, cached);
@@ -133,14 +133,14 @@ void KvMemory::grow(SeqId seq, int32_t count) {
   private_total_ += count;
 }
 
-void KvMemory::publish(SeqId seq, const Salt& salt, std::span<const Token> tokens) {
+void KvMemory::publish(SeqId seq, const Scope& scope, std::span<const Token> tokens) {
   if (!prefix_caching_) return;
   int32_t begin = tree_.length(seq);
   const auto end = static_cast<int32_t>(tokens.size());
   if (end > length(seq)) throw std::logic_error("kv memory: publish beyond what is computed");
   if (begin >= end) return;
   const PrefixTree::Match match =
-      tree_.match_below(seq, salt, tokens.subspan(static_cast<size_t>(begin)));
+      tree_.match_below(seq, scope, tokens.subspan(static_cast<size_t>(begin)));
   const int32_t published = end - begin;
   if (match.length > 0) {
     const SeqId holder = match.holder();
@@ -149,7 +149,7 @@ void KvMemory::publish(SeqId seq, const Salt& salt, std::span<const Token> token
     begin += match.length;
     tree_.attach(seq, match);
   }
-  tree_.extend(seq, salt, tokens.subspan(static_cast<size_t>(begin)));
+  tree_.extend(seq, scope, tokens.subspan(static_cast<size_t>(begin)));
   private_[index(seq)] -= published;
   private_total_ -= published;
 }
@@ -199,22 +199,23 @@ void KvMemory::unpin(SeqId seq) {
   retain(seq);
 }
 
-std::optional<std::vector<uint8_t>> KvMemory::save(const Salt& salt, std::span<const Token> tokens,
-                                                   int32_t begin, int32_t count) {
+std::optional<std::vector<uint8_t>> KvMemory::save(const Scope& scope,
+                                                   std::span<const Token> tokens, int32_t begin,
+                                                   int32_t count) {
   const auto length = static_cast<int32_t>(tokens.size());
-  const PrefixTree::Match match = tree_.match(salt, tokens, length);
+  const PrefixTree::Match match = tree_.match(scope, tokens, length);
   if (match.length < length || free_ids_.empty()) return std::nullopt;
   return model_.save(match.holder(), begin, begin + count, free_ids_.back());
 }
 
-bool KvMemory::restore(const Salt& salt, std::span<const Token> tokens, size_t token_bytes,
+bool KvMemory::restore(const Scope& scope, std::span<const Token> tokens, size_t token_bytes,
                        const NextKv& next) {
   const auto length = static_cast<int32_t>(tokens.size());
   if (!prefix_caching_ || free_ids_.size() < 2 || length > cells_free()) return false;
-  if (tree_.match(salt, tokens, length).length == length) return true;
+  if (tree_.match(scope, tokens, length).length == length) return true;
   const SeqId seq = acquire_id();
   running_.set(index(seq));
-  salt_of_[index(seq)] = salt;
+  salt_of_[index(seq)] = scope.salt;
   while (this->length(seq) < length) {
     const int32_t begin = this->length(seq);
     const auto kv = next();
@@ -226,7 +227,7 @@ bool KvMemory::restore(const Salt& salt, std::span<const Token> tokens, size_t t
     }
     grow(seq, count);
   }
-  publish(seq, salt, tokens);
+  publish(seq, scope, tokens);
   retain(seq);
   return true;
 }

@@ -30,10 +30,10 @@ class KvMemory {
   bool prefix_caching() const { return prefix_caching_; }
 
   /// Tokens of the longest cached prefix, at most `limit`. Changes nothing.
-  int32_t cached_prefix(const Salt& salt, std::span<const Token> tokens, int32_t limit) const;
+  int32_t cached_prefix(const Scope& scope, std::span<const Token> tokens, int32_t limit) const;
 
   /// The same, of pinned prompts alone.
-  int32_t pinned_prefix(const Salt& salt, std::span<const Token> tokens) const;
+  int32_t pinned_prefix(const Scope& scope, std::span<const Token> tokens) const;
 
   struct Admission {
     SeqId seq = -1;
@@ -42,7 +42,7 @@ class KvMemory {
   /// A running sequence for these tokens, sharing what is cached of the first `limit`. None if the
   /// cells for the rest and `headroom` more cannot be had beside `promised` cells that others will
   /// still need, or no sequence id is left. Evicts as needed.
-  std::optional<Admission> admit(const Salt& salt, std::span<const Token> tokens, int32_t limit,
+  std::optional<Admission> admit(const Scope& scope, std::span<const Token> tokens, int32_t limit,
                                  int32_t headroom, int32_t promised);
 
   /// Makes `cells` cells free, evicting as needed. False: not possible.
@@ -51,7 +51,7 @@ class KvMemory {
   void grow(SeqId seq, int32_t count);
   /// The first tokens.size() tokens of a running sequence are computed: others may share them.
   /// Private cells for which the tree has the same tokens are given up in favour of those.
-  void publish(SeqId seq, const Salt& salt, std::span<const Token> tokens);
+  void publish(SeqId seq, const Scope& scope, std::span<const Token> tokens);
 
   /// running -> free; what nobody else holds is gone.
   void release(SeqId seq);
@@ -67,13 +67,13 @@ class KvMemory {
     return tree_.prefixes(pinned_, hits);
   }
   /// The KV of a part of a prefix. None if it is no longer there, or no sequence id is free.
-  std::optional<std::vector<uint8_t>> save(const Salt& salt, std::span<const Token> tokens,
+  std::optional<std::vector<uint8_t>> save(const Scope& scope, std::span<const Token> tokens,
                                            int32_t begin, int32_t count);
   /// Hands over the KV of the next tokens, how many it likes; nothing: there is no more.
   using NextKv = std::function<std::optional<std::vector<uint8_t>>()>;
   /// A cached path for these tokens, from saved KV of so many bytes a token, unless it is there.
   /// False if there are no free cells or ids for it, or not all KV comes: then nothing has changed.
-  bool restore(const Salt& salt, std::span<const Token> tokens, size_t token_bytes,
+  bool restore(const Scope& scope, std::span<const Token> tokens, size_t token_bytes,
                const NextKv& next);
 
   /// Drops every cached (not pinned) path.

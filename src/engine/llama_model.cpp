@@ -13,6 +13,7 @@
 #include "common.h"
 #include "engine/backend.h"
 #include "engine/kv_prefix.h"
+#include "engine/lora_file.h"
 #include "engine/sha256.h"
 #include "llama.h"
 
@@ -95,9 +96,11 @@ std::unique_ptr<LlamaModel> LlamaModel::load(const EngineOptions& options, bool 
   std::unique_ptr<LlamaModel> m(new LlamaModel());
   m->buffers_ = std::make_unique<BatchBuffers>();
   m->open(options, progress);
+  m->load_adapters(options.adapters);  // before the context, which makes room for their work
   m->create_context(options, relay_active);
   if (progress) progress(1.0, "warming up");
   m->self_check();
+  m->try_adapters();
   if (!options.kv_prefix.empty()) m->load_kv_prefix(options.kv_prefix);
   std::array<char, 64> pre{};
   llama_model_meta_val_str(m->model_, "tokenizer.ggml.pre", pre.data(), pre.size());
@@ -154,6 +157,25 @@ void LlamaModel::open(const EngineOptions& options, const ProgressFn& progress) 
   std::array<char, 256> text{};
   llama_model_desc(model_, text.data(), text.size());
   info_.description = text.data();
+}
+
+void LlamaModel::load_adapters(const std::vector<Adapter>& adapters) {
+  info_.adapters = adapters;
+  for (const Adapter& adapter : adapters) {
+    const auto refuse = [&](const std::string& why) {
+      throw EngineError(ErrorKind::kModel, "The LoRA adapter " + adapter.path +
+                                               " cannot be used with " + info_.path + ": " + why);
+    };
+    if (!fs::exists(adapter.path)) refuse("it does not exist.");
+    take_llama_errors();
+    try {
+      check_lora_file(adapter.path, files());
+    } catch (const std::runtime_error& e) {
+      refuse(std::string(e.what()) + ".\n" + take_llama_errors());
+    }
+    adapters_.push_back(llama_adapter_lora_init(model_, adapter.path.c_str()));
+    if (adapters_.back() == nullptr) refuse("llama.cpp says:\n" + take_llama_errors());
+  }
 }
 
 void LlamaModel::create_context(const EngineOptions& options, bool relay_active) {
@@ -244,6 +266,22 @@ void LlamaModel::self_check() {
       static_cast<int64_t>(state_per_cell_ - caches * (positions_2d ? 20 : 8));
 }
 
+void LlamaModel::try_adapters() {
+  // Better now than with the first request: what does not fit ends the process.
+  Batch batch;
+  batch.add(0, 0, 0, true);
+  for (size_t i = 1; i <= adapters_.size(); ++i) {
+    batch.adapter = static_cast<int32_t>(i);
+    const DecodeStatus status = decode(batch);
+    llama_memory_clear(llama_get_memory(context_), false);
+    if (status == DecodeStatus::kOk) continue;
+    throw EngineError(ErrorKind::kModel, "llama.cpp failed to compute a token with " +
+                                             info_.adapters[i - 1].path + ".\n" +
+                                             take_llama_errors());
+  }
+  use_adapter(0);
+}
+
 void LlamaModel::learn_kv_layout() {
   if (shadow_ > 0) {
     no_kv_layout_ = "it has sliding-window layers, of which llama.cpp saves the window alone";
@@ -289,10 +327,14 @@ std::vector<std::string> LlamaModel::files() const {
   return paths;
 }
 
-std::string LlamaModel::kv_key() const {
+std::string LlamaModel::kv_key(int32_t adapter) const {
   std::string text =
       std::string(llama_commit()) + '\n' + kv_layout().describe() + '\n' + info_.description + '\n';
   for (const std::string& path : files()) append_identity(path, text);
+  if (adapter > 0) {
+    text += "adapter\n";
+    append_identity(info_.adapters[static_cast<size_t>(adapter) - 1].path, text);
+  }
   return sha256_hex({reinterpret_cast<const uint8_t*>(text.data()), text.size()});
 }
 
@@ -368,7 +410,16 @@ int32_t LlamaModel::count_cells() const {
   return static_cast<int32_t>(bytes / state_per_cell_) - prefix_;
 }
 
+void LlamaModel::use_adapter(int32_t adapter) {
+  if (adapter == adapter_) return;
+  float scale = 1.0f;  // times the file's own
+  llama_adapter_lora* chosen = adapter > 0 ? adapters_[static_cast<size_t>(adapter) - 1] : nullptr;
+  llama_set_adapters_lora(context_, &chosen, adapter > 0 ? 1 : 0, &scale);
+  adapter_ = adapter;
+}
+
 DecodeStatus LlamaModel::decode(const Batch& batch) {
+  use_adapter(batch.adapter);
   BatchBuffers& b = *buffers_;
   const auto rows = static_cast<size_t>(batch.size());
   b.n_seq_id.assign(rows, shadow_ > 0 ? 2 : 1);

@@ -12,6 +12,7 @@
 #include "engine/model.h"
 #include "engine/tokenizer.h"
 
+struct llama_adapter_lora;
 struct llama_context;
 struct llama_model;
 struct llama_vocab;
@@ -42,10 +43,9 @@ class LlamaModel : public Model, public Vocabulary {
 
   /// How KV is saved. Throws EngineError (kModel) if this model's cannot be.
   const KvLayout& kv_layout() const;
-  /// 64 hex digits that differ where saved KV means something else: another model, KV type or
-  /// version. The model's file is known by its size, its time of change and samples of its
-  /// contents.
-  std::string kv_key() const;
+  /// 64 hex digits that differ where saved KV means something else: another model, adapter, KV type
+  /// or version. Files are known by their size, their time of change and samples of their contents.
+  std::string kv_key(int32_t adapter) const;
 
   std::string piece(Token token, bool special) const override;
   bool is_end(Token token) const override;
@@ -72,8 +72,11 @@ class LlamaModel : public Model, public Vocabulary {
  private:
   LlamaModel() = default;
   void open(const EngineOptions& options, const ProgressFn& progress);
+  void load_adapters(const std::vector<Adapter>& adapters);
   void create_context(const EngineOptions& options, bool relay_active);
   void self_check();
+  void try_adapters();
+  void use_adapter(int32_t adapter);
   void learn_kv_layout();
   std::vector<uint8_t> sequence_state(SeqId seq);
   std::vector<std::string> files() const;
@@ -83,6 +86,8 @@ class LlamaModel : public Model, public Vocabulary {
   llama_model* model_ = nullptr;
   llama_context* context_ = nullptr;
   const llama_vocab* vocab_ = nullptr;
+  std::vector<llama_adapter_lora*> adapters_;  // the model's
+  int32_t adapter_ = 0;                        // the context computes with
   int32_t max_sequences_ = 0;
   int32_t max_rows_ = 0;
   // A sliding-window cache reuses cells that lie outside the window and belong to one sequence

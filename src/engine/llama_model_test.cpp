@@ -5,6 +5,8 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cmath>
 #include <deque>
 #include <filesystem>
 #include <fstream>
@@ -12,7 +14,9 @@
 
 #include "engine/backend.h"
 #include "engine/engine_core.h"
+#include "engine/test_adapters.h"
 #include "engine/test_models.h"
+#include "llama.h"
 
 namespace relay::engine {
 namespace {
@@ -68,17 +72,19 @@ class Bench {
     CoreOptions c;
     c.scheduler.parallel = options.parallel;
     c.scheduler.batch_tokens = options.batch_tokens;
+    c.scheduler.adapters = static_cast<int32_t>(options.adapters.size());
     c.prefix_caching = prefix_caching;
     c.step_seconds = 0;
     c.kv_bytes_per_token = model->info().kv_bytes_per_token;
     core = std::make_unique<EngineCore>(*model, *model, c);
   }
-  std::shared_ptr<Output> submit(const Tokens& prompt, int32_t max_tokens) {
+  std::shared_ptr<Output> submit(const Tokens& prompt, int32_t max_tokens, int32_t adapter = 0) {
     auto out = std::make_shared<Output>();
     auto r = std::make_unique<Request>();
     r->id = ++last_id;
     r->sink = out;
     r->prompt = prompt;
+    r->adapter = adapter;
     r->max_tokens = max_tokens;
     r->logprobs = 5;
     r->ignore_end = true;
@@ -287,11 +293,11 @@ TEST(LlamaModelKv, WhatIsSavedContinuesElsewhereAsItWas) {
     first.submit(prompt, 1);
     first.submit(random_tokens(*first.model, 60, 74), 9);
     first.run();
-    const Salt salt = first.core->kv().salt("");
+    const Scope scope{0, first.core->kv().salt("")};
     const Tokens kept(prompt.begin(), prompt.end() - 1);
     std::deque<std::vector<uint8_t>> pieces;
     for (int32_t at = 0; at < 149; at += 64) {
-      auto piece = first.core->kv().save(salt, kept, at, std::min(64, 149 - at));
+      auto piece = first.core->kv().save(scope, kept, at, std::min(64, 149 - at));
       ASSERT_TRUE(piece);
       pieces.push_back(std::move(*piece));
     }
@@ -307,7 +313,8 @@ TEST(LlamaModelKv, WhatIsSavedContinuesElsewhereAsItWas) {
       return piece;
     };
     KvMemory& kv = second.core->kv();
-    ASSERT_TRUE(kv.restore(kv.salt(""), kept, second.model->kv_layout().bytes_per_token(), next));
+    ASSERT_TRUE(
+        kv.restore({0, kv.salt("")}, kept, second.model->kv_layout().bytes_per_token(), next));
     second.check();
     const auto there = first.submit(prompt + question, 12);
     const auto here = second.submit(prompt + question, 12);
@@ -316,9 +323,9 @@ TEST(LlamaModelKv, WhatIsSavedContinuesElsewhereAsItWas) {
     EXPECT_EQ(here->usage.cached_tokens, 149);
     int identical = 0;
     expect_same(*here, *there, identical);
-    EXPECT_EQ(first.model->kv_key(), second.model->kv_key());
+    EXPECT_EQ(first.model->kv_key(0), second.model->kv_key(0));
     options.cache_type_k = "f32";
-    EXPECT_NE(Bench(options, true).model->kv_key(), first.model->kv_key());
+    EXPECT_NE(Bench(options, true).model->kv_key(0), first.model->kv_key(0));
   }
 }
 
@@ -330,6 +337,210 @@ TEST(LlamaModelKv, SlidingWindowsCannotBeSavedAndSayWhy) {
   } catch (const EngineError& e) {
     EXPECT_NE(std::string(e.what()).find("sliding-window"), std::string::npos);
   }
+}
+
+// --- LoRA adapters
+
+/// A folder with adapters for models of a shape, the first two of which are whole.
+class Adapters {
+ public:
+  explicit Adapters(const std::string& shape) {
+    std::filesystem::create_directories(folder_);
+    for (unsigned seed : {1u, 2u}) {
+      files.push_back({"adapter-" + std::to_string(seed), path("adapter-" + std::to_string(seed))});
+      write_test_adapter(shape, seed, files.back().path);
+    }
+  }
+  ~Adapters() { std::filesystem::remove_all(folder_); }
+  Adapters(const Adapters&) = delete;
+  Adapters& operator=(const Adapters&) = delete;
+
+  std::string path(const std::string& name) const { return folder_ / (name + ".gguf"); }
+
+  std::vector<Adapter> files;
+
+ private:
+  const std::filesystem::path folder_ =
+      std::filesystem::path(testing::TempDir()) / ("relay-adapters-" + std::to_string(::getpid()));
+};
+
+/// What llama.cpp by itself answers, with one adapter for all it computes (empty: none).
+Output llama_alone(const EngineOptions& options, const std::string& adapter_path,
+                   const Tokens& prompt, int32_t count, const Tokens& excluded) {
+  llama_model* model =
+      llama_model_load_from_file(options.model_path.c_str(), llama_model_default_params());
+  llama_context_params params = llama_context_default_params();
+  params.n_ctx = 512;
+  params.n_threads = params.n_threads_batch = 1;
+  params.type_k = params.type_v = GGML_TYPE_F32;
+  params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+  llama_adapter_lora* adapter = nullptr;
+  if (!adapter_path.empty()) adapter = llama_adapter_lora_init(model, adapter_path.c_str());
+  llama_context* context = llama_init_from_model(model, params);
+  float scale = 1.0f;
+  if (adapter != nullptr) llama_set_adapters_lora(context, &adapter, 1, &scale);
+  const int32_t vocabulary = llama_vocab_n_tokens(llama_model_get_vocab(model));
+  Output out;
+  Tokens next = prompt;
+  for (int32_t i = 0; i < count; ++i) {
+    EXPECT_EQ(
+        llama_decode(context, llama_batch_get_one(next.data(), static_cast<int32_t>(next.size()))),
+        0);
+    const float* logits = llama_get_logits_ith(context, -1);
+    std::vector<float> allowed(logits, logits + vocabulary);
+    for (const Token t : excluded) allowed[static_cast<size_t>(t)] = -INFINITY;
+    const auto best = std::max_element(allowed.begin(), allowed.end());
+    GeneratedToken token;
+    token.self.token = static_cast<Token>(best - allowed.begin());
+    double sum = 0;
+    for (int32_t t = 0; t < vocabulary; ++t) sum += std::exp(double{logits[t]} - *best);
+    token.self.logprob = static_cast<float>(-std::log(sum));
+    for (Token t = 0; t < vocabulary; ++t) {  // those that a rounding could make the best
+      if (*best - allowed[static_cast<size_t>(t)] > 0.1f) continue;
+      const float logprob = token.self.logprob + allowed[static_cast<size_t>(t)] - *best;
+      token.top.push_back({t, {}, logprob});
+    }
+    out.tokens.push_back(token);
+    next = {token.self.token};
+  }
+  llama_free(context);
+  llama_model_free(model);
+  return out;
+}
+
+class AdapterShapes : public testing::TestWithParam<const char*> {};
+
+TEST_P(AdapterShapes, RequestsSideBySideAnswerAsLlamaDoesWithTheirAdapterAlone) {
+  const Adapters adapters(GetParam());
+  EngineOptions options = exact_options(GetParam(), 2048);
+  options.adapters = adapters.files;
+  Bench bench(options, true);
+  const Tokens system = random_tokens(*bench.model, 60, 81);
+  struct Asked {
+    Tokens prompt;
+    int32_t adapter;
+    std::shared_ptr<Output> out;
+  };
+  std::vector<Asked> asked;
+  for (int32_t round = 0; round < 2; ++round) {  // the second time all is cached
+    for (int32_t i = 0; i < 9; ++i) {
+      const Tokens prompt =
+          system + random_tokens(*bench.model, 4, static_cast<unsigned>(90 + i / 3));
+      asked.push_back({prompt, i % 3, bench.submit(prompt, 8, i % 3)});
+    }
+    bench.run();
+    ASSERT_FALSE(HasFatalFailure());
+  }
+  int identical = 0;
+  std::vector<Output> expected;
+  const Tokens excluded = bench.model->excluded_tokens(true);
+  for (size_t i = 0; i < asked.size(); ++i) {
+    const auto& [prompt, adapter, out] = asked[i];
+    if (i < 9) {
+      const std::string path =
+          adapter == 0 ? "" : adapters.files[static_cast<size_t>(adapter) - 1].path;
+      expected.push_back(llama_alone(options, path, prompt, 8, excluded));
+    }
+    ASSERT_TRUE(out->done);
+    expect_same(expected[i % 9], *out, identical);
+    ASSERT_FALSE(HasFatalFailure()) << "request " << i;
+    if (i >= 9) {
+      EXPECT_EQ(out->usage.cached_tokens, 63);
+    }
+  }
+  EXPECT_GE(identical, 16) << "ties are rare";
+  for (size_t i = 0; i < 9; i += 3) {
+    const auto first = [&](size_t of) { return expected[i + of].tokens.front().self; };
+    EXPECT_GT(std::abs(first(0).logprob - first(1).logprob), 10 * kClose) << "an adapter matters";
+    EXPECT_GT(std::abs(first(1).logprob - first(2).logprob), 10 * kClose) << "and which one";
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Tiny, AdapterShapes, testing::Values("tiny", "tiny-gemma2"),
+                         [](const auto& info) {
+                           std::string name = info.param;
+                           std::erase(name, '-');
+                           return name;
+                         });
+
+TEST(LlamaModelAdapters, SavedKvIsKnownByTheAdaptersFile) {
+  const Adapters adapters("tiny");
+  EngineOptions options = small_options("tiny", 256);
+  options.adapters = adapters.files;
+  const auto keys = [&] {
+    const BackendReport backend = load_backends(options.relay, options.relay_module);
+    const auto model = LlamaModel::load(options, backend.relay_active, {});
+    return std::vector<std::string>{model->kv_key(0), model->kv_key(1), model->kv_key(2)};
+  };
+  const auto before = keys();
+  EXPECT_NE(before[0], before[1]);
+  EXPECT_NE(before[1], before[2]);
+  std::swap(options.adapters[0], options.adapters[1]);
+  EXPECT_EQ(keys(), (std::vector<std::string>{before[0], before[2], before[1]}));
+  write_test_adapter("tiny", 3, options.adapters[0].path);
+  const auto after = keys();
+  EXPECT_EQ(after[0], before[0]);
+  EXPECT_NE(after[1], before[2]);
+}
+
+TEST(LlamaModelAdapters, RefusalsSayWhatIsWrong) {
+  const Adapters adapters("tiny");
+  const std::string path = adapters.path("bad");
+  const auto refusal = [&](const std::string& shape) {
+    EngineOptions options = small_options(shape, 256);
+    options.adapters = {{"bad", path}};
+    const BackendReport backend = load_backends(options.relay, options.relay_module);
+    try {
+      LlamaModel::load(options, backend.relay_active, {});
+    } catch (const EngineError& e) {
+      EXPECT_EQ(e.kind(), ErrorKind::kModel);
+      EXPECT_NE(std::string(e.what()).find(path), std::string::npos) << e.what();
+      return std::string(e.what());
+    }
+    return std::string();
+  };
+  const auto expect_refusal = [&](const std::string& says, const std::string& shape = "tiny") {
+    EXPECT_NE(refusal(shape).find(says), std::string::npos) << says << "\n" << refusal(shape);
+  };
+  std::mt19937 random(1);
+  const auto write = [&](const auto& change) {
+    AdapterFile file("llama");
+    file.add("blk.0.attn_q.weight", 128, 128, random);
+    change(file);
+    file.write(path);
+  };
+  expect_refusal("does not exist");
+  std::ofstream(path) << "This is not a GGUF file.";
+  expect_refusal("is no GGUF file");
+  std::filesystem::copy_file(test_model("tiny"), path,
+                             std::filesystem::copy_options::overwrite_existing);
+  expect_refusal("general.type is 'model'");
+  write([](AdapterFile& f) { gguf_set_val_u32(f.keys, "general.type", 7); });
+  expect_refusal("it has no general.type");
+  write([](AdapterFile& f) { gguf_set_val_str(f.keys, "adapter.type", "dora"); });
+  expect_refusal("adapter.type is 'dora'");
+  write([](AdapterFile& f) { gguf_set_val_u32(f.keys, "adapter.lora.alpha", 8); });
+  expect_refusal("alpha");
+  write([](AdapterFile& f) {
+    const uint32_t tokens[] = {1, 2};
+    gguf_set_arr_data(f.keys, "adapter.alora.invocation_tokens", GGUF_TYPE_UINT32, tokens, 2);
+  });
+  expect_refusal("activated LoRA");
+  write([&](AdapterFile& f) { f.add_tensor("blk.0.attn_norm.weight", 128, 1, random); });
+  expect_refusal("does not apply its tensor blk.0.attn_norm.weight");
+  write([&](AdapterFile& f) { f.add("blk.7.attn_q.weight", 128, 128, random); });
+  expect_refusal("blk.7.attn_q.weight");
+  write([&](AdapterFile& f) { f.add("blk.1.attn_q.weight", 128, 96, random); });
+  expect_refusal("incorrect shape");
+  write([](AdapterFile&) {});
+  expect_refusal("arch mismatch", "tiny-gemma2");
+  std::filesystem::resize_file(path, std::filesystem::file_size(path) - 100);
+  expect_refusal("llama.cpp says");
+  AdapterFile embedding("gemma2");
+  embedding.add_tensor("token_embd.weight.lora_a", 4, 32064, random);
+  embedding.add_tensor("token_embd.weight.lora_b", 4, 128, random);
+  embedding.write(path);
+  expect_refusal("output matrix, too", "tiny-gemma2");
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ inline constexpr int32_t kToTheEnd = INT32_MAX;
 
 /// The rows of one step. Positions of a sequence are consecutive and continue its cells.
 struct Batch {
+  int32_t adapter = 0;  ///< of all rows: a model computes with one at a time; 0: without
   std::vector<Token> token;
   std::vector<int32_t> position;
   std::vector<SeqId> seq;

@@ -30,7 +30,9 @@ std::string sha256_of(const std::string& bytes) {
 
 void Pins::pin(const PinRequest& request, uint64_t arrival, PinCallbacks callbacks) {
   const std::string bytes = token_bytes(request.tokens);
-  const std::string id = "cp_" + sha256_of(request.cache_salt + '\0' + bytes).substr(0, 24);
+  std::string digest = sha256_of(request.cache_salt + '\0' + bytes);
+  if (request.adapter > 0) digest = sha256_of(std::to_string(request.adapter) + '/' + digest);
+  const std::string id = "cp_" + digest.substr(0, 24);
   if (const auto it = pins_.find(id); it != pins_.end()) {
     PinnedPrompt& prompt = it->second.prompt;
     prompt.name = request.name;
@@ -40,11 +42,12 @@ void Pins::pin(const PinRequest& request, uint64_t arrival, PinCallbacks callbac
     return;
   }
   const auto count = static_cast<int32_t>(request.tokens.size());
-  const Salt salt = request.cache_salt.empty() ? nullptr : kv_.salt(request.cache_salt);
+  Scope scope{request.adapter, nullptr};
+  if (!request.cache_salt.empty()) scope.salt = kv_.salt(request.cache_salt);
   const auto budget = static_cast<int32_t>(limits_.budget * kv_.cells_total());
   int32_t pinned = kv_.cells_pinned();
   for (const auto& job : jobs_) pinned += job->sequence.length();
-  const int32_t added = count - kv_.pinned_prefix(salt, request.tokens);
+  const int32_t added = count - kv_.pinned_prefix(scope, request.tokens);
   if (pinned + added > budget) {
     callbacks.failed(ErrorKind::kPinBudgetExceeded,
                      "Pinning " + std::to_string(added) + " tokens beside " +
@@ -66,7 +69,7 @@ void Pins::pin(const PinRequest& request, uint64_t arrival, PinCallbacks callbac
   Sequence& s = job->sequence;
   s.arrival = arrival;
   s.priority = std::numeric_limits<int32_t>::min();  // an operator asked; everyone gains
-  s.salt = salt;
+  s.scope = std::move(scope);
   s.prompt_length = count;
   s.generates = false;
   s.tokens = request.tokens;
@@ -96,6 +99,7 @@ bool Pins::finish() {
       pin.prompt.expires_at = pin.prompt.created + job.request.ttl_seconds;
     }
     pin.prompt.cache_salt = job.request.cache_salt;
+    pin.prompt.adapter = job.request.adapter;
     const auto seq = pin.seq;
     const auto [it, inserted] = pins_.emplace(job.id, std::move(pin));
     if (!inserted) kv_.unpin(seq);  // the same prompt was asked for twice at once

@@ -9,8 +9,8 @@ namespace relay::engine {
 
 namespace {
 
-std::pair<uint64_t, Token> key_of(const Salt& salt, Token first) {
-  return {salt ? salt->id : 0, first};
+PrefixTree::ChildKey key_of(const Scope& scope, Token first) {
+  return {scope.adapter, scope.salt ? scope.salt->id : 0, first};
 }
 
 int32_t common_prefix(std::span<const Token> a, std::span<const Token> b) {
@@ -57,43 +57,43 @@ SeqId PrefixTree::Match::holder() const { return length == 0 ? -1 : first_of(nod
 
 PrefixTree::PrefixTree() : root_(std::make_unique<Node>()), tails_(kMaxSequences, root_.get()) {}
 
-PrefixTree::Match PrefixTree::walk(Node* node, int32_t skip, const Salt& salt,
+PrefixTree::Match PrefixTree::walk(Node* node, int32_t skip, const Scope& scope,
                                    std::span<const Token> tokens, int32_t limit) const {
   Match best{node, node->size(), skip};
   if (skip >= limit) return best;
   const Token first = tokens[static_cast<size_t>(skip)];
-  const auto try_child = [&](const Salt& child_salt) {
-    const auto it = node->children.find(key_of(child_salt, first));
+  const auto try_child = [&](const Scope& childs) {
+    const auto it = node->children.find(key_of(childs, first));
     if (it == node->children.end()) return;
     Node* child = it->second.get();
     const int32_t same =
         common_prefix(child->tokens,
                       tokens.subspan(static_cast<size_t>(skip), static_cast<size_t>(limit - skip)));
-    const Match found = same == child->size() ? walk(child, skip + same, salt, tokens, limit)
+    const Match found = same == child->size() ? walk(child, skip + same, scope, tokens, limit)
                                               : Match{child, same, skip + same};
     if (found.length > best.length) best = found;
   };
-  try_child(nullptr);
-  if (salt) try_child(salt);
+  try_child(scope.everyones());
+  if (scope.salt) try_child(scope);
   return best;
 }
 
-PrefixTree::Match PrefixTree::match(const Salt& salt, std::span<const Token> tokens,
+PrefixTree::Match PrefixTree::match(const Scope& scope, std::span<const Token> tokens,
                                     int32_t limit) const {
   limit = std::min(limit, static_cast<int32_t>(tokens.size()));
-  return walk(root_.get(), 0, salt, tokens, limit);
+  return walk(root_.get(), 0, scope, tokens, limit);
 }
 
-PrefixTree::Match PrefixTree::match_below(SeqId seq, const Salt& salt,
+PrefixTree::Match PrefixTree::match_below(SeqId seq, const Scope& scope,
                                           std::span<const Token> tokens) const {
-  return walk(tails_[static_cast<size_t>(seq)], 0, salt, tokens,
+  return walk(tails_[static_cast<size_t>(seq)], 0, scope, tokens,
               static_cast<int32_t>(tokens.size()));
 }
 
 void PrefixTree::split(Node* node, int32_t at) {
   auto lower = std::make_unique<Node>();
   lower->parent = node;
-  lower->salt = node->salt;
+  lower->scope = node->scope;
   lower->begin = node->begin + at;
   lower->tokens.assign(node->tokens.begin() + at, node->tokens.end());
   lower->members = node->members;
@@ -106,7 +106,7 @@ void PrefixTree::split(Node* node, int32_t at) {
   }
   node->tokens.resize(static_cast<size_t>(at));
   node->children.clear();
-  node->children.emplace(key_of(lower->salt, lower->tokens.front()), std::move(lower));
+  node->children.emplace(key_of(lower->scope, lower->tokens.front()), std::move(lower));
 }
 
 void PrefixTree::attach(SeqId seq, const Match& match) {
@@ -120,12 +120,12 @@ void PrefixTree::attach(SeqId seq, const Match& match) {
   tails_[static_cast<size_t>(seq)] = match.node;
 }
 
-void PrefixTree::extend(SeqId seq, const Salt& salt, std::span<const Token> tokens) {
+void PrefixTree::extend(SeqId seq, const Scope& scope, std::span<const Token> tokens) {
   if (tokens.empty()) return;
   Node* node = tails_[static_cast<size_t>(seq)];
   tokens_ += static_cast<int32_t>(tokens.size());
   // A growing prompt stays one node: nobody else has looked at it yet.
-  if (node != root_.get() && node->salt == salt && node->children.empty() &&
+  if (node != root_.get() && node->scope == scope && node->children.empty() &&
       node->members.count() == 1) {
     node->tokens.insert(node->tokens.end(), tokens.begin(), tokens.end());
     node->last_used = ++clock_;
@@ -133,14 +133,14 @@ void PrefixTree::extend(SeqId seq, const Salt& salt, std::span<const Token> toke
   }
   auto child = std::make_unique<Node>();
   child->parent = node;
-  child->salt = salt;
+  child->scope = scope;
   child->begin = node->end();
   child->tokens.assign(tokens.begin(), tokens.end());
   child->members.set(static_cast<size_t>(seq));
   child->last_used = ++clock_;
   tails_[static_cast<size_t>(seq)] = child.get();
   const bool inserted =
-      node->children.emplace(key_of(salt, tokens.front()), std::move(child)).second;
+      node->children.emplace(key_of(scope, tokens.front()), std::move(child)).second;
   if (!inserted) throw std::logic_error("prefix tree: extend over an existing child");
 }
 
@@ -148,7 +148,7 @@ void PrefixTree::merge_with_child(Node* node) {
   // Undoes a split that nobody needs any more: else a long-lived prefix would end in small pieces.
   if (node == root_.get() || node->children.size() != 1) return;
   std::unique_ptr<Node>& slot = node->children.begin()->second;
-  if (slot->members != node->members || slot->salt != node->salt) return;
+  if (slot->members != node->members || slot->scope != node->scope) return;
   const std::unique_ptr<Node> child = std::move(slot);
   node->tokens.insert(node->tokens.end(), child->tokens.begin(), child->tokens.end());
   node->last_used = std::max(node->last_used, child->last_used);
@@ -169,7 +169,7 @@ int32_t PrefixTree::detach(SeqId seq) {
     node->members.reset(static_cast<size_t>(seq));
     if (node->members.none()) {
       freed += node->size();
-      parent->children.erase(key_of(node->salt, node->tokens.front()));
+      parent->children.erase(key_of(node->scope, node->tokens.front()));
     } else {
       merge_with_child(node);
     }
@@ -193,7 +193,7 @@ int32_t PrefixTree::trim(SeqId seq, int32_t count) {
   }
   Node* parent = node->parent;
   tails_[static_cast<size_t>(seq)] = parent;
-  parent->children.erase(key_of(node->salt, node->tokens.front()));
+  parent->children.erase(key_of(node->scope, node->tokens.front()));
   // The parent may now be the same run as its remaining child.
   merge_with_child(parent);
   return count;
@@ -260,10 +260,10 @@ std::vector<PrefixTree::Prefix> PrefixTree::prefixes(const SeqSet& set, uint32_t
   for_each_node(root_.get(), [&](const Node* node) {
     if (!chosen(node)) return;
     for (const auto& [key, child] : node->children) {
-      if (child->salt == node->salt && chosen(child.get())) return;
+      if (child->scope == node->scope && chosen(child.get())) return;
     }
     Prefix prefix;
-    prefix.salt = node->salt;
+    prefix.scope = node->scope;
     prefix.tokens.resize(static_cast<size_t>(node->end()));
     for (const Node* n = node; n != root_.get(); n = n->parent) {
       std::copy(n->tokens.begin(), n->tokens.end(), prefix.tokens.begin() + n->begin);
@@ -305,9 +305,11 @@ void PrefixTree::validate() const {
     }
     for (const auto& [key, child] : node->children) {
       check(child->parent == node, "wrong parent");
-      check(key == key_of(child->salt, child->tokens.front()), "wrong key");
+      check(key == key_of(child->scope, child->tokens.front()), "wrong key");
       check((child->members & ~node->members).none(), "child with a member of its own");
-      check(node->salt == nullptr || child->salt == node->salt, "salt changes below a salted node");
+      check(node->scope.salt == nullptr || child->scope.salt == node->scope.salt,
+            "salt changes below a salted node");
+      check(child->scope.adapter == node->scope.adapter, "adapter changes on a path");
     }
   });
   check(total == tokens_, "token count");

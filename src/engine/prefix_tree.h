@@ -12,6 +12,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -20,13 +21,23 @@
 
 namespace relay::engine {
 
-/// Whoever may share with whom: paths of one salt share their nodes; nodes without a salt (pinned
-/// for all) may be entered by paths of every salt. Compared by pointer; see SaltTable.
+/// Separates tenants. Compared by pointer; see SaltTable.
 struct SaltEntry {
   uint64_t id;  ///< > 0, never used again
   std::string digest;
 };
 using Salt = std::shared_ptr<const SaltEntry>;  ///< null: public
+
+/// Whoever may share with whom: paths of one scope share their nodes; nodes without a salt (pinned
+/// for all) may be entered by paths of every salt. Nothing crosses adapters: the same tokens have
+/// other keys and values there.
+struct Scope {
+  int32_t adapter = 0;  ///< 0: the base model; i: the i-th adapter
+  Salt salt;
+
+  Scope everyones() const { return {adapter, nullptr}; }
+  bool operator==(const Scope&) const = default;
+};
 
 /// One SaltEntry for each digest in use.
 class SaltTable {
@@ -44,15 +55,17 @@ class SaltTable {
 
 class PrefixTree {
  public:
+  using ChildKey = std::tuple<int32_t, uint64_t, Token>;  ///< adapter, salt, first token
+
   struct Node {
     Node* parent = nullptr;
-    Salt salt;
+    Scope scope;
     int32_t begin = 0;  ///< position of its first token
     std::vector<Token> tokens;
     SeqSet members;  ///< sequences whose path includes this node; never empty but the root's
     uint64_t last_used = 0;  ///< clock of the last attach
     uint32_t hits = 0;       ///< sequences that have joined its first
-    std::map<std::pair<uint64_t, Token>, std::unique_ptr<Node>> children;  ///< by salt, first token
+    std::map<ChildKey, std::unique_ptr<Node>> children;
 
     int32_t size() const { return static_cast<int32_t>(tokens.size()); }
     int32_t end() const { return begin + size(); }
@@ -72,15 +85,15 @@ class PrefixTree {
   PrefixTree();
 
   /// At most `limit` tokens are matched. Public and own nodes alike; the longer match wins.
-  Match match(const Salt& salt, std::span<const Token> tokens, int32_t limit) const;
+  Match match(const Scope& scope, std::span<const Token> tokens, int32_t limit) const;
   /// The same for tokens that follow the end of seq's path. length counts from there.
-  Match match_below(SeqId seq, const Salt& salt, std::span<const Token> tokens) const;
+  Match match_below(SeqId seq, const Scope& scope, std::span<const Token> tokens) const;
 
   /// seq's path (empty so far, or the path that `match` continues) now ends where the match does.
   void attach(SeqId seq, const Match& match);
   /// Tokens with cells of seq's own follow its path. The caller has made sure (match_below) that no
   /// child begins with tokens[0].
-  void extend(SeqId seq, const Salt& salt, std::span<const Token> tokens);
+  void extend(SeqId seq, const Scope& scope, std::span<const Token> tokens);
 
   /// The path of seq ends. Returns how many tokens thereby belong to nobody.
   int32_t detach(SeqId seq);
@@ -114,10 +127,10 @@ class PrefixTree {
   Sharing sharing(const SeqSet& readers) const;
 
   struct Prefix {
-    Salt salt;
+    Scope scope;
     std::vector<Token> tokens;
   };
-  /// The prefixes whose nodes have members in `set` or so many hits: of each salt those that no
+  /// The prefixes whose nodes have members in `set` or so many hits: of each scope those that no
   /// longer one includes.
   std::vector<Prefix> prefixes(const SeqSet& set, uint32_t hits) const;
 
@@ -126,7 +139,7 @@ class PrefixTree {
   void validate() const;
 
  private:
-  Match walk(Node* node, int32_t skip, const Salt& salt, std::span<const Token> tokens,
+  Match walk(Node* node, int32_t skip, const Scope& scope, std::span<const Token> tokens,
              int32_t limit) const;
   void split(Node* node, int32_t at);
   void merge_with_child(Node* node);

@@ -17,24 +17,24 @@ SeqSet set_of(std::initializer_list<SeqId> ids) {
   return set;
 }
 
-void insert(PrefixTree& tree, SeqId seq, const Salt& salt, const Tokens& tokens) {
-  const auto match = tree.match(salt, tokens, static_cast<int32_t>(tokens.size()));
+void insert(PrefixTree& tree, SeqId seq, const Scope& scope, const Tokens& tokens) {
+  const auto match = tree.match(scope, tokens, static_cast<int32_t>(tokens.size()));
   const int32_t length = match.length;
   tree.attach(seq, match);
-  tree.extend(seq, salt, std::span(tokens).subspan(static_cast<size_t>(length)));
+  tree.extend(seq, scope, std::span(tokens).subspan(static_cast<size_t>(length)));
 }
 
 TEST(PrefixTree, FindsTheLongestPrefixAndSplitsInsideANode) {
   PrefixTree tree;
-  insert(tree, 0, nullptr, {1, 2, 3, 4, 5});
-  EXPECT_EQ(tree.match(nullptr, Tokens{1, 2, 3, 9}, 4).length, 3);
-  EXPECT_EQ(tree.match(nullptr, Tokens{1, 2, 3, 9}, 2).length, 2);
-  EXPECT_EQ(tree.match(nullptr, Tokens{7}, 1).length, 0);
-  insert(tree, 1, nullptr, {1, 2, 3, 9});
+  insert(tree, 0, {}, {1, 2, 3, 4, 5});
+  EXPECT_EQ(tree.match({}, Tokens{1, 2, 3, 9}, 4).length, 3);
+  EXPECT_EQ(tree.match({}, Tokens{1, 2, 3, 9}, 2).length, 2);
+  EXPECT_EQ(tree.match({}, Tokens{7}, 1).length, 0);
+  insert(tree, 1, {}, {1, 2, 3, 9});
   tree.validate();
   EXPECT_EQ(tree.tokens(), 6);
   EXPECT_EQ(tree.nodes(), 3u);
-  EXPECT_EQ(tree.match(nullptr, Tokens{1, 2, 3, 4, 5, 6}, 6).holder(), 0);
+  EXPECT_EQ(tree.match({}, Tokens{1, 2, 3, 4, 5, 6}, 6).holder(), 0);
   EXPECT_EQ(tree.detach(1), 1);
   EXPECT_EQ(tree.nodes(), 1u) << "a split is undone when the branch goes";
   EXPECT_EQ(tree.detach(0), 5);
@@ -44,8 +44,8 @@ TEST(PrefixTree, FindsTheLongestPrefixAndSplitsInsideANode) {
 
 TEST(PrefixTree, AGrowingPromptIsOneNode) {
   PrefixTree tree;
-  insert(tree, 3, nullptr, {1});
-  for (Token t = 2; t < 50; ++t) tree.extend(3, nullptr, Tokens{t});
+  insert(tree, 3, {}, {1});
+  for (Token t = 2; t < 50; ++t) tree.extend(3, {}, Tokens{t});
   EXPECT_EQ(tree.nodes(), 1u);
   EXPECT_EQ(tree.length(3), 49);
 }
@@ -53,19 +53,37 @@ TEST(PrefixTree, AGrowingPromptIsOneNode) {
 TEST(PrefixTree, SaltsDoNotSeeEachOtherButAllSeeThePublic) {
   PrefixTree tree;
   SaltTable salts;
-  const Salt a = salts.intern("a");
-  const Salt b = salts.intern("b");
-  EXPECT_EQ(a, salts.intern("a"));
+  const Scope a{0, salts.intern("a")};
+  const Scope b{0, salts.intern("b")};
+  EXPECT_EQ(a.salt, salts.intern("a"));
   insert(tree, 0, a, {1, 2, 3});
   EXPECT_EQ(tree.match(b, Tokens{1, 2, 3}, 3).length, 0);
-  EXPECT_EQ(tree.match(nullptr, Tokens{1, 2, 3}, 3).length, 0);
-  insert(tree, 1, nullptr, {1, 2});
+  EXPECT_EQ(tree.match({}, Tokens{1, 2, 3}, 3).length, 0);
+  insert(tree, 1, {}, {1, 2});
   EXPECT_EQ(tree.match(b, Tokens{1, 2, 3}, 3).length, 2);
   EXPECT_EQ(tree.match(a, Tokens{1, 2, 3}, 3).length, 3) << "the longer of own and public";
   insert(tree, 2, b, {1, 2, 9});
   EXPECT_EQ(tree.tokens(), 3 + 2 + 1);
-  EXPECT_EQ(tree.match(nullptr, Tokens{1, 2, 9}, 3).length, 2) << "below a public node, still b's";
+  EXPECT_EQ(tree.match({}, Tokens{1, 2, 9}, 3).length, 2) << "below a public node, still b's";
   EXPECT_EQ(tree.match(a, Tokens{1, 2, 9}, 3).length, 2);
+  tree.validate();
+}
+
+TEST(PrefixTree, NothingCrossesAdapters) {
+  PrefixTree tree;
+  SaltTable salts;
+  const Salt salt = salts.intern("a");
+  insert(tree, 0, {0, nullptr}, {1, 2, 3});
+  for (const Scope& scope : {Scope{1, nullptr}, Scope{1, salt}}) {
+    EXPECT_EQ(tree.match(scope, Tokens{1, 2, 3}, 3).length, 0) << "not what is for all, either";
+  }
+  insert(tree, 1, {1, nullptr}, {1, 2});
+  insert(tree, 2, {1, salt}, {1, 2, 3});
+  EXPECT_EQ(tree.tokens(), 3 + 2 + 1);
+  EXPECT_EQ(tree.match({1, salt}, Tokens{1, 2, 3}, 3).length, 3);
+  EXPECT_EQ(tree.match({1, nullptr}, Tokens{1, 2, 3}, 3).length, 2);
+  EXPECT_EQ(tree.match({0, salt}, Tokens{1, 2, 3}, 3).holder(), 0);
+  EXPECT_EQ(tree.match({2, salt}, Tokens{1, 2, 3}, 3).length, 0);
   tree.validate();
 }
 
@@ -77,11 +95,11 @@ TEST(PrefixTree, SaltEntriesGoWithTheirLastUser) {
 
 TEST(PrefixTree, DepthFirstOrderKeepsSharersTogether) {
   PrefixTree tree;
-  insert(tree, 0, nullptr, {1, 2, 3});
-  insert(tree, 1, nullptr, {7, 8});
-  insert(tree, 2, nullptr, {1, 2, 4});
-  insert(tree, 3, nullptr, {7, 9});
-  insert(tree, 4, nullptr, {1, 5});
+  insert(tree, 0, {}, {1, 2, 3});
+  insert(tree, 1, {}, {7, 8});
+  insert(tree, 2, {}, {1, 2, 4});
+  insert(tree, 3, {}, {7, 9});
+  insert(tree, 4, {}, {1, 5});
   const auto order = tree.depth_first(set_of({0, 1, 2, 3, 4}));
   ASSERT_EQ(order.size(), 5u);
   const auto place = [&](SeqId s) {
@@ -94,9 +112,9 @@ TEST(PrefixTree, DepthFirstOrderKeepsSharersTogether) {
 
 TEST(PrefixTree, CountsWhatSharingSaves) {
   PrefixTree tree;
-  insert(tree, 0, nullptr, {1, 2, 3, 4, 10});
-  insert(tree, 1, nullptr, {1, 2, 3, 4, 11});
-  insert(tree, 2, nullptr, {1, 2, 9});
+  insert(tree, 0, {}, {1, 2, 3, 4, 10});
+  insert(tree, 1, {}, {1, 2, 3, 4, 11});
+  insert(tree, 2, {}, {1, 2, 9});
   const auto sharing = tree.sharing(set_of({0, 1, 2}));
   EXPECT_EQ(sharing.shared_tokens, 4);
   EXPECT_EQ(sharing.saved_tokens, 2 * 2 + 2);
@@ -110,12 +128,13 @@ TEST(PrefixTree, CountsWhatSharingSaves) {
 // Against a plain map from sequence to tokens.
 class Naive {
  public:
-  std::map<SeqId, std::pair<Salt, Tokens>> paths;
+  std::map<SeqId, std::pair<Scope, Tokens>> paths;
   std::map<SeqId, int32_t> public_part;  // leading tokens that lie in public nodes
 
-  int32_t match(const Salt& salt, const Tokens& tokens, int32_t limit) const {
+  int32_t match(const Scope& scope, const Tokens& tokens, int32_t limit) const {
     int32_t best = 0;
     for (const auto& [seq, path] : paths) {
+      if (path.first.adapter != scope.adapter) continue;
       int32_t same = 0;
       const auto end = std::min<int32_t>(
           limit, static_cast<int32_t>(std::min(tokens.size(), path.second.size())));
@@ -123,7 +142,7 @@ class Naive {
              tokens[static_cast<size_t>(same)] == path.second[static_cast<size_t>(same)]) {
         ++same;
       }
-      if (path.first != salt) same = std::min(same, public_part.at(seq));
+      if (path.first != scope) same = std::min(same, public_part.at(seq));
       best = std::max(best, same);
     }
     return best;
@@ -146,10 +165,10 @@ TEST_P(PrefixTreeRandom, AgreesWithANaiveMap) {
       // Two letters make common prefixes likely.
       Tokens tokens(static_cast<size_t>(1 + pick(12)));
       for (Token& t : tokens) t = pick(2);
-      const Salt salt = salt_list[pick(3)];
+      const Scope scope{pick(2), salt_list[pick(3)]};
       const int32_t limit = pick(14);
-      const auto match = tree.match(salt, tokens, limit);
-      ASSERT_EQ(match.length, naive.match(salt, tokens, limit)) << "round " << round;
+      const auto match = tree.match(scope, tokens, limit);
+      ASSERT_EQ(match.length, naive.match(scope, tokens, limit)) << "round " << round;
       int32_t reached = match.length;
       if (reached > 0) {
         const SeqId holder = match.holder();
@@ -160,16 +179,16 @@ TEST_P(PrefixTreeRandom, AgreesWithANaiveMap) {
       tree.attach(seq, match);
       // How much of the path is public: walk up.
       const auto rest = std::span(std::as_const(tokens)).subspan(static_cast<size_t>(reached));
-      const auto below = tree.match_below(seq, salt, rest);
+      const auto below = tree.match_below(seq, scope, rest);
       reached += below.length;
       tree.attach(seq, below);
-      tree.extend(seq, salt,
+      tree.extend(seq, scope,
                   std::span(std::as_const(tokens)).subspan(static_cast<size_t>(reached)));
       int32_t public_part = 0;
       for (const auto* n = tree.tail(seq); n != tree.root(); n = n->parent) {
-        if (n->salt == nullptr) public_part = std::max(public_part, n->end());
+        if (n->scope.salt == nullptr) public_part = std::max(public_part, n->end());
       }
-      naive.paths[seq] = {salt, tokens};
+      naive.paths[seq] = {scope, tokens};
       naive.public_part[seq] = public_part;
     } else if (pick(3) == 0 && tree.tail(seq)->members.count() == 1) {
       const auto before = tree.tokens();

@@ -69,6 +69,9 @@ bool read_all(int fd, std::span<uint8_t> to, uint64_t offset) {
   return true;
 }
 
+/// What the names of a key's files begin with.
+std::string name_of(const std::string& key) { return key.substr(0, 16) + '-'; }
+
 /// Throws KvFileError.
 KvFileSource open_source(const fs::path& path, std::optional<Descriptor>& holder) {
   holder.emplace(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));
@@ -137,11 +140,17 @@ PromptCache::~PromptCache() {
   thread_.join();
 }
 
-fs::path PromptCache::path_of(const std::string& salt, const std::vector<Token>& tokens) const {
+const std::string& PromptCache::key_of(int32_t adapter) const {
+  return adapter == 0 ? options_.expected.key
+                      : options_.adapter_keys.at(static_cast<size_t>(adapter) - 1);
+}
+
+fs::path PromptCache::path_of(const std::string& key, const std::string& salt,
+                              const std::vector<Token>& tokens) const {
   std::string bytes = salt + '\n';
   bytes.append(reinterpret_cast<const char*>(tokens.data()), tokens.size() * sizeof(Token));
   const std::string id = sha256_hex({reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size()});
-  return options_.folder / (options_.expected.key.substr(0, 16) + '-' + id.substr(0, 32) + kSuffix);
+  return options_.folder / (name_of(key) + id.substr(0, 32) + kSuffix);
 }
 
 // --- reading
@@ -149,16 +158,20 @@ fs::path PromptCache::path_of(const std::string& salt, const std::vector<Token>&
 std::vector<PromptCache::Stored> PromptCache::list() {
   std::vector<Stored> stored;
   std::error_code error;
-  const std::string ours = options_.expected.key.substr(0, 16) + '-';
+  const auto adapters = static_cast<int32_t>(options_.adapter_keys.size());
   for (const fs::directory_entry& entry : fs::directory_iterator(options_.folder, error)) {
     const std::string name = entry.path().filename().string();
-    if (!name.ends_with(kSuffix) || !name.starts_with(ours)) continue;
+    int32_t adapter = 0;
+    while (adapter <= adapters && !name.starts_with(name_of(key_of(adapter)))) ++adapter;
+    if (!name.ends_with(kSuffix) || adapter > adapters) continue;
     try {
       std::optional<Descriptor> holder;
       const KvFileSource source = open_source(entry.path(), holder);
-      Stored s{entry.path(), read_kv_header(source, options_.expected), {}};
+      KvFileExpected expected = options_.expected;
+      expected.key = key_of(adapter);
+      Stored s{entry.path(), read_kv_header(source, expected), adapter, {}};
       s.used = entry.last_write_time(error);
-      if (entry.path() != path_of(s.header.salt, s.header.tokens)) {
+      if (entry.path() != path_of(s.header.key, s.header.salt, s.header.tokens)) {
         throw KvFileError("has the name of another");
       }
       stored.push_back(std::move(s));
@@ -170,7 +183,7 @@ std::vector<PromptCache::Stored> PromptCache::list() {
   std::sort(stored.begin(), stored.end(),
             [](const Stored& a, const Stored& b) { return a.used > b.used; });
   const std::lock_guard lock(mutex_);
-  for (const Stored& s : stored) known_[s.path] = {s.header.salt, s.header.tokens};
+  for (const Stored& s : stored) known_[s.path] = {s.header.key, s.header.salt, s.header.tokens};
   return stored;
 }
 
@@ -200,12 +213,13 @@ std::function<std::optional<std::vector<uint8_t>>()> PromptCache::read(const Sto
 
 // --- storing, for the engine thread
 
-bool PromptCache::wants(const std::string& salt, const std::vector<Token>& tokens) {
+bool PromptCache::wants(int32_t adapter, const std::string& salt,
+                        const std::vector<Token>& tokens) {
   if (tokens.size() > options_.expected.most_tokens) return false;
   const std::lock_guard lock(mutex_);
   for (auto it = known_.begin(); it != known_.end();) {
     const auto& [path, known] = *it;
-    if (known.salt != salt || !begins_with(known.tokens, tokens)) {
+    if (known.key != key_of(adapter) || known.salt != salt || !begins_with(known.tokens, tokens)) {
       ++it;
     } else if (::utimensat(AT_FDCWD, path.c_str(), nullptr, 0) == 0) {
       return false;
@@ -216,17 +230,18 @@ bool PromptCache::wants(const std::string& salt, const std::vector<Token>& token
   return std::chrono::steady_clock::now() >= paused_until_;
 }
 
-void PromptCache::begin(const std::string& salt, const std::vector<Token>& tokens) {
+void PromptCache::begin(int32_t adapter, const std::string& salt,
+                        const std::vector<Token>& tokens) {
   current_ = std::make_shared<File>();
   KvFileHeader& header = current_->header;
-  header.key = options_.expected.key;
+  header.key = key_of(adapter);
   header.salt = salt;
   header.tokens = tokens;
   header.token_bytes = options_.expected.token_bytes;
   const uint64_t piece =
       std::max<uint64_t>(1, options_.piece_bytes / std::max<uint64_t>(1, header.token_bytes));
   header.piece_tokens = static_cast<uint32_t>(std::min<uint64_t>(piece, tokens.size()));
-  current_->path = path_of(salt, tokens);
+  current_->path = path_of(header.key, salt, tokens);
   current_->temporary = current_->path.string() + '.' + std::to_string(::getpid()) + kTemporary;
   added_ = 0;
 }
@@ -352,7 +367,7 @@ void PromptCache::write(const Task& task) {
   if (folder.get() >= 0) ::fsync(folder.get());
   {
     const std::lock_guard lock(mutex_);
-    known_[file.path] = {header.salt, header.tokens};
+    known_[file.path] = {header.key, header.salt, header.tokens};
   }
   forget_prefixes_of(header);
 }
@@ -389,8 +404,8 @@ void PromptCache::forget_prefixes_of(const KvFileHeader& header) {
   {
     const std::lock_guard lock(mutex_);
     for (const auto& [path, known] : known_) {
-      if (known.salt == header.salt && known.tokens.size() < header.tokens.size() &&
-          begins_with(header.tokens, known.tokens)) {
+      if (known.key == header.key && known.salt == header.salt &&
+          known.tokens.size() < header.tokens.size() && begins_with(header.tokens, known.tokens)) {
         shorter.push_back(path);
       }
     }

@@ -23,10 +23,11 @@
 namespace relay::engine {
 
 struct PromptCacheOptions {
-  std::filesystem::path folder;              ///< is made if it is not there
-  uint64_t max_bytes = 0;                    ///< of all files, those of other models included
-  uint64_t piece_bytes = uint64_t{8} << 20;  ///< of KV, copied between two steps
-  KvFileExpected expected;
+  std::filesystem::path folder;                    ///< is made if it is not there
+  uint64_t max_bytes = 0;                          ///< of all files, those of other models included
+  uint64_t piece_bytes = uint64_t{8} << 20;        ///< of KV, copied between two steps
+  KvFileExpected expected;                         ///< its key is the base model's
+  std::vector<std::string> adapter_keys;           ///< those of adapters 1, 2, ...
   std::function<void(const std::string&)> notice;  ///< from any thread; for people
 };
 
@@ -42,6 +43,7 @@ class PromptCache {
   struct Stored {
     std::filesystem::path path;
     KvFileHeader header;
+    int32_t adapter = 0;
     std::filesystem::file_time_type used;
   };
   /// The files for this model, the last used first. Those that cannot be used are told and left.
@@ -50,10 +52,10 @@ class PromptCache {
   std::function<std::optional<std::vector<uint8_t>>()> read(const Stored& stored);
 
   /// Whether this prefix should be stored: it is not there yet. If it is, it counts as used.
-  bool wants(const std::string& salt, const std::vector<Token>& tokens);
+  bool wants(int32_t adapter, const std::string& salt, const std::vector<Token>& tokens);
 
   // Storing: one prefix at a time, its KV in pieces.
-  void begin(const std::string& salt, const std::vector<Token>& tokens);
+  void begin(int32_t adapter, const std::string& salt, const std::vector<Token>& tokens);
   /// A piece can be taken without waiting for the disk.
   bool ready() const;
   /// ready(), or the time is over.
@@ -82,7 +84,9 @@ class PromptCache {
   void forget_prefixes_of(const KvFileHeader& header);
   void fail(File& file, const std::string& what);
   void tell(const std::string& message) const { options_.notice("prompt cache: " + message); }
-  std::filesystem::path path_of(const std::string& salt, const std::vector<Token>& tokens) const;
+  const std::string& key_of(int32_t adapter) const;
+  std::filesystem::path path_of(const std::string& key, const std::string& salt,
+                                const std::vector<Token>& tokens) const;
 
   PromptCacheOptions options_;
   std::shared_ptr<File> current_;
@@ -95,6 +99,7 @@ class PromptCache {
   bool stopping_ = false;
   // What this process knows to be stored, to tell prefixes of each other.
   struct Known {
+    std::string key;
     std::string salt;
     std::vector<Token> tokens;
   };

@@ -50,13 +50,15 @@ class PromptCacheTest : public testing::Test {
     };
     return o;
   }
-  /// An engine from its start to its end; `use` is what happens in between.
+  /// An engine, with an adapter for each key, from its start to its end; `use` is what happens in
+  /// between.
   EngineStats engine(const std::function<void(FakeModel&, EngineCore&)>& use,
                      const PromptCacheOptions& o, int32_t cells = 2000) {
     FakeModel model(cells);
     PromptCache cache(o);
     CoreOptions c;
     c.step_seconds = 0;
+    c.scheduler.adapters = static_cast<int32_t>(o.adapter_keys.size());
     c.pin_budget = 0.5;
     EngineCore core(model, model, c, &cache);
     core.restore_prompts({});
@@ -69,8 +71,10 @@ class PromptCacheTest : public testing::Test {
     core.kv().validate();
     return stats;
   }
-  static void pin(EngineCore& core, const Tokens& tokens, const std::string& salt = {}) {
+  static void pin(EngineCore& core, const Tokens& tokens, const std::string& salt = {},
+                  int32_t adapter = 0) {
     PinRequest request;
+    request.adapter = adapter;
     request.tokens = tokens;
     request.cache_salt = salt;
     bool pinned = false;
@@ -163,7 +167,7 @@ TEST_F(PromptCacheTest, WhatManyShareIsKeptAndTheRestIsNot) {
   engine(
       [&](FakeModel&, EngineCore& core) {
         const auto cached = [&](const std::string& salt) {
-          return core.kv().cached_prefix(core.kv().salt(salt), system, 100);
+          return core.kv().cached_prefix({0, core.kv().salt(salt)}, system, 100);
         };
         EXPECT_EQ(core.stats().restored_tokens, 100);
         EXPECT_EQ(cached("tenant"), 100);
@@ -187,6 +191,41 @@ TEST_F(PromptCacheTest, EachSaltHasItsOwnFile) {
   engine([&](FakeModel&, EngineCore& core) { pin(core, prompt, "one"); }, options());
   engine([&](FakeModel&, EngineCore& core) { pin(core, prompt, "two"); }, options());
   EXPECT_EQ(files().size(), 2u);
+}
+
+TEST_F(PromptCacheTest, EachAdapterHasItsOwnFilesWhateverItsPlace) {
+  const Tokens prompt = sequence_of(200, 35);
+  const auto with_adapters = [&](const std::vector<std::string>& keys) {
+    PromptCacheOptions o = options();
+    o.adapter_keys = keys;
+    return o;
+  };
+  const std::string one(64, 'b');
+  const std::string two(64, 'c');
+  engine([&](FakeModel&, EngineCore& core) { pin(core, prompt, {}, 2); },
+         with_adapters({one, two}));
+  ASSERT_EQ(files().size(), 1u);
+  const auto cached = [&](EngineCore& core) {
+    std::vector<int32_t> tokens;
+    for (int32_t a = 0; a <= 2; ++a)
+      tokens.push_back(core.kv().cached_prefix({a, {}}, prompt, 200));
+    return tokens;
+  };
+  // In another order, and without it: what was stored belongs to the file, not to its place.
+  engine(
+      [&](FakeModel& model, EngineCore& core) {
+        EXPECT_EQ(cached(core), (std::vector<int32_t>{0, 200, 0}));
+        pin(core, prompt, {}, 1);
+        EXPECT_EQ(model.rows_computed, 0);
+        pin(core, prompt);
+        EXPECT_EQ(model.rows_computed, 200) << "the base model's is another";
+      },
+      with_adapters({two, one}));
+  EXPECT_EQ(files().size(), 2u);
+  engine([&](FakeModel&,
+             EngineCore& core) { EXPECT_EQ(cached(core), (std::vector<int32_t>{200, 0, 0})); },
+         with_adapters({one}));
+  EXPECT_EQ(notices, "");
 }
 
 TEST_F(PromptCacheTest, WhatIsForAllComesBackFirstAndIsShared) {
@@ -329,12 +368,12 @@ TEST_F(PromptCacheTest, AfterAFailureItWaitsBeforeItTriesAgain) {
   small.max_bytes = 100;
   PromptCache cache(small);
   const Tokens prompt = sequence_of(32, 36);
-  ASSERT_TRUE(cache.wants("", prompt));
-  cache.begin("", prompt);
+  ASSERT_TRUE(cache.wants(0, "", prompt));
+  cache.begin(0, "", prompt);
   cache.add(std::vector<uint8_t>(cache.next_piece().second * FakeModel::kBytesPerToken));
   cache.flush();
   EXPECT_NE(notices.find("was not written"), std::string::npos) << notices;
-  EXPECT_FALSE(cache.wants("", prompt));
+  EXPECT_FALSE(cache.wants(0, "", prompt));
 }
 
 TEST_F(PromptCacheTest, AFolderThatCannotBeUsedIsAnError) {
@@ -361,7 +400,7 @@ TEST_F(PromptCacheTest, OnlyWhatFitsComesBackTheLastUsedFirst) {
       [&](FakeModel&, EngineCore& core) {
         EXPECT_EQ(core.stats().restored_tokens, 400);
         for (size_t i = 0; i < 4; ++i) {
-          EXPECT_EQ(core.kv().cached_prefix(nullptr, prompts[i], 200) == 200, i >= 2) << i;
+          EXPECT_EQ(core.kv().cached_prefix({}, prompts[i], 200) == 200, i >= 2) << i;
         }
       },
       options(), 500);

@@ -36,8 +36,9 @@ int64_t PromptPersistence::restore(int32_t most, const ProgressFn& progress) {
   size_t done = 0;
   for (const PromptCache::Stored& stored : chosen) {
     const KvFileHeader& header = stored.header;
-    const Salt salt = header.salt.empty() ? nullptr : kv_.salt_of_digest(header.salt);
-    if (kv_.restore(salt, header.tokens, header.token_bytes, cache_->read(stored))) {
+    Scope scope{stored.adapter, nullptr};
+    if (!header.salt.empty()) scope.salt = kv_.salt_of_digest(header.salt);
+    if (kv_.restore(scope, header.tokens, header.token_bytes, cache_->read(stored))) {
       tokens += static_cast<int64_t>(header.tokens.size());
     }
     if (progress) {
@@ -65,7 +66,7 @@ bool PromptPersistence::advance(bool idle) {
     const PrefixTree::Prefix& prefix = queue_.front();
     const auto [begin, count] = cache_->next_piece();
     if (count > 0) {
-      if (auto kv = kv_.save(prefix.salt, prefix.tokens, begin, count)) {
+      if (auto kv = kv_.save(prefix.scope, prefix.tokens, begin, count)) {
         cache_->add(std::move(*kv));
         return true;
       }
@@ -77,9 +78,10 @@ bool PromptPersistence::advance(bool idle) {
   }
   if (!queue_.empty()) {
     const PrefixTree::Prefix& prefix = queue_.front();
-    storing_ = cache_->wants(digest_of(prefix.salt), prefix.tokens);
+    const auto& [adapter, salt] = prefix.scope;
+    storing_ = cache_->wants(adapter, digest_of(salt), prefix.tokens);
     if (storing_) {
-      cache_->begin(digest_of(prefix.salt), prefix.tokens);
+      cache_->begin(adapter, digest_of(salt), prefix.tokens);
     } else {
       queue_.pop_front();
     }
@@ -94,7 +96,7 @@ void PromptPersistence::look() {
   next_look_ = Clock::now() + kLookEvery;
   for (PrefixTree::Prefix& prefix : kv_.lasting(kHotHits)) {
     if (prefix.tokens.size() < kLeastTokens) continue;
-    if (prefix.salt) {
+    if (prefix.scope.salt) {
       queue_.push_back(std::move(prefix));
     } else {
       queue_.push_front(std::move(prefix));  // of use to most

@@ -1,6 +1,7 @@
 #include "engine/scheduler.h"
 
 #include <algorithm>
+#include <set>
 #include <stdexcept>
 #include <unordered_map>
 
@@ -33,13 +34,15 @@ StepPlan Scheduler::plan(PrefillBudget budget) {
   for (;;) {
     plan.slices.clear();
     plan.rows = plan.prefill_rows = 0;
+    plan.adapter = next_adapter();
     plan_decode(plan);
     plan_admissions(plan);
     plan_prefill(plan, budget);
     // (An admitted sequence without a slice is one to pin that was in the cache already, or has to
-    // wait for its turn.)
+    // wait for its own or its adapter's turn.)
     if (!plan.slices.empty() || !plan.admitted.empty() || running_.empty()) break;
-    // Every running sequence is in its prefill and none can have another cell.
+    if (!has_running(plan.adapter)) continue;  // they have given way: the turn is another's
+    // Every running sequence of this adapter is in its prefill and none can have another cell.
     if (!preempt_youngest()) {
       plan.exhausted.push_back(running_.front());
       return plan;
@@ -54,9 +57,33 @@ StepPlan Scheduler::plan(PrefillBudget budget) {
   return plan;
 }
 
-int32_t Scheduler::decoding() const {
-  return static_cast<int32_t>(std::count_if(running_.begin(), running_.end(),
-                                            [](const Sequence* s) { return s->pending() == 1; }));
+bool Scheduler::has_running(int32_t adapter) const {
+  return std::any_of(running_.begin(), running_.end(),
+                     [=](const Sequence* s) { return s->scope.adapter == adapter; });
+}
+
+int32_t Scheduler::next_adapter() const {
+  if (had_.size() == 1) return 0;
+  if (running_.empty()) return waiting_.empty() ? 0 : waiting_.front()->scope.adapter;
+  const auto had = [this](const Sequence* s) {
+    return had_[static_cast<size_t>(s->scope.adapter)];
+  };
+  const auto next =
+      std::min_element(running_.begin(), running_.end(),
+                       [&](const Sequence* a, const Sequence* b) { return had(a) < had(b); });
+  return (*next)->scope.adapter;
+}
+
+std::vector<int32_t> Scheduler::adapters_of(const std::vector<Sequence*>& sequences) {
+  std::set<int32_t> adapters;
+  for (const Sequence* s : sequences) adapters.insert(s->scope.adapter);
+  return {adapters.begin(), adapters.end()};
+}
+
+int32_t Scheduler::decoding(int32_t adapter) const {
+  return static_cast<int32_t>(std::count_if(
+      running_.begin(), running_.end(),
+      [=](const Sequence* s) { return s->scope.adapter == adapter && s->pending() == 1; }));
 }
 
 void Scheduler::add_slice(StepPlan& plan, Sequence* sequence, int32_t count) {
@@ -66,18 +93,18 @@ void Scheduler::add_slice(StepPlan& plan, Sequence* sequence, int32_t count) {
 }
 
 void Scheduler::plan_decode(StepPlan& plan) {
-  while (!kv_.make_room(decoding())) {
+  while (!kv_.make_room(decoding(plan.adapter))) {
     if (!preempt_youngest()) return;  // alone and out of cells: plan() sees no slices
   }
   for (Sequence* s : running_) {
-    if (s->pending() == 1) add_slice(plan, s, 1);
+    if (s->scope.adapter == plan.adapter && s->pending() == 1) add_slice(plan, s, 1);
   }
 }
 
 void Scheduler::plan_prefill(StepPlan& plan, PrefillBudget budget) {
   std::vector<Sequence*> prompts;
   for (Sequence* s : running_) {
-    if (s->pending() > 1) prompts.push_back(s);
+    if (s->scope.adapter == plan.adapter && s->pending() > 1) prompts.push_back(s);
   }
   if (prompts.empty()) return;
   Sequence* first = prompts.front();
@@ -116,12 +143,12 @@ bool Scheduler::follows_another(Sequence& sequence) const {
   if (!kv_.prefix_caching()) return false;
   int32_t cached = -1;
   for (const Sequence* leader : running_) {
-    if (leader->pending() <= 1 || leader->salt != sequence.salt) continue;
+    if (leader->pending() <= 1 || leader->scope != sequence.scope) continue;
     const int32_t limit = std::min(sequence.match_limit(), leader->prompt_length);
     const int32_t same = common_prefix(leader->tokens, sequence.tokens, limit);
     if (same <= leader->computed) continue;  // what we share is published already
     if (cached < 0)
-      cached = kv_.cached_prefix(sequence.salt, sequence.all(), sequence.match_limit());
+      cached = kv_.cached_prefix(sequence.scope, sequence.all(), sequence.match_limit());
     // Having waited for most of it, it waits for the rest too.
     const int32_t worthwhile = sequence.leader == leader->arrival ? 1 : options_.min_follow_tokens;
     if (same - cached < worthwhile) continue;
@@ -154,7 +181,7 @@ std::vector<Sequence*> Scheduler::admission_order() const {
   std::unordered_map<const Sequence*, int32_t> rank;
   for (const Sequence* s : order) {
     const auto shares = [&] {
-      return 2 * kv_.cached_prefix(s->salt, s->all(), s->match_limit()) >= s->length();
+      return 2 * kv_.cached_prefix(s->scope, s->all(), s->match_limit()) >= s->length();
     };
     rank[s] = s->overtaken >= kMostOvertaken ? 0 : shares() ? 1 : 2;
   }
@@ -173,7 +200,7 @@ void Scheduler::plan_admissions(StepPlan& plan) {
     closed = closed || running() >= options_.parallel;
     if (follows_another(*s) || closed) continue;
     const auto admission =
-        kv_.admit(s->salt, s->all(), s->match_limit(), headroom(*s), promised_cells());
+        kv_.admit(s->scope, s->all(), s->match_limit(), headroom(*s), promised_cells());
     if (!admission) {
       closed = true;
       continue;
@@ -187,9 +214,12 @@ void Scheduler::plan_admissions(StepPlan& plan) {
     s->uncached = s->pending();
     if (!s->began) s->cached = std::min(admission->cached, s->prompt_length);
     s->began = true;
+    const int32_t adapter = s->scope.adapter;
+    double& had = had_[static_cast<size_t>(adapter)];
+    if (!has_running(adapter)) had = std::max(had, last_turn_);
     insert_in_order(running_, s);
     plan.admitted.push_back(s);
-    if (s->pending() == 1) add_slice(plan, s, 1);
+    if (adapter == plan.adapter && s->pending() == 1) add_slice(plan, s, 1);
   }
 }
 
@@ -205,14 +235,17 @@ void Scheduler::order_by_prefix(StepPlan& plan) const {
   });
 }
 
-void Scheduler::commit(const StepPlan& plan) {
+void Scheduler::commit(const StepPlan& plan, double seconds) {
+  double& had = had_[static_cast<size_t>(plan.adapter)];
+  last_turn_ = had;
+  had += seconds;
   for (const Slice& slice : plan.slices) {
     Sequence* s = slice.sequence;
     s->computed += slice.count;
     kv_.grow(s->kv, slice.count);
     const int32_t known = std::min(s->computed, s->prompt_length);
     if (known > kv_.published(s->kv)) {
-      kv_.publish(s->kv, s->salt, s->all().first(static_cast<size_t>(known)));
+      kv_.publish(s->kv, s->scope, s->all().first(static_cast<size_t>(known)));
     }
   }
 }
@@ -225,7 +258,7 @@ void Scheduler::remove(Sequence* sequence, Keep keep) {
     kv_.release(sequence->kv);
   } else {
     if (keep == Keep::kAll) {
-      kv_.publish(sequence->kv, sequence->salt,
+      kv_.publish(sequence->kv, sequence->scope,
                   sequence->all().first(static_cast<size_t>(sequence->computed)));
     }
     kv_.retain(sequence->kv);

@@ -7,6 +7,10 @@
 // fewest tokens left, so that neither long nor short ones starve; and a request whose prompt is for
 // the most part cached may be admitted before others, each of which is overtaken kMostOvertaken
 // times at most.
+//
+// A step computes with one adapter. Adapters with running sequences share the time equally, however
+// many sequences each has: the next step is for the one that has had the least. Admission knows no
+// turns, so that nobody overtakes others by being of another adapter.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +34,7 @@ struct PrefillBudget {
 struct SchedulerOptions {
   int32_t parallel = 64;        ///< most sequences running
   int32_t batch_tokens = 2048;  ///< most rows of a step
+  int32_t adapters = 0;         ///< beside the base model
   /// A sequence waits for another that is computing a prefix of its prompt if that saves it at
   /// least so many tokens. Waiting costs a step; below this, computing them again costs less.
   int32_t min_follow_tokens = 32;
@@ -43,6 +48,7 @@ struct Slice {
 };
 
 struct StepPlan {
+  int32_t adapter = 0;               ///< of all slices
   std::vector<Slice> slices;         ///< depth-first in the prefix tree
   std::vector<Sequence*> admitted;   ///< began (or began again) in this step
   std::vector<Sequence*> exhausted;  ///< cannot go on: the cells are too few even for it alone
@@ -52,7 +58,8 @@ struct StepPlan {
 
 class Scheduler {
  public:
-  Scheduler(KvMemory& kv, const SchedulerOptions& options) : kv_(kv), options_(options) {}
+  Scheduler(KvMemory& kv, const SchedulerOptions& options)
+      : kv_(kv), options_(options), had_(static_cast<size_t>(options.adapters) + 1, 0.0) {}
 
   /// The sequence stays its owner's, who removes it before destroying it.
   void enqueue(Sequence* sequence);
@@ -61,8 +68,9 @@ class Scheduler {
   /// slices: nothing to do (or see exhausted).
   StepPlan plan(PrefillBudget budget);
 
-  /// The plan's rows are in the cache: records them and publishes prompts.
-  void commit(const StepPlan& plan);
+  /// The plan's rows are in the cache, computed in so many seconds: records them and publishes
+  /// prompts.
+  void commit(const StepPlan& plan, double seconds = 0);
 
   enum class Keep { kAll, kPrompt, kNothing };
   /// The sequence leaves, from the queue or from running. keep: what stays in the cache of what it
@@ -75,13 +83,20 @@ class Scheduler {
   /// fewer than two are running.
   bool preempt_youngest();
 
-  int32_t decoding() const;
+  /// Whose turn it is.
+  int32_t next_adapter() const;
+  /// Adapters, the base model among them, of these sequences: each once, in ascending order.
+  static std::vector<int32_t> adapters_of(const std::vector<Sequence*>& sequences);
+  /// Sequences of an adapter that decode.
+  int32_t decoding(int32_t adapter) const;
   int32_t running() const { return static_cast<int32_t>(running_.size()); }
   int32_t waiting() const { return static_cast<int32_t>(waiting_.size()); }
   int64_t preemptions() const { return preemptions_; }
   const std::vector<Sequence*>& running_sequences() const { return running_; }
+  const std::vector<Sequence*>& waiting_sequences() const { return waiting_; }
 
  private:
+  bool has_running(int32_t adapter) const;
   bool follows_another(Sequence& sequence) const;
   int32_t headroom(const Sequence& sequence) const;
   int32_t promised_cells() const;
@@ -98,6 +113,10 @@ class Scheduler {
   std::vector<Sequence*> waiting_;  // in order of service
   std::vector<Sequence*> running_;  // in order of service
   int64_t preemptions_ = 0;
+  // Seconds that each adapter has had; one that comes back after a while starts level with the
+  // others, those of the last turn.
+  std::vector<double> had_;
+  double last_turn_ = 0;
 };
 
 }  // namespace relay::engine

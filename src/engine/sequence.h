@@ -23,7 +23,7 @@ struct Sequence {
   int32_t priority = 0;
   Request* request = nullptr;  ///< the core's business; the scheduler never looks at it
   int32_t choice = 0;
-  Salt salt;
+  Scope scope;
   int32_t prompt_length = 0;
   int32_t max_tokens = 0;      ///< generate at most so many
   bool generates = true;       ///< false: only the KV of its tokens is wanted (pinning)

@@ -23,11 +23,11 @@ bool StepPacer::knows(int32_t decode_rows) const {
   return decode_seconds_ > 0 && decode_rows <= 2 * decode_rows_ && 2 * decode_rows >= decode_rows_;
 }
 
-PrefillBudget StepPacer::budget(int32_t decode_rows) const {
+PrefillBudget StepPacer::budget(int32_t decode_rows, int32_t adapters) const {
   if (step_seconds_ <= 0) return {batch_tokens_, batch_tokens_, batch_tokens_};
   int32_t alone = std::min(kFirst, batch_tokens_);
   if (row_seconds_ > 0) {
-    const double rows = std::min(step_seconds_ / row_seconds_, 1e6);
+    const double rows = std::min(step_seconds_ / adapters / row_seconds_, 1e6);
     alone = std::clamp(static_cast<int32_t>(rows) / kLeastAlone * kLeastAlone,
                        std::min(kLeastAlone, batch_tokens_), batch_tokens_);
   }

@@ -23,8 +23,9 @@ class StepPacer {
   StepPacer(double step_seconds, double decode_stretch, int32_t batch_tokens)
       : step_seconds_(step_seconds), decode_stretch_(decode_stretch), batch_tokens_(batch_tokens) {}
 
-  /// For a step beside so many decode rows.
-  PrefillBudget budget(int32_t decode_rows) const;
+  /// For a step beside so many decode rows. `adapters` take turns: a step that prompts have to
+  /// themselves takes its share of step_seconds, so that each is served once in that time.
+  PrefillBudget budget(int32_t decode_rows, int32_t adapters = 1) const;
   /// A step took so long.
   void note(int32_t decode_rows, int32_t prefill_rows, double seconds);
 

@@ -29,7 +29,8 @@ struct FakeScript {
   int32_t max_requests = 1000;  ///< more at once are refused with kQueueFull
   int32_t fail_after = -1;      ///< pieces after which on_error comes
   bool endless = false;         ///< repeat the pieces until cancelled
-  bool has_format = false;      ///< render_chat() gives a format: "CALL name {args}" is a tool call
+  std::vector<engine::Adapter> adapters;
+  bool has_format = false;  ///< render_chat() gives a format: "CALL name {args}" is a tool call
 };
 
 class FakeEngine : public engine::Engine {
@@ -37,6 +38,7 @@ class FakeEngine : public engine::Engine {
   explicit FakeEngine(FakeScript script) : script_(std::move(script)) {
     info_.name = "fake";
     info_.path = "/models/fake.gguf";
+    info_.adapters = script_.adapters;
     info_.vocab_size = 256;
     info_.context_length = script_.context_length;
     info_.kv_cells = 4096;
@@ -167,11 +169,13 @@ class FakeEngine : public engine::Engine {
     }
     const std::lock_guard lock(mutex_);
     for (size_t i = 0; i < pinned_.size(); ++i) {
-      if (pin_requests_[i].tokens == request.tokens) return pinned_[i];
+      const engine::PinRequest& known = pin_requests_[i];
+      if (known.tokens == request.tokens && known.adapter == request.adapter) return pinned_[i];
     }
     engine::PinnedPrompt prompt;
     prompt.id = "cp_" + std::to_string(pins++);
     prompt.name = request.name;
+    prompt.adapter = request.adapter;
     prompt.tokens = static_cast<int32_t>(request.tokens.size());
     if (request.ttl_seconds > 0) prompt.expires_at = std::time(nullptr) + request.ttl_seconds;
     pinned_.push_back(prompt);
@@ -210,6 +214,9 @@ class FakeEngine : public engine::Engine {
     stats.kv_cells_total = 4096;
     stats.kv_cells_used = 1024;
     stats.kv_tokens_read_shared = 5;
+    for (int32_t a = 1; a <= static_cast<int32_t>(script_.adapters.size()); ++a) {
+      stats.running_adapters.push_back(a);
+    }
     return stats;
   }
   std::vector<engine::PrefixNode> prefix_nodes() const override {

@@ -21,6 +21,7 @@ Generation::Generation(Api api, CommonRequest common, GenerationContext context)
   head_.model = context_.model;
   head_.fingerprint = context_.fingerprint;
   head_.created = unix_now();
+  common_.generate.adapter = context_.adapter;
   common_.generate.cache_salt = effective_salt(context_.caller_salt, common_.generate.cache_salt);
   queue_ = std::make_shared<EventQueue>(context_.max_queued_bytes, std::move(context_.wake));
 }

@@ -23,7 +23,8 @@ std::string effective_salt(const std::string& caller, const std::string& client)
 /// What a generation needs to know of the server.
 struct GenerationContext {
   std::shared_ptr<engine::Engine> engine;
-  std::string model;  ///< the name to answer with
+  std::string model;    ///< the name to answer with
+  int32_t adapter = 0;  ///< the engine's, that the model's name stands for
   std::string fingerprint;
   std::string caller_salt;  ///< isolates callers with different keys; may be empty
   size_t max_queued_bytes = 1 << 20;

@@ -261,6 +261,64 @@ TEST_P(HttpSessionTest, HealthAndModels) {
   EXPECT_TRUE(metrics.has("text/plain; version=0.0.4"));
 }
 
+TEST_P(HttpSessionTest, AnAdapterIsAModelBesideItsBase) {
+  FakeScript script;
+  script.adapters = {{"polite", "/adapters/polite.gguf"}, {"rude", "/adapters/rude.gguf"}};
+  ServerOptions options;
+  options.model_names = {"base", "alias"};
+  options.admin_keys = {"root"};
+  start(script, options);
+  const std::string key = "Authorization: Bearer root\r\n";
+  Client client = connect();
+  const Json models = client.get("/v1/models").json()["data"];
+  ASSERT_EQ(models.size(), 4u);
+  EXPECT_EQ(models[0]["id"], "base");
+  EXPECT_FALSE(models[0].contains("parent"));
+  EXPECT_EQ(models[3]["id"], "rude");
+  EXPECT_EQ(models[3]["root"], "/adapters/rude.gguf");
+  EXPECT_EQ(models[3]["parent"], "base");
+  EXPECT_EQ(client.get("/v1/models/polite").json()["parent"], "base");
+  EXPECT_EQ(client.get("/v1/models/nope").code(), "model_not_found");
+
+  const auto answer = [&](const std::string& path, const std::string& model) {
+    const Reply reply = client.post(path, chat(R"(,"max_tokens":9,"model":")" + model + '"'));
+    EXPECT_EQ(reply.status, 200) << reply.body;
+    EXPECT_EQ(reply.json()["model"], model);
+    return engine_->last_request().adapter;
+  };
+  EXPECT_EQ(answer(kChat, "base"), 0);
+  EXPECT_EQ(answer(kChat, "polite"), 1);
+  EXPECT_EQ(answer(kChat, "rude"), 2);
+  EXPECT_EQ(answer(kChat, "alias"), 0);
+  EXPECT_EQ(answer("/v1/messages", "rude"), 2);
+  const Reply text = client.post("/v1/completions", R"({"prompt":"a","model":"polite"})");
+  EXPECT_EQ(engine_->last_request().adapter, 1);
+  const Reply responses = client.post("/v1/responses", R"({"input":"a","model":"rude"})");
+  EXPECT_EQ(responses.json()["model"], "rude");
+  EXPECT_EQ(engine_->last_request().adapter, 2);
+  const Reply unknown = client.post(kChat, chat(R"(,"model":"kind")"));
+  EXPECT_EQ(unknown.status, 404);
+  EXPECT_EQ(unknown.code(), "model_not_found");
+  const auto fingerprint = [&](const std::string& model) {
+    return client.post(kChat, chat(R"(,"model":")" + model + '"')).json()["system_fingerprint"];
+  };
+  EXPECT_NE(fingerprint("polite"), fingerprint("base"));
+  EXPECT_NE(fingerprint("polite"), fingerprint("rude"));
+  EXPECT_EQ(fingerprint("polite"), fingerprint("polite"));
+
+  EXPECT_EQ(client.post("/v1/cached_prompts", chat(), key).json()["model"], "base");
+  const Reply pinned = client.post("/v1/cached_prompts", chat(R"(,"model":"rude")"), key);
+  EXPECT_EQ(pinned.json()["model"], "rude");
+  EXPECT_EQ(engine_->pin_requests().back().adapter, 2);
+  EXPECT_EQ(client.get("/v1/cached_prompts", key).json()["data"].size(), 2u);
+  EXPECT_NE(client.get("/metrics")
+                .body.find(R"(max_lora="2",running_lora_adapters="polite,rude",)"
+                           R"(waiting_lora_adapters="")"),
+            std::string::npos);
+  start();
+  EXPECT_EQ(connect().get("/metrics").body.find("lora"), std::string::npos);
+}
+
 TEST_P(HttpSessionTest, ChatOnOneConnection) {
   start();
   Client client = connect();

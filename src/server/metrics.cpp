@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "base/unix_time.h"
+
 namespace relay::server {
 
 namespace {
@@ -59,6 +61,24 @@ class FamilyWriter {
   std::vector<MetricFamily> families_;
 };
 
+/// As gateways read it that send requests where their adapter is loaded: of several they take the
+/// line with the latest time.
+void write_adapters(FamilyWriter& out, const engine::ModelInfo& info,
+                    const engine::EngineStats& stats) {
+  const auto names = [&](const std::vector<int32_t>& adapters) {
+    std::string text;
+    for (const int32_t adapter : adapters) {
+      text += (text.empty() ? "" : ",") + info.adapters.at(static_cast<size_t>(adapter) - 1).name;
+    }
+    return text;
+  };
+  out.gauge("vllm:lora_requests_info", "Adapters of the requests, as of this time.",
+            static_cast<double>(unix_now()),
+            {{"max_lora", std::to_string(info.adapters.size())},
+             {"running_lora_adapters", names(stats.running_adapters)},
+             {"waiting_lora_adapters", names(stats.waiting_adapters)}});
+}
+
 void write_gauges(FamilyWriter& out, const engine::ModelInfo& info,
                   const engine::EngineStats& stats) {
   out.gauge("vllm:num_requests_running", "Sequences being computed.", stats.running);
@@ -78,6 +98,7 @@ void write_gauges(FamilyWriter& out, const engine::ModelInfo& info,
   out.gauge("relay:cached_tokens", "Tokens of unpinned prefixes kept for later requests.",
             stats.kv_cells_cached);
   out.gauge("relay:kv_bytes_used", "Bytes of KV held.", static_cast<double>(stats.kv_bytes_used));
+  if (!info.adapters.empty()) write_adapters(out, info, stats);
   out.gauge("relay:active", "1 if attention runs through Relay.", info.relay_active ? 1 : 0);
 }
 

@@ -32,7 +32,8 @@ engine::PinnedPrompt PinnedChats::pin(const ChatToPin& request,
   entry.request = request;
   entry.tokens = engine_->render_chat_prefix(request.chat);
   entry.pinned = engine_->pin_prompt(
-      {request.name, entry.tokens, request.cache_salt, request.ttl_seconds}, progress);
+      {request.name, entry.tokens, request.cache_salt, request.ttl_seconds, request.adapter},
+      progress);
   entry.id = entry.pinned.id;
   // The same rendering is one prompt, whoever asked for it before.
   for (Entry& known : entries_) {
@@ -114,8 +115,8 @@ bool PinnedChats::refresh(Entry& entry) {
       entry.lost = true;
     }
     entry.tokens = std::move(tokens);
-    entry.pinned = engine_->pin_prompt(
-        {entry.request.name, entry.tokens, entry.request.cache_salt, end == 0 ? 0 : end - now});
+    entry.pinned = engine_->pin_prompt({entry.request.name, entry.tokens, entry.request.cache_salt,
+                                        end == 0 ? 0 : end - now, entry.request.adapter});
     entry.lost = false;
     spdlog::info("pinned {}: {} tokens", name, entry.pinned.tokens);
   } catch (const engine::EngineError& error) {

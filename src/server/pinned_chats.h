@@ -16,6 +16,7 @@ namespace relay::server {
 struct ChatToPin {
   std::string name;
   engine::ChatRequest chat;
+  int32_t adapter = 0;
   std::string cache_salt;
   int64_t ttl_seconds = 0;
 };

@@ -19,7 +19,7 @@ constexpr int kLoadingRetrySeconds = 5;
 constexpr int kDrainingRetrySeconds = 10;
 
 /// Changes with whatever may change the output for the same request and seed.
-std::string make_fingerprint(const engine::ModelInfo& info) {
+std::string make_fingerprint(const engine::ModelInfo& info, const engine::Adapter* adapter) {
   uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a
   const auto mix = [&](const std::string& text) {
     for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
@@ -27,24 +27,11 @@ std::string make_fingerprint(const engine::ModelInfo& info) {
   mix(info.description);
   mix(std::to_string(info.size_bytes) + "/" + std::to_string(info.parameters));
   mix(info.backend);
+  if (adapter != nullptr) mix(adapter->path);
   char text[32];
   std::snprintf(text, sizeof(text), "fp_relay_%010llx",
                 static_cast<unsigned long long>(hash & 0xffffffffffu));
   return text;
-}
-
-Json cached_prompt_json(const engine::PinnedPrompt& prompt) {
-  Json json;
-  json["id"] = prompt.id;
-  json["object"] = "cached_prompt";
-  json["status"] = "ready";
-  json["name"] = prompt.name;
-  json["tokens"] = prompt.tokens;
-  json["bytes"] = prompt.bytes;
-  json["prefix_sha256"] = prompt.sha256;
-  json["created"] = prompt.created;
-  json["expires_at"] = prompt.expires_at > 0 ? Json(prompt.expires_at) : Json(nullptr);
-  return json;
 }
 
 Answer ok(const Json& json, int status = 200) {
@@ -71,9 +58,13 @@ void Service::set_progress(double fraction, const std::string& what) {
 void Service::set_engine(std::shared_ptr<engine::Engine> engine,
                          std::shared_ptr<PinnedChats> pinned) {
   auto metrics = std::make_shared<Metrics>(model_names(*engine).front());
+  std::vector<std::string> fingerprints{make_fingerprint(engine->info(), nullptr)};
+  for (const engine::Adapter& adapter : engine->info().adapters) {
+    fingerprints.push_back(make_fingerprint(engine->info(), &adapter));
+  }
   engine->set_observer(metrics);
   const std::lock_guard lock(mutex_);
-  fingerprint_ = make_fingerprint(engine->info());
+  fingerprints_ = std::move(fingerprints);
   metrics_ = std::move(metrics);
   pinned_ = pinned != nullptr ? std::move(pinned) : std::make_shared<PinnedChats>(engine);
   engine_ = std::move(engine);
@@ -165,11 +156,24 @@ std::vector<std::string> Service::model_names(const engine::Engine& engine) cons
                                       : options_.model_names;
 }
 
-std::string Service::resolve_model(const engine::Engine& engine, const std::string& model) const {
+Service::NamedModel Service::resolve_model(const engine::Engine& engine,
+                                           const std::string& model) const {
   const std::vector<std::string> names = model_names(engine);
-  if (model.empty()) return names.front();
-  if (std::find(names.begin(), names.end(), model) == names.end()) throw model_not_found(model);
-  return model;
+  if (model.empty()) return {names.front(), 0};
+  if (std::find(names.begin(), names.end(), model) != names.end()) return {model, 0};
+  const std::vector<engine::Adapter>& adapters = engine.info().adapters;
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    if (adapters[i].name == model) return {model, static_cast<int32_t>(i) + 1};
+  }
+  throw model_not_found(model);
+}
+
+void Service::resolve_model(GenerationContext& context, const std::string& model) const {
+  NamedModel named = resolve_model(*context.engine, model);
+  context.model = std::move(named.name);
+  context.adapter = named.adapter;
+  const std::lock_guard lock(mutex_);
+  context.fingerprint = fingerprints_.at(static_cast<size_t>(named.adapter));
 }
 
 Answer Service::answer(const Route& route, std::string_view body, const Caller& caller) {
@@ -233,22 +237,18 @@ std::unique_ptr<Generation> Service::generate(Endpoint endpoint, std::string_vie
   context.caller_salt = caller.salt;
   context.max_queued_bytes = options_.max_queued_bytes;
   context.wake = std::move(wake);
-  {
-    const std::lock_guard lock(mutex_);
-    context.fingerprint = fingerprint_;
-  }
   const RequestLimits bounds = limits(*context.engine);
   context.max_prompt_logprobs = bounds.max_prompt_logprobs;
   if (endpoint == Endpoint::kMessages) {
     MessagesRequest request = parse_messages(body, bounds);
-    context.model = resolve_model(*context.engine, request.chat.common.model);
+    resolve_model(context, request.chat.common.model);
     return Generation::start(
         std::move(request.chat), std::move(context),
         [&](const ResponseHead& head) { return make_messages_writer(head, request.caches); });
   }
   if (endpoint == Endpoint::kResponses) {
     ResponsesRequest request = parse_responses(body, bounds);
-    context.model = resolve_model(*context.engine, request.chat.common.model);
+    resolve_model(context, request.chat.common.model);
     return Generation::start(std::move(request.chat), std::move(context),
                              [&](const ResponseHead& head) {
                                return make_responses_writer(head, std::move(request.echo));
@@ -256,11 +256,11 @@ std::unique_ptr<Generation> Service::generate(Endpoint endpoint, std::string_vie
   }
   if (endpoint == Endpoint::kChatCompletions) {
     ChatCompletionRequest request = parse_chat_completion(body, bounds);
-    context.model = resolve_model(*context.engine, request.common.model);
+    resolve_model(context, request.common.model);
     return Generation::start(std::move(request), std::move(context));
   }
   CompletionRequest request = parse_completion(body, bounds);
-  context.model = resolve_model(*context.engine, request.common.model);
+  resolve_model(context, request.common.model);
   return Generation::start(std::move(request), std::move(context));
 }
 
@@ -287,11 +287,20 @@ Answer Service::health() const {
 Answer Service::models(const std::string& only) const {
   const std::shared_ptr<engine::Engine> engine = this->engine();
   const engine::ModelInfo& info = engine->info();
+  const std::vector<std::string> names = model_names(*engine);
   Json data = Json::array();
-  for (const std::string& name : model_names(*engine)) {
+  for (const std::string& name : names) {
     Json model{{"id", name},          {"object", "model"}, {"created", info.created},
                {"owned_by", "relay"}, {"root", info.path}, {"max_model_len", info.context_length}};
     if (name == only) return ok(model);
+    data.push_back(std::move(model));
+  }
+  for (const engine::Adapter& adapter : info.adapters) {
+    Json model = data.front();
+    model["id"] = adapter.name;
+    model["root"] = adapter.path;
+    model["parent"] = names.front();
+    if (adapter.name == only) return ok(model);
     data.push_back(std::move(model));
   }
   if (!only.empty()) throw model_not_found(only);
@@ -401,30 +410,49 @@ Answer Service::apply_template(std::string_view body) const {
 Answer Service::create_cached_prompt(std::string_view body) {
   const std::shared_ptr<engine::Engine> engine = this->engine();
   CachedPromptRequest request = parse_cached_prompt(body, limits(*engine));
-  resolve_model(*engine, request.model);
   ChatToPin chat;
+  chat.adapter = resolve_model(*engine, request.model).adapter;
   chat.name = std::move(request.name);
   chat.chat = std::move(request.chat);
   chat.cache_salt = effective_salt("", request.cache_salt);
   chat.ttl_seconds = request.ttl_seconds;
-  return ok(cached_prompt_json(pinned()->pin(chat)), 201);
+  return ok(cached_prompt_json(*engine, pinned()->pin(chat)), 201);
+}
+
+Json Service::cached_prompt_json(const engine::Engine& engine,
+                                 const engine::PinnedPrompt& prompt) const {
+  const auto adapter = static_cast<size_t>(prompt.adapter);
+  Json json;
+  json["id"] = prompt.id;
+  json["object"] = "cached_prompt";
+  json["status"] = "ready";
+  json["model"] =
+      adapter == 0 ? model_names(engine).front() : engine.info().adapters.at(adapter - 1).name;
+  json["name"] = prompt.name;
+  json["tokens"] = prompt.tokens;
+  json["bytes"] = prompt.bytes;
+  json["prefix_sha256"] = prompt.sha256;
+  json["created"] = prompt.created;
+  json["expires_at"] = prompt.expires_at > 0 ? Json(prompt.expires_at) : Json(nullptr);
+  return json;
 }
 
 Answer Service::list_cached_prompts() const {
+  const std::shared_ptr<engine::Engine> engine = this->engine();
   Json data = Json::array();
   for (const engine::PinnedPrompt& prompt : pinned()->list()) {
-    data.push_back(cached_prompt_json(prompt));
+    data.push_back(cached_prompt_json(*engine, prompt));
   }
   return ok(Json{{"object", "list"}, {"data", std::move(data)}});
 }
 
 Answer Service::get_cached_prompt(const std::string& id) const {
-  return ok(cached_prompt_json(pinned()->get(id)));
+  return ok(cached_prompt_json(*engine(), pinned()->get(id)));
 }
 
 Answer Service::update_cached_prompt(const std::string& id, std::string_view body) {
   const int64_t ttl = parse_cached_prompt_ttl(body);
-  return ok(cached_prompt_json(pinned()->set_ttl(id, ttl)));
+  return ok(cached_prompt_json(*engine(), pinned()->set_ttl(id, ttl)));
 }
 
 Answer Service::delete_cached_prompt(const std::string& id) {

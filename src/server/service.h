@@ -83,8 +83,15 @@ class Service {
   std::shared_ptr<PinnedChats> pinned() const;
   RequestLimits limits(const engine::Engine& engine) const;
   std::vector<std::string> model_names(const engine::Engine& engine) const;
-  /// The name to answer with; throws ApiError 404.
-  std::string resolve_model(const engine::Engine& engine, const std::string& model) const;
+  struct NamedModel {
+    std::string name;     ///< to answer with
+    int32_t adapter = 0;  ///< the engine's
+  };
+  /// Throws ApiError 404.
+  NamedModel resolve_model(const engine::Engine& engine, const std::string& model) const;
+  /// Sets what a request's model stands for.
+  void resolve_model(GenerationContext& context, const std::string& model) const;
+  Json cached_prompt_json(const engine::Engine& engine, const engine::PinnedPrompt& prompt) const;
 
   Answer page() const;
   Answer state() const;
@@ -109,7 +116,7 @@ class Service {
   std::shared_ptr<engine::Engine> engine_;
   std::shared_ptr<PinnedChats> pinned_;
   std::shared_ptr<Metrics> metrics_;
-  std::string fingerprint_;
+  std::vector<std::string> fingerprints_;  // by adapter
   double progress_ = 0;
   std::string progress_what_ = "starting";
 };

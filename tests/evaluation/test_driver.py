@@ -56,6 +56,12 @@ def test_a_killed_run_goes_on_where_it_stopped(evaluation):
     assert {row["case"]["prefix"] for row in evaluation.results()["rows"]} == {64, 128, 256}
 
 
+def test_every_problem_has_a_point_before_any_has_two(evaluation):
+    other = OPERATOR.replace("[64, 128, 256]", "[1024, 2048]")
+    assert evaluation.run(evaluation.problems(OPERATOR + other)).returncode == 0
+    assert evaluation.calls() == [64, 1024, 128, 2048, 256]
+
+
 def test_fresh_measures_anew(evaluation):
     problems = evaluation.problems(OPERATOR)
     assert evaluation.run(problems).returncode == 0

@@ -227,7 +227,8 @@ def little(tmp_path, monkeypatch):
 
     def tasks(**problem):
         given = {"systems": ["relay"], "if_installed": [], "questions": 8} | problem
-        return little_model.tasks(given, programs)
+        (point,) = little_model.points(given, programs)
+        return point
 
     return SimpleNamespace(tasks=tasks, programs=programs, folder=tmp_path)
 

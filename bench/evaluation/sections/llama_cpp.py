@@ -24,9 +24,9 @@ FIELDS = {
 }
 
 
-def tasks(problem: dict, programs: Programs) -> list[Task]:
+def points(problem: dict, programs: Programs) -> list[list[Task]]:
     programs.binary("llama-batched-bench")
-    return [task_of(problem, programs, prompt) for prompt in problem["prompt"]]
+    return [[task_of(problem, programs, prompt)] for prompt in problem["prompt"]]
 
 
 def task_of(problem: dict, programs: Programs, prompt: int) -> Task:

@@ -1,5 +1,7 @@
 """The attention operator on CPUs: Relay with and without sharing, ggml's, vLLM's kernel."""
 
+import itertools
+
 from fields import Field
 from programs import VLLM_BENCH, Programs
 from shapes import SHAPES, formula
@@ -24,20 +26,21 @@ FIELDS = {
 }
 
 
-def tasks(problem: dict, programs: Programs) -> list[Task]:
+def points(problem: dict, programs: Programs) -> list[list[Task]]:
     measured = {PROGRAM_OF[name] for name in problem["systems"]}
     for name in problem["if_installed"]:
         if programs.if_there(f"operator, {name}", programs.vllm_python) is not None:
             measured.add(PROGRAM_OF[name])
     makers = {"relay": relay_task, "ggml": ggml_task, "vllm": vllm_task}
-    made = []
-    for model in problem["models"]:
-        for kv_type in problem["kv_types"]:
-            for prefix in problem["prefix"]:
-                for program in makers:
-                    if program in measured and (program != "vllm" or kv_type in VLLM_TYPES):
-                        made.append(makers[program](problem, programs, model, kv_type, prefix))
-    return made
+    return [
+        [
+            makers[program](problem, programs, model, kv_type, prefix)
+            for model, kv_type in itertools.product(problem["models"], problem["kv_types"])
+            for program in makers
+            if program in measured and (program != "vllm" or kv_type in VLLM_TYPES)
+        ]
+        for prefix in problem["prefix"]
+    ]
 
 
 def heads_of(model: str) -> list:

@@ -35,11 +35,11 @@ FIELDS = {
 }
 
 
-def tasks(problem: dict, programs: Programs) -> list[Task]:
+def points(problem: dict, programs: Programs) -> list[list[Task]]:
     if problem["what"] == "operator":
-        return [operator_task(problem, programs)]
+        return [[operator_task(problem, programs)]]
     return [
-        answers_task(problem, programs, kv_type, prompt)
+        [answers_task(problem, programs, kv_type, prompt)]
         for kv_type in problem["kv_types"]
         for prompt in problem["prompt"]
     ]

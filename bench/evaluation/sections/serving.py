@@ -54,7 +54,7 @@ FIELDS = {
 OF_A_CASE = ("prompt", "prompts", "levels", "without", "requests")
 
 
-def tasks(problem: dict, programs: Programs) -> list[Task]:
+def points(problem: dict, programs: Programs) -> list[list[Task]]:
     replayed = problem["experiment"] == "trace"
     if replayed and problem["if_installed"]:
         if programs.if_there("serving, trace", programs.trace) is None:
@@ -66,11 +66,10 @@ def tasks(problem: dict, programs: Programs) -> list[Task]:
         raise EvaluationError("serving: 'without' is a share, from 0 to 1")
     for name in problem["systems"]:
         programs.binary("relay" if name in RELAY else "llama-server")
-    made = []
-    for case in cases_of(problem):
-        for system in problem["systems"]:
-            made.append(task_of(problem, programs, case, system, file))
-    return made
+    return [
+        [task_of(problem, programs, case, system, file) for system in problem["systems"]]
+        for case in cases_of(problem)
+    ]
 
 
 def cases_of(problem: dict) -> list[dict]:

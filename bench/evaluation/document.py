@@ -85,6 +85,8 @@ def write(all_results: list[dict], document: Path, images: Path) -> None:
             text += "  Others were at work on this machine: mistrust the numbers.\n"
         for reason in results["left_out"]:
             text += f"  Left out: {shortly(reason)}.\n"
+        if missing := results.get("missing"):
+            text += f"  Not measured: {'; '.join(missing)}.\n"
     for part in PARTS:
         about = TEXTS[part.name]
         text += f"\n## {about['title']}\n\n**The paper**: {about['claim']}\n{about['about']}"

@@ -144,6 +144,19 @@ def test_time_left_follows_the_pace():
     assert " 2/3, 0:34 left" in bar.line()
 
 
+def test_a_task_fits_at_the_pace_of_those_before():
+    bar = progress.Progress([100.0, 100.0], [], out=SimpleNamespace(isatty=lambda: False))
+    assert bar.fits(100.0, 101.0) and not bar.fits(100.0, 99.0)
+    bar._task = ("a", 100.0, progress.time.monotonic() - 260)
+    bar.end()
+    assert bar.pace() == pytest.approx(2, rel=0.01), "twice as slow as guessed"
+    assert bar.fits(100.0, 210.0) and not bar.fits(100.0, 190.0)
+    bar._begin -= 50
+    assert not bar.fits(100.0, 210.0), "what is over counts"
+    bar.skip(100.0)
+    assert bar.seconds_left() == 0
+
+
 def test_divergence_of_distributions():
     p = {"a": math.log(0.5), "b": math.log(0.25)}
     assert quality.divergence(p, p) == 0

@@ -100,6 +100,14 @@ def test_what_there_was_no_time_for_is_named(tmp_path):
     assert "Not measured: serving: relay, levels; trace: tiny.\n" in text
 
 
+def test_how_many_were_measured_is_told(tmp_path):
+    rows = [r for r in operator(1.0) if r.system in ("relay", "relay-off", "formula")]
+    assert "*made-up; medians of 5.*" in report(tmp_path, rows)
+    case = rows[0].case
+    text = report(tmp_path, [*rows, row("operator", case, "ggml", "latency", 1.0, n=3)])
+    assert "*made-up; medians of 3 or 5.*" in text
+
+
 def test_every_part_has_its_text():
     assert {part.name for part in document.PARTS} | {"introduction"} == document.TEXTS.keys()
 

@@ -100,6 +100,25 @@ def test_clients_measure_what_they_see():
     assert found["cached share of prompts"] == pytest.approx(0.25)
 
 
+def test_a_model_is_made_once_as_the_problem_has_it(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/relay").touch()
+    programs = Programs(tmp_path, "cpu", None, tmp_path / "out")
+    commands = []
+
+    def run(command):
+        commands.append([str(part) for part in command])
+        command[3].touch()
+
+    monkeypatch.setattr(programs, "run", run)
+    problem = dict(shape="tiny", ffn=0, layers=2, vocabulary="", weights="q4_0")
+    own = programs.model(problem)
+    cut = programs.model(problem | {"vocabulary": "llama-spm"})
+    assert own != cut and [programs.model(problem), len(commands)] == [own, 2]
+    assert commands[0][4:] == ["--type", "q4_0", "--layers", "2"]
+    assert commands[1][4:] == [*commands[0][4:], "--vocab", "llama-spm"]
+
+
 def row(median, spread=0.02, n=9, better="lower", metric="latency"):
     low, high = median * (1 - spread), median * (1 + spread)
     return Row("operator", {"batch": 8}, "relay", metric, "s", better, median, low, high, n)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import compare
 import load
+import problems
 import progress
 import pytest
 import workload
@@ -117,6 +118,41 @@ def test_a_model_is_made_once_as_the_problem_has_it(tmp_path, monkeypatch):
     assert own != cut and [programs.model(problem), len(commands)] == [own, 2]
     assert commands[0][4:] == ["--type", "q4_0", "--layers", "2"]
     assert commands[1][4:] == [*commands[0][4:], "--vocab", "llama-spm"]
+
+
+@pytest.fixture
+def bench(little, monkeypatch):
+    """The tasks of `make bench`, in its order, with a trace and with vLLM."""
+    for name in ("llama-server", "relay-ggml-op-bench", "relay-accuracy-bench"):
+        (little.folder / "bin" / name).touch()
+    (little.folder / "bin/python").touch()
+    monkeypatch.setenv("RELAY_VLLM_VENV", str(little.folder))
+    (little.folder / "trace").touch()
+    little.programs.trace_file = str(little.folder / "trace")
+    loaded = problems.load(problems.find("bench"))
+    return problems.tasks_of(loaded, little.programs, [])
+
+
+def test_make_bench_is_guessed_to_take_less_than_its_budget(bench):
+    assert sum(task.seconds for task in bench) < 14 * 60
+    names = [task.name for task in bench]
+    assert len(set(names)) == len(names), "a report that names what is missing is unambiguous"
+
+
+def test_make_bench_has_a_first_result_of_every_figure_in_nine_minutes(bench):
+    first, seconds = {}, 0.0
+    for task in bench:
+        seconds += task.seconds
+        about = map(task.parameters.get, ("experiment", "what", "system", "program"))
+        first.setdefault((task.section, *about), seconds)
+    assert len(first) > 20 and max(first.values()) < 9 * 60
+
+
+def test_make_bench_measures_often_enough_to_be_compared(bench):
+    for task in bench:
+        once = task.section in ("trace", "quality", "little_model")
+        once |= task.parameters.get("experiment") in ("arrivals", "trace")
+        assert once or task.parameters["rounds"] >= compare.LEAST_N, task.name
 
 
 def row(median, spread=0.02, n=9, better="lower", metric="latency"):

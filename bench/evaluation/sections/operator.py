@@ -64,15 +64,17 @@ def parameters(problem: dict, program: str, model: str, kv_type: str, prefix: in
     }
 
 
-def guess(problem: dict, model: str, prefix: int, ways: float) -> float:
-    """Seconds: filling the KV, then reading it row by row without sharing, at some 10 GB/s."""
+def guess(problem: dict, model: str, prefix: int, speed: float) -> float:
+    """Seconds on 2 cores: the KV of so many layers as no cache holds is filled, then attended in
+    each round, without sharing at `speed` operations a second."""
     shape = SHAPES[model]
     token = shape.kv_bytes_per_token() / shape.layers
-    seconds = 2.0
+    seconds = 1.5
     for batch in problem["batch"]:
-        kept = max(token * (prefix + batch * problem["context"]), 64e6)
-        read = kept + ways * token * batch * (prefix + problem["context"])
-        seconds += 2 * kept / 1e9 + 2 * (problem["rounds"] + 1) * read / 1e10
+        kv = token * (prefix + batch * problem["context"])
+        attended = batch * (prefix + problem["context"])
+        round_seconds = 4 * shape.heads * shape.head_dim * attended / speed
+        seconds += (1 + 120e6 / kv) * (kv / 5e8 + (problem["rounds"] + 1) * round_seconds)
     return seconds
 
 
@@ -119,7 +121,7 @@ def relay_task(problem, programs, model, kv_type, prefix) -> Task:
         return rows
 
     named = parameters(problem, "relay", model, kv_type, prefix)
-    return Task(SECTION, named, guess(problem, model, prefix, 1), run)
+    return Task(SECTION, named, guess(problem, model, prefix, 1e10), run)
 
 
 def ggml_task(problem, programs, model, kv_type, prefix) -> Task:
@@ -135,7 +137,7 @@ def ggml_task(problem, programs, model, kv_type, prefix) -> Task:
         ]
 
     named = parameters(problem, "ggml", model, kv_type, prefix)
-    return Task(SECTION, named, guess(problem, model, prefix, 2), run)
+    return Task(SECTION, named, guess(problem, model, prefix, 3e9), run)
 
 
 def vllm_task(problem, programs, model, kv_type, prefix) -> Task:
@@ -153,4 +155,4 @@ def vllm_task(problem, programs, model, kv_type, prefix) -> Task:
         return rows
 
     named = parameters(problem, "vllm", model, kv_type, prefix)
-    return Task(SECTION, named, 10 + guess(problem, model, prefix, 2), run)
+    return Task(SECTION, named, 11 + guess(problem, model, prefix, 2e10), run)

@@ -41,7 +41,7 @@ def task_of(problem, programs, file, shape: str, token_ms: float, max_batch: int
         return rows_of(case, programs.run_json(command))
 
     named = case | {k: problem[k] for k in ("block_size", "threads")}
-    return Task(SECTION, named, 100 / problem["every"] + 5, run)
+    return Task(SECTION, named, 20 / problem["every"] + 1, run)
 
 
 def rows_of(case: dict, report: dict) -> list[Row]:

@@ -43,7 +43,7 @@ test: setup
 	@scripts/test.sh
 
 bench: build little-model
-	@scripts/bench.sh
+	@scripts/bench.sh bench --budget 15
 
 bench-full: build little-model
 	@scripts/bench.sh full

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Measures a set of bench/evaluation's problems on a machine that has nothing else to do, then draws
 # its plots and writes its report beside the results: build/evaluation/<set>/evaluation.md. A run
-# that was stopped goes on. With --docs: writes docs/evaluation.md from all results that lie there.
+# that was stopped, or that had no time for all (--budget MINUTES), goes on. With --docs: writes
+# docs/evaluation.md from all results that lie there.
 # usage: scripts/bench.sh [set [options of the driver...]]      (bench; vllm, full, cuda, smoke)
 #        scripts/bench.sh --docs
 set -euo pipefail
@@ -14,7 +15,7 @@ case "${1:-bench}" in
     mapfile -t results < <(ls build/evaluation/*/results.json 2>/dev/null | grep -v /smoke/)
     [ "${#results[@]}" -gt 0 ] || { echo "bench: no results in build/evaluation; run make bench" >&2; exit 1; }
     exec "$python" bench/evaluation report "${results[@]}" ;;
-  -*) sed -n '2,6s/^# //p' scripts/bench.sh >&2; exit 2 ;;
+  -*) sed -n '2,7s/^# //p' scripts/bench.sh >&2; exit 2 ;;
 esac
 
 set="${1:-bench}"

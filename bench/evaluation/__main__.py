@@ -1,17 +1,18 @@
 """The paper's evaluation, reproduced and extended, on this machine and against real peers.
 
-    .venv/bin/python bench/evaluation run                  # the set `bench`: what `make bench` runs
+    .venv/bin/python bench/evaluation run --budget 15      # the set `bench`: what `make bench` runs
     .venv/bin/python bench/evaluation run --set full       # everything; or --set my.toml
     .venv/bin/python bench/evaluation run --device cuda    # what runs on an NVIDIA GPU
     .venv/bin/python bench/evaluation report build/evaluation/bench/results.json
     .venv/bin/python bench/evaluation compare before/results.json after/results.json
 
-A run that was stopped goes on where it was when it is started again. Results lie in
-build/evaluation/<set>: results.json, a CSV for each section. `report` draws the plots and writes
+A run that was stopped, or that had no time for all, goes on when it is started again. Results lie
+in build/evaluation/<set>: results.json, a CSV for each section. `report` draws the plots and writes
 docs/evaluation.md from any number of results.
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -52,15 +53,23 @@ def run(args: argparse.Namespace) -> None:
     print_left_out(programs.left_out)
     if (load := os.getloadavg()[0]) > 0.5 and todo:
         print(f"warning: the machine is busy (load {load:.1f}): expect noise", file=sys.stderr)
+    skipped = 0
     try:
         with Progress([t.seconds for t in todo], [results.seconds(t) for t in done]) as progress:
             for task in todo:
+                if not progress.fits(task.seconds, 60 * args.budget):
+                    progress.skip(task.seconds)
+                    skipped += 1
+                    continue
                 progress.begin(task.name, task.seconds)
                 programs.notes.clear()
                 rows = task.run()
                 results.put(task, rows, progress.end(), list(programs.notes))
     finally:  # what a run that is stopped has measured can be reported, too
         print(results.write(tasks, programs.left_out))
+    if skipped:
+        said = f"{skipped} of {len(tasks)} tasks do not fit into {args.budget:g} minutes"
+        print(f"{said}; the same command goes on with them", file=sys.stderr)
 
 
 def print_left_out(reasons: list[str]) -> None:
@@ -94,6 +103,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--build", type=Path, default=ROOT / "build/release", help="build folder")
     add("--trace", default=os.environ.get("RELAY_TRACE"), help="a trace in Mooncake's format")
     add("--out", type=Path, help="folder of the results (build/evaluation/<set>)")
+    add("--budget", type=float, default=math.inf, metavar="MINUTES", help="begin no task that"
+        " would end later; the report names what is missing")  # fmt: skip
     add("--fresh", action="store_true", help="forget what was measured before")
     add("--list", action="store_true", help="only tell the tasks and their guessed time")
     commands.choices["run"].set_defaults(do=run)

@@ -2,7 +2,6 @@
 and whether what was measured agrees with it."""
 
 import os
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +84,8 @@ def write(all_results: list[dict], document: Path, images: Path) -> None:
             text += "  Others were at work on this machine: mistrust the numbers.\n"
         for reason in results["left_out"]:
             text += f"  Left out: {shortly(reason)}.\n"
+        if missing := results.get("missing"):
+            text += f"  Not measured: {'; '.join(missing)}.\n"
     for part in PARTS:
         about = TEXTS[part.name]
         text += f"\n## {about['title']}\n\n**The paper**: {about['claim']}\n{about['about']}"
@@ -122,7 +123,7 @@ def paragraph(part: Part, results: dict, document: Path, images: Path) -> str:
     if len(lengths) == 1 and rows[0].case.get("experiment") != "trace":
         ((input_mean, output_mean),) = lengths
         sentences.append(f"Means of own prompt and answer: {input_mean:g} and {output_mean:g}.")
-    counts = [r.n for r in rows if r.better and r.n > 1]
-    measured = f"; medians of {statistics.mode(counts)}" if counts else ""
+    counts = sorted({r.n for r in rows if r.better and r.n > 1})
+    measured = f"; medians of {' or '.join(map(str, counts))}" if counts else ""
     text += f"*{results['set']}{measured}.*\n\n" if sentences else ""
     return text + "\n".join(sentences) + "\n"

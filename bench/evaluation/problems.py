@@ -1,5 +1,6 @@
 """Problem files: TOML, an array of tables for each section. `problems/` has what `make` runs."""
 
+import itertools
 from pathlib import Path
 
 import sections
@@ -48,16 +49,24 @@ def load(path: Path) -> dict[str, list[dict]]:
 
 
 def tasks_of(problems: dict[str, list[dict]], programs: Programs, only: list[str]) -> list[Task]:
-    """All tasks, in the file's order. Raises EvaluationError for a peer that is missing."""
+    """All tasks: each problem's first point in the file's order, then each one's second, so that a
+    run without the time for all lacks points and not figures. Raises EvaluationError for a peer
+    that is missing."""
     for name in only:
         if name not in problems:
             raise EvaluationError(f"--only {name}: the problem file has no such section")
-    made = []
-    for name, items in problems.items():
-        if only and name not in only:
-            continue
-        for problem in items:
-            made += sections.ALL[name].tasks(problem, programs)
+    points = [
+        sections.ALL[name].points(problem, programs)
+        for name, items in problems.items()
+        if not only or name in only
+        for problem in items
+    ]
+    made = [
+        task
+        for turn in itertools.zip_longest(*points, fillvalue=[])
+        for point in turn
+        for task in point
+    ]
     keys = set()
     for task in made:
         if task.key in keys:

@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fields import Field
+from shapes import SHAPES
 from tasks import EvaluationError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,6 +20,14 @@ TRACE_SOURCE = (
     "the trace is Mooncake's (github.com/kvcache-ai/Mooncake, Apache-2.0): "
     "FAST25-release/traces/conversation_trace.jsonl; name your copy by --trace FILE or RELAY_TRACE"
 )
+# What a problem says of the model that a server gets.
+MODEL_FIELDS = {
+    "shape": Field(str, default="llama-3.2-1b", choices=tuple(SHAPES)),
+    "ffn": Field(int, default=0, least=0, about="0: the shape's"),
+    "layers": Field(int, default=0, least=0, about="0: the shape's"),
+    "vocabulary": Field(str, default="", about="'': the shape's"),
+    "weights": Field(str, default="q4_0"),
+}
 
 
 class Programs:
@@ -119,13 +129,15 @@ class Programs:
                 raise EvaluationError(f"{' '.join(map(str, command))} wrote no results")
             return json.loads(file.read_text())
 
-    def model(self, shape: str, ffn: int, layers: int, weights: str) -> Path:
-        """A GGUF file with random weights, made once."""
-        name = f"{shape}-ffn{ffn}-layers{layers}-{weights}.gguf"
-        path = self.out.parent / "models" / name
+    def model(self, problem: dict) -> Path:
+        """A GGUF file with random weights, as the problem's MODEL_FIELDS have it, made once."""
+        shape, ffn, layers, vocabulary, weights = (problem[name] for name in MODEL_FIELDS)
+        parts = [shape, f"ffn{ffn}", f"layers{layers}", vocabulary, weights]
+        path = self.out.parent / "models" / f"{'-'.join(filter(None, parts))}.gguf"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             more = ["--ffn", ffn] * (ffn > 0) + ["--layers", layers] * (layers > 0)
+            more += ["--vocab", vocabulary] * (vocabulary != "")
             self.run([self.binary("relay"), "synth", shape, path, "--type", weights, *more])
         return path
 

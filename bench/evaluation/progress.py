@@ -24,15 +24,25 @@ class Progress:
         self._done_seconds = 0.0
         self._count, self._total = len(done), len(guesses) + len(done)
         self._out, self._terminal = out, out.isatty()
-        self._task = ("", 0.0, time.monotonic())
+        self._begin = time.monotonic()
+        self._task = ("", 0.0, self._begin)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def pace(self) -> float:
+        return (self._done_seconds + TRUST) / (self._done_guess + TRUST)
+
     def seconds_left(self) -> float:
-        pace = (self._done_seconds + TRUST) / (self._done_guess + TRUST)
         _, guess, begin = self._task
-        running = min(time.monotonic() - begin, pace * guess)
-        return max(0.0, pace * self._left - running)
+        running = min(time.monotonic() - begin, self.pace() * guess)
+        return max(0.0, self.pace() * self._left - running)
+
+    def fits(self, guess: float, budget: float) -> bool:
+        """Whether a task that begins now ends before `budget` seconds of the whole are over."""
+        return time.monotonic() - self._begin + self.pace() * guess <= budget
+
+    def skip(self, guess: float) -> None:
+        self._left -= guess
 
     def line(self) -> str:
         filled = WIDTH * self._count // max(1, self._total)

@@ -117,6 +117,7 @@ class Store:
             "most_load": max((t["load"] for t in done), default=0),
             "tasks": len(tasks),
             "tasks_done": len(done),
+            "missing": [t.name for t in tasks if not self.has(t)],
             "left_out": left_out + [note for t in done for note in t["left_out"]],
             "rows": rows,
         }

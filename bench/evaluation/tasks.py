@@ -56,7 +56,8 @@ class Task:
     @property
     def name(self) -> str:
         told = [v for v in self.parameters.values() if isinstance(v, str) and v]
-        told += [f"{k} {v}" for k, v in self.parameters.items() if k in ("prefix", "prompt")]
+        numbers = ("prefix", "prompt", "without", "requests")
+        told += [f"{k} {v}" for k, v in self.parameters.items() if k in numbers and v]
         return f"{self.section}: {', '.join(told)}"
 
     @property

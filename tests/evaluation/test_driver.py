@@ -56,6 +56,26 @@ def test_a_killed_run_goes_on_where_it_stopped(evaluation):
     assert {row["case"]["prefix"] for row in evaluation.results()["rows"]} == {64, 128, 256}
 
 
+def test_every_problem_has_a_point_before_any_has_two(evaluation):
+    other = OPERATOR.replace("[64, 128, 256]", "[1024, 2048]")
+    assert evaluation.run(evaluation.problems(OPERATOR + other)).returncode == 0
+    assert evaluation.calls() == [64, 1024, 128, 2048, 256]
+
+
+def test_what_does_not_fit_into_the_budget_is_named_and_measured_next_time(evaluation):
+    problems = evaluation.problems(OPERATOR.replace("[64, 128, 256]", "[64, 1048576, 128]"))
+    done = evaluation.run(problems, "--budget", 1)
+    assert done.returncode == 0, done.err
+    assert evaluation.calls() == [64, 128], "what is short still fits"
+    assert "1 of 3 tasks do not fit into 1 minutes" in done.err
+    results = evaluation.results()
+    assert results["tasks_done"] == 2
+    assert results["missing"] == ["operator: relay, llama-2-7b, f16, rows, prefix 1048576"]
+    assert evaluation.run(problems).returncode == 0
+    assert evaluation.calls() == [64, 128, 1048576]
+    assert evaluation.results()["missing"] == []
+
+
 def test_fresh_measures_anew(evaluation):
     problems = evaluation.problems(OPERATOR)
     assert evaluation.run(problems).returncode == 0

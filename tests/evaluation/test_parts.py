@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import compare
 import load
+import problems
 import progress
 import pytest
 import workload
@@ -100,6 +101,60 @@ def test_clients_measure_what_they_see():
     assert found["cached share of prompts"] == pytest.approx(0.25)
 
 
+def test_a_model_is_made_once_as_the_problem_has_it(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/relay").touch()
+    programs = Programs(tmp_path, "cpu", None, tmp_path / "out")
+    commands = []
+
+    def run(command):
+        commands.append([str(part) for part in command])
+        command[3].touch()
+
+    monkeypatch.setattr(programs, "run", run)
+    problem = dict(shape="tiny", ffn=0, layers=2, vocabulary="", weights="q4_0")
+    own = programs.model(problem)
+    cut = programs.model(problem | {"vocabulary": "llama-spm"})
+    assert own != cut and [programs.model(problem), len(commands)] == [own, 2]
+    assert commands[0][4:] == ["--type", "q4_0", "--layers", "2"]
+    assert commands[1][4:] == [*commands[0][4:], "--vocab", "llama-spm"]
+
+
+@pytest.fixture
+def bench(little, monkeypatch):
+    """The tasks of `make bench`, in its order, with a trace and with vLLM."""
+    for name in ("llama-server", "relay-ggml-op-bench", "relay-accuracy-bench"):
+        (little.folder / "bin" / name).touch()
+    (little.folder / "bin/python").touch()
+    monkeypatch.setenv("RELAY_VLLM_VENV", str(little.folder))
+    (little.folder / "trace").touch()
+    little.programs.trace_file = str(little.folder / "trace")
+    loaded = problems.load(problems.find("bench"))
+    return problems.tasks_of(loaded, little.programs, [])
+
+
+def test_make_bench_is_guessed_to_take_less_than_its_budget(bench):
+    assert sum(task.seconds for task in bench) < 14 * 60
+    names = [task.name for task in bench]
+    assert len(set(names)) == len(names), "a report that names what is missing is unambiguous"
+
+
+def test_make_bench_has_a_first_result_of_every_figure_in_nine_minutes(bench):
+    first, seconds = {}, 0.0
+    for task in bench:
+        seconds += task.seconds
+        about = map(task.parameters.get, ("experiment", "what", "system", "program"))
+        first.setdefault((task.section, *about), seconds)
+    assert len(first) > 20 and max(first.values()) < 9 * 60
+
+
+def test_make_bench_measures_often_enough_to_be_compared(bench):
+    for task in bench:
+        once = task.section in ("trace", "quality", "little_model")
+        once |= task.parameters.get("experiment") in ("arrivals", "trace")
+        assert once or task.parameters["rounds"] >= compare.LEAST_N, task.name
+
+
 def row(median, spread=0.02, n=9, better="lower", metric="latency"):
     low, high = median * (1 - spread), median * (1 + spread)
     return Row("operator", {"batch": 8}, "relay", metric, "s", better, median, low, high, n)
@@ -142,6 +197,19 @@ def test_time_left_follows_the_pace():
     pace = (20 + progress.TRUST) / (10 + progress.TRUST)
     assert bar.seconds_left() == pytest.approx(30 * pace, abs=0.5)
     assert " 2/3, 0:34 left" in bar.line()
+
+
+def test_a_task_fits_at_the_pace_of_those_before():
+    bar = progress.Progress([100.0, 100.0], [], out=SimpleNamespace(isatty=lambda: False))
+    assert bar.fits(100.0, 101.0) and not bar.fits(100.0, 99.0)
+    bar._task = ("a", 100.0, progress.time.monotonic() - 260)
+    bar.end()
+    assert bar.pace() == pytest.approx(2, rel=0.01), "twice as slow as guessed"
+    assert bar.fits(100.0, 210.0) and not bar.fits(100.0, 190.0)
+    bar._begin -= 50
+    assert not bar.fits(100.0, 210.0), "what is over counts"
+    bar.skip(100.0)
+    assert bar.seconds_left() == 0
 
 
 def test_divergence_of_distributions():
@@ -227,7 +295,8 @@ def little(tmp_path, monkeypatch):
 
     def tasks(**problem):
         given = {"systems": ["relay"], "if_installed": [], "questions": 8} | problem
-        return little_model.tasks(given, programs)
+        (point,) = little_model.points(given, programs)
+        return point
 
     return SimpleNamespace(tasks=tasks, programs=programs, folder=tmp_path)
 

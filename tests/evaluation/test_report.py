@@ -62,6 +62,7 @@ def test_figures_are_drawn_and_linked(tmp_path):
         assert (tmp_path / "docs" / image).stat().st_size > 10000
     assert "2.00x" in text, "throughput over llama-server's"
     assert "operator, vllm: vLLM is not installed" in text and "/a/path" not in text
+    assert "Not measured: " not in text
     for name in ("trace", "arrivals", "vllm-steps"):
         title = document.TEXTS[name]["title"]
         section = text.split(f"## {title}\n")[1].split("\n## ")[0]
@@ -90,6 +91,21 @@ def test_the_highest_rate_that_holds(tmp_path):
     text = report(tmp_path, rows)
     assert "Relay: holds 2 requests/s" in text and "llama-server: holds 1 requests/s" in text
     assert "**Agrees**: a higher rate holds" in text
+
+
+def test_what_there_was_no_time_for_is_named(tmp_path):
+    found = results(operator(1.0)) | {"missing": ["serving: relay, levels", "trace: tiny"]}
+    document.write([found], tmp_path / "docs/evaluation.md", tmp_path / "docs/images")
+    text = (tmp_path / "docs/evaluation.md").read_text()
+    assert "Not measured: serving: relay, levels; trace: tiny.\n" in text
+
+
+def test_how_many_were_measured_is_told(tmp_path):
+    rows = [r for r in operator(1.0) if r.system in ("relay", "relay-off", "formula")]
+    assert "*made-up; medians of 5.*" in report(tmp_path, rows)
+    case = rows[0].case
+    text = report(tmp_path, [*rows, row("operator", case, "ggml", "latency", 1.0, n=3)])
+    assert "*made-up; medians of 3 or 5.*" in text
 
 
 def test_every_part_has_its_text():

@@ -1,4 +1,5 @@
-"""Each section: FIELDS of its problems, and tasks(problem, programs)."""
+"""Each section: FIELDS of its problems, and points(problem, programs). A point is a list of tasks:
+what is measured of the same case, so that it can be compared."""
 
 from sections import cuda, kernels, little_model, llama_cpp, operator, quality, serving, trace, vllm
 

@@ -19,8 +19,8 @@ FIELDS = {
 }
 
 
-def tasks(problem: dict, programs: Programs) -> list[Task]:
-    return [task_of(problem, programs, name) for name in problem["sets"]]
+def points(problem: dict, programs: Programs) -> list[list[Task]]:
+    return [[task_of(problem, programs, name)] for name in problem["sets"]]
 
 
 def task_of(problem: dict, programs: Programs, name: str) -> Task:

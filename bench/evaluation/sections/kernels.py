@@ -11,7 +11,7 @@ FIELDS = {
 }
 
 
-def tasks(problem: dict, programs: Programs) -> list[Task]:
+def points(problem: dict, programs: Programs) -> list[list[Task]]:
     command = [programs.binary("relay-kernel-bench"), "--benchmark_format=json"]
     command += [f"--benchmark_filter={problem['filter']}"]
     command += [f"--benchmark_repetitions={problem['repetitions']}"]
@@ -27,4 +27,4 @@ def tasks(problem: dict, programs: Programs) -> list[Task]:
             for name, values in seconds.items()
         ]
 
-    return [Task(SECTION, dict(problem), 120.0 * problem["repetitions"], run)]
+    return [[Task(SECTION, dict(problem), 120.0 * problem["repetitions"], run)]]

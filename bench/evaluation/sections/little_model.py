@@ -22,7 +22,7 @@ FIELDS = {
 }
 
 
-def tasks(problem: dict, programs: Programs) -> list[Task]:
+def points(problem: dict, programs: Programs) -> list[list[Task]]:
     asked = list(dict.fromkeys(problem["systems"]))
     for name in problem["if_installed"]:
         there = programs.if_there(f"{SECTION}, {name}", programs.vllm_python) is not None
@@ -34,7 +34,7 @@ def tasks(problem: dict, programs: Programs) -> list[Task]:
     if problem["questions"] > len(answers.task.NAMES):
         most = len(answers.task.NAMES)
         raise EvaluationError(f"{SECTION}: its prompt holds {most} facts, no more questions")
-    return [task_of(problem["questions"], programs, system, answers) for system in asked]
+    return [[task_of(problem["questions"], programs, system, answers) for system in asked]]
 
 
 def task_of(questions: int, programs: Programs, system: str, answers) -> Task:

@@ -6,16 +6,13 @@ import tempfile
 from pathlib import Path
 
 from fields import Field
-from programs import ROOT, Programs
+from programs import MODEL_FIELDS, ROOT, Programs
 from tasks import EvaluationError, Row, Task
 
 SECTION = "llama_cpp"
 SYSTEMS = {"fa-on": "llama.cpp", "fa-off": "llama.cpp, -fa off", "relay": "llama.cpp with Relay"}
 FIELDS = {
-    "shape": Field(str, default="llama-3.2-1b"),
-    "layers": Field(int, default=0, least=0),
-    "ffn": Field(int, default=0, least=0),
-    "weights": Field(str, default="q4_0"),
+    **MODEL_FIELDS,
     "prompt": Field(int, many=True, least=0),
     "batch": Field(int, many=True, least=1),
     "tokens": Field(int, default=16, least=1),
@@ -24,14 +21,14 @@ FIELDS = {
 }
 
 
-def tasks(problem: dict, programs: Programs) -> list[Task]:
+def points(problem: dict, programs: Programs) -> list[list[Task]]:
     programs.binary("llama-batched-bench")
-    return [task_of(problem, programs, prompt) for prompt in problem["prompt"]]
+    return [[task_of(problem, programs, prompt)] for prompt in problem["prompt"]]
 
 
 def task_of(problem: dict, programs: Programs, prompt: int) -> Task:
     def run() -> list[Row]:
-        model = programs.model(*(problem[k] for k in ("shape", "ffn", "layers", "weights")))
+        model = programs.model(problem)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "rounds.csv"
             command = [sys.executable, ROOT / "bench/llama_cpp.py", "--model", model]

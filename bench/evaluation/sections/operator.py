@@ -1,5 +1,7 @@
 """The attention operator on CPUs: Relay with and without sharing, ggml's, vLLM's kernel."""
 
+import itertools
+
 from fields import Field
 from programs import VLLM_BENCH, Programs
 from shapes import SHAPES, formula
@@ -24,20 +26,21 @@ FIELDS = {
 }
 
 
-def tasks(problem: dict, programs: Programs) -> list[Task]:
+def points(problem: dict, programs: Programs) -> list[list[Task]]:
     measured = {PROGRAM_OF[name] for name in problem["systems"]}
     for name in problem["if_installed"]:
         if programs.if_there(f"operator, {name}", programs.vllm_python) is not None:
             measured.add(PROGRAM_OF[name])
     makers = {"relay": relay_task, "ggml": ggml_task, "vllm": vllm_task}
-    made = []
-    for model in problem["models"]:
-        for kv_type in problem["kv_types"]:
-            for prefix in problem["prefix"]:
-                for program in makers:
-                    if program in measured and (program != "vllm" or kv_type in VLLM_TYPES):
-                        made.append(makers[program](problem, programs, model, kv_type, prefix))
-    return made
+    return [
+        [
+            makers[program](problem, programs, model, kv_type, prefix)
+            for model, kv_type in itertools.product(problem["models"], problem["kv_types"])
+            for program in makers
+            if program in measured and (program != "vllm" or kv_type in VLLM_TYPES)
+        ]
+        for prefix in problem["prefix"]
+    ]
 
 
 def heads_of(model: str) -> list:
@@ -61,15 +64,17 @@ def parameters(problem: dict, program: str, model: str, kv_type: str, prefix: in
     }
 
 
-def guess(problem: dict, model: str, prefix: int, ways: float) -> float:
-    """Seconds: filling the KV, then reading it row by row without sharing, at some 10 GB/s."""
+def guess(problem: dict, model: str, prefix: int, speed: float) -> float:
+    """Seconds on 2 cores: the KV of so many layers as no cache holds is filled, then attended in
+    each round, without sharing at `speed` operations a second."""
     shape = SHAPES[model]
     token = shape.kv_bytes_per_token() / shape.layers
-    seconds = 2.0
+    seconds = 1.5
     for batch in problem["batch"]:
-        kept = max(token * (prefix + batch * problem["context"]), 64e6)
-        read = kept + ways * token * batch * (prefix + problem["context"])
-        seconds += 2 * kept / 1e9 + 2 * (problem["rounds"] + 1) * read / 1e10
+        kv = token * (prefix + batch * problem["context"])
+        attended = batch * (prefix + problem["context"])
+        round_seconds = 4 * shape.heads * shape.head_dim * attended / speed
+        seconds += (1 + 120e6 / kv) * (kv / 5e8 + (problem["rounds"] + 1) * round_seconds)
     return seconds
 
 
@@ -116,7 +121,7 @@ def relay_task(problem, programs, model, kv_type, prefix) -> Task:
         return rows
 
     named = parameters(problem, "relay", model, kv_type, prefix)
-    return Task(SECTION, named, guess(problem, model, prefix, 1), run)
+    return Task(SECTION, named, guess(problem, model, prefix, 1e10), run)
 
 
 def ggml_task(problem, programs, model, kv_type, prefix) -> Task:
@@ -132,7 +137,7 @@ def ggml_task(problem, programs, model, kv_type, prefix) -> Task:
         ]
 
     named = parameters(problem, "ggml", model, kv_type, prefix)
-    return Task(SECTION, named, guess(problem, model, prefix, 2), run)
+    return Task(SECTION, named, guess(problem, model, prefix, 3e9), run)
 
 
 def vllm_task(problem, programs, model, kv_type, prefix) -> Task:
@@ -150,4 +155,4 @@ def vllm_task(problem, programs, model, kv_type, prefix) -> Task:
         return rows
 
     named = parameters(problem, "vllm", model, kv_type, prefix)
-    return Task(SECTION, named, 10 + guess(problem, model, prefix, 2), run)
+    return Task(SECTION, named, 11 + guess(problem, model, prefix, 2e10), run)

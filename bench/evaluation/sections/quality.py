@@ -8,7 +8,7 @@ import threading
 
 import workload
 from fields import Field
-from programs import Programs, clean_environment
+from programs import MODEL_FIELDS, Programs, clean_environment
 from shapes import SHAPES
 from tasks import EvaluationError, Row, Task
 
@@ -24,10 +24,7 @@ FIELDS = {
     "group": Field(int, many=True, default=[4], least=1),
     "values": Field(str, many=True, default=["realistic"], choices=("realistic", "peaked", "flat")),
     # answers
-    "shape": Field(str, default="llama-3.2-1b", choices=tuple(SHAPES)),
-    "layers": Field(int, default=0, least=0),
-    "ffn": Field(int, default=0, least=0),
-    "weights": Field(str, default="q8_0"),
+    **MODEL_FIELDS,
     "prompt": Field(int, many=True, default=[1024], least=1),
     "requests": Field(int, default=8, least=1),
     "own": Field(int, default=32, least=1),
@@ -35,11 +32,11 @@ FIELDS = {
 }
 
 
-def tasks(problem: dict, programs: Programs) -> list[Task]:
+def points(problem: dict, programs: Programs) -> list[list[Task]]:
     if problem["what"] == "operator":
-        return [operator_task(problem, programs)]
+        return [[operator_task(problem, programs)]]
     return [
-        answers_task(problem, programs, kv_type, prompt)
+        [answers_task(problem, programs, kv_type, prompt)]
         for kv_type in problem["kv_types"]
         for prompt in problem["prompt"]
     ]
@@ -93,7 +90,7 @@ def answers_task(problem: dict, programs: Programs, kv_type: str, prompt: int) -
     binary = programs.binary("relay")
 
     def run() -> list[Row]:
-        model = programs.model(*(problem[k] for k in ("shape", "ffn", "layers", "weights")))
+        model = programs.model(problem)
         found = {
             way: answers(problem, programs, binary, model, kv_type, prompt, way) for way in WAYS
         }
@@ -103,8 +100,9 @@ def answers_task(problem: dict, programs: Programs, kv_type: str, prompt: int) -
             for row in compare(case | {"against": other}, found["relay"], found[other])
         ]
 
-    named = case | {k: problem[k] for k in ("ffn", "own")}
-    return Task(SECTION, named, 30 + prompt / 50, run)
+    named = case | {k: problem[k] for k in ("ffn", "vocabulary", "own")}
+    layers = problem["layers"] or SHAPES[problem["shape"]].layers
+    return Task(SECTION, named, layers * (2 + prompt / 250), run)
 
 
 def answers(problem, programs, binary, model, kv_type, prompt, way) -> list[dict]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import load
 import workload
 from fields import Field, Levels
-from programs import Programs, clean_environment
+from programs import MODEL_FIELDS, Programs, clean_environment
 from shapes import SHAPES
 from tasks import EvaluationError, Row, Task
 
@@ -25,10 +25,7 @@ EXPERIMENTS = ("throughput", "arrivals", "prompts", "without", "levels", "sharer
 
 FIELDS = {
     "experiment": Field(str, choices=EXPERIMENTS),
-    "shape": Field(str, default="llama-3.2-1b", choices=tuple(SHAPES)),
-    "layers": Field(int, default=0, least=0, about="0: the shape's"),
-    "ffn": Field(int, default=0, least=0, about="0: the shape's"),
-    "weights": Field(str, default="q4_0"),
+    **MODEL_FIELDS,
     "kv_type": Field(str, default="f16", choices=("f16", "bf16", "q8_0")),
     "system_prompt": Field(int, many=True, default=[], least=0),
     "prompts": Field(int, many=True, default=[1], least=1),
@@ -54,7 +51,7 @@ FIELDS = {
 OF_A_CASE = ("prompt", "prompts", "levels", "without", "requests")
 
 
-def tasks(problem: dict, programs: Programs) -> list[Task]:
+def points(problem: dict, programs: Programs) -> list[list[Task]]:
     replayed = problem["experiment"] == "trace"
     if replayed and problem["if_installed"]:
         if programs.if_there("serving, trace", programs.trace) is None:
@@ -66,11 +63,10 @@ def tasks(problem: dict, programs: Programs) -> list[Task]:
         raise EvaluationError("serving: 'without' is a share, from 0 to 1")
     for name in problem["systems"]:
         programs.binary("relay" if name in RELAY else "llama-server")
-    made = []
-    for case in cases_of(problem):
-        for system in problem["systems"]:
-            made.append(task_of(problem, programs, case, system, file))
-    return made
+    return [
+        [task_of(problem, programs, case, system, file) for system in problem["systems"]]
+        for case in cases_of(problem)
+    ]
 
 
 def cases_of(problem: dict) -> list[dict]:
@@ -128,6 +124,7 @@ def task_of(problem: dict, programs: Programs, case: dict, system: str, file) ->
     same = (
         "layers",
         "ffn",
+        "vocabulary",
         "weights",
         "sigma",
         "rates",
@@ -153,8 +150,7 @@ class Run:
     def __init__(self, problem, programs, case, system, file) -> None:
         self.problem, self.programs, self.case = problem, programs, case
         self.system, self.file = system, file
-        model = (problem[k] for k in ("shape", "ffn", "layers", "weights"))
-        self.model = programs.model(*model)
+        self.model = programs.model(problem)
         self.made: list[Row] = []
 
     def add(self, case: dict, metric: str, unit: str, better: str, values: list[float]) -> None:

@@ -1,6 +1,8 @@
 """A recorded trace on paper: `relay bench trace` finds what each decode step shares, and asks the
 cost model what that saves. (Its replay against servers is a problem of `serving`.)"""
 
+import itertools
+
 from fields import Field
 from programs import Programs
 from tasks import Row, Task
@@ -18,17 +20,13 @@ FIELDS = {
 }
 
 
-def tasks(problem: dict, programs: Programs) -> list[Task]:
+def points(problem: dict, programs: Programs) -> list[list[Task]]:
     if problem["if_installed"]:
         if programs.if_there(SECTION, programs.trace) is None:
             return []
     file = programs.trace()
-    made = []
-    for shape in problem["shapes"]:
-        for token_ms in problem["token_ms"]:
-            for max_batch in problem["max_batch"]:
-                made.append(task_of(problem, programs, file, shape, token_ms, max_batch))
-    return made
+    grid = itertools.product(problem["shapes"], problem["token_ms"], problem["max_batch"])
+    return [[task_of(problem, programs, file, *case)] for case in grid]
 
 
 def task_of(problem, programs, file, shape: str, token_ms: float, max_batch: int) -> Task:
@@ -43,7 +41,7 @@ def task_of(problem, programs, file, shape: str, token_ms: float, max_batch: int
         return rows_of(case, programs.run_json(command))
 
     named = case | {k: problem[k] for k in ("block_size", "threads")}
-    return Task(SECTION, named, 100 / problem["every"] + 5, run)
+    return Task(SECTION, named, 20 / problem["every"] + 1, run)
 
 
 def rows_of(case: dict, report: dict) -> list[Row]:

@@ -26,12 +26,12 @@ STEP_FIELDS = {
 }
 
 
-def steps(problem: dict, programs: Programs) -> list[Task]:
+def steps(problem: dict, programs: Programs) -> list[list[Task]]:
     if not is_there(problem, programs, "vllm_steps"):
         return []
     if programs.device == "cuda":
-        return [cuda_steps(problem, programs)]
-    return [cpu_steps(problem, programs, prefix) for prefix in problem["prefix"]]
+        return [[cuda_steps(problem, programs)]]
+    return [[cpu_steps(problem, programs, prefix)] for prefix in problem["prefix"]]
 
 
 def is_there(problem: dict, programs: Programs, what: str) -> bool:
@@ -110,10 +110,10 @@ SERVING_FIELDS = {
 }
 
 
-def serving(problem: dict, programs: Programs) -> list[Task]:
+def serving(problem: dict, programs: Programs) -> list[list[Task]]:
     if not is_there(problem, programs, "vllm_serving"):
         return []
-    return [serve_task(problem, programs, prefix) for prefix in problem["prefix"]]
+    return [[serve_task(problem, programs, prefix)] for prefix in problem["prefix"]]
 
 
 def serve_task(problem: dict, programs: Programs, prefix: int) -> Task:
@@ -160,5 +160,5 @@ def serving_rows(problem: dict, prefix: int, rates: list[float], report: dict) -
     return rows
 
 
-STEPS = SimpleNamespace(FIELDS=STEP_FIELDS, tasks=steps)
-SERVING = SimpleNamespace(FIELDS=SERVING_FIELDS, tasks=serving)
+STEPS = SimpleNamespace(FIELDS=STEP_FIELDS, points=steps)
+SERVING = SimpleNamespace(FIELDS=SERVING_FIELDS, points=serving)

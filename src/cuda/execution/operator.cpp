@@ -158,7 +158,7 @@ class Plan {
           "max_requests, max_rows, max_blocks x block_size and kv_heads are too large together; "
           "lower one of them");
     }
-    partial_rows = cut_partial_row(shape, shape.max_portions, 1);
+    partial_rows = all_partial_rows(shape);
   }
 
   /// Places everything from `base` on (null: only counts); returns the bytes.
@@ -292,7 +292,6 @@ AttendParams params_of(const Plan& plan, const Inputs& in) {
   p.tile_rows = plan.shape.tile_rows;
   p.tile_slots = plan.shape.tile_slots;
   p.workers = plan.shape.workers;
-  p.max_portions = plan.shape.max_portions;
   p.partial_capacity = plan.shape.partial_capacity;
   p.scale = in.scale;
   p.softcap = in.softcap;

@@ -127,6 +127,15 @@ __device__ inline void fence_stores() {
 __device__ inline void sync_group(int group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
 }
+/// Between a warpgroup that has read an assignment and the warp that writes the next to its place.
+__device__ inline void arrive_read(int group, int half) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(3 + group * 2 + half), "n"(kGroupThreads + 32)
+               : "memory");
+}
+__device__ inline void await_read(int group, int half) {
+  asm volatile("bar.sync %0, %1;" ::"r"(3 + group * 2 + half), "n"(kGroupThreads + 32) : "memory");
+}
+
 /// A matrix in shared memory for wgmma, in rows of 128 bytes whose 16-byte pieces are swizzled.
 /// kEightRows: bytes from eight rows to the next eight. `leading`: those from one span of 64
 /// columns to the next, where those are not what is summed.
@@ -338,7 +347,7 @@ struct Kernel {
     // V's pages behind the segment's are outside of the cache and so filled with zeros, as nothing
     // else may be read into sums.
     if (kHead == 128 && maps.by_atoms != 0) {
-#pragma unroll 1
+#pragma unroll 4
       for (int i = 0; i < kWarpPages * kPageAtoms; ++i) {
         const int page = i / kPageAtoms;
         const int key = __shfl_sync(~0u, key_unit, page);
@@ -520,6 +529,7 @@ struct Kernel {
     Walk walk;
     walk.begin(p, blockIdx.x, next.item);
     int turn = 0;
+    uint32_t filled = 0;  // halves that have had an assignment
     do {
       const bool is_there = walk.next(p, next.item);
       if (is_there) {
@@ -550,7 +560,11 @@ struct Kernel {
         wait(shared.queries_empty(group, to.half()), to.phase() ^ 1);
       }
       copy_queries(p, next.item, shared.queries(group, at.begin(rows)), next.first, rows);
-      if (lane == 0) *shared.assignment(group, at.half()) = next;
+      const int half = at.half();
+      if ((filled >> half & 1) != 0) await_read(group, half);
+      filled |= 1u << half;
+      if (lane == 0) *shared.assignment(group, half) = next;
+      __syncwarp();
       const bool is_first = at.count == 0;
       for (; at.count != to.count; ++at.count) {
         arrive_when_copied(shared.queries_full(group, at.half()));
@@ -559,6 +573,8 @@ struct Kernel {
       next.passed = 0;
       if (is_first) group == 0 ? prefetch_plan(p) : prefetch_merging(p);
     } while (!next.is_last);
+    const int other = at.half();  // the last one's has no reader that arrives
+    if ((filled >> other & 1) != 0) await_read(group, other);
   }
 
   /// And the queries, each block a share, before K and V of all blocks queue up for memory. Of
@@ -1086,8 +1102,8 @@ struct Kernel {
       wait(shared.queries_full(group, queries.half()), queries.phase());
       fence_stores();  // the queries were not copied by TMA
       const Assignment assigned = *shared.assignment(group, queries.half());
-      __syncwarp();  // all lanes have read it before one of them says so
       is_last = assigned.is_last;
+      if (!is_last) arrive_read(group, queries.half());
       pass(shared, ring, assigned.passed);
       const int rows = assigned.item.rows;
       if (rows > kFewRows) {

@@ -602,11 +602,9 @@ class Planner {
       if (i < wide_workers) {
         cut = team_step(i, wide_workers);
       } else if (i < workers) {
-        cut = step_at(done + int64_t{fixed} * (i - wide_workers) / others, 0);
+        cut = step_at(done + int64_t{fixed} * (i - wide_workers) / others, false);
       } else {
-        // Where it begins, only what cannot be cut is not.
-        cut = step_at(done + fixed + int64_t{tail} * (i - workers) / portions,
-                      i > workers ? tail / portions : 1);
+        cut = step_at(done + fixed + int64_t{tail} * (i - workers) / portions, true);
       }
       out_.cuts[i] = cut;
       if (segments_ > 0) out_.begins[i] = out_.segments[cut.segment];
@@ -622,9 +620,9 @@ class Planner {
     });
   }
 
-  /// What the tail may be made of: the own contexts of requests that fill no tile, where none of
-  /// their jobs is both long and too wide to be cut there. Only where reading is the bound, as
-  /// nothing else takes longer for some workers than for others.
+  /// What the tail may be made of: the own contexts of requests that fill no tile, if all of their
+  /// jobs are short. Only where reading is the bound, as nothing else takes longer for some workers
+  /// than for others.
   RELAY_HD int32_t light_cost(int32_t cost, int32_t workers) {
     if (shape_.max_portions == shape_.workers || workers < shape_.workers || !reading_bounds_ ||
         cost / workers < shape_.costs.tail) {
@@ -632,9 +630,8 @@ class Planner {
     }
     bool long_jobs = false;
     team_.each(segments_ - light_, [&](int i) {
-      const Segment& segment = out_.segments[light_ + i];
-      long_jobs = long_jobs || (segment.rows * shape_.group > kTailRows &&
-                                int64_t{whole_cost(segment)} * shape_.workers * 8 > cost);
+      const int64_t whole = whole_cost(out_.segments[light_ + i]);
+      long_jobs = long_jobs || whole * shape_.workers * 8 > cost;
     });
     return team_.any(long_jobs) ? 0 : cost - cost_before(light_, cost);
   }
@@ -715,10 +712,9 @@ class Planner {
     return step > steps - shape_.costs.snap ? steps : step;
   }
 
-  /// The step in front of which `cost` is reached; not near a job's end or begin. `portion`: cost
-  /// of a portion of the tail, where jobs of many rows are not cut, nor those that are not much
-  /// longer.
-  RELAY_HD Cut step_at(int64_t cost, int32_t portion) const {
+  /// The step in front of which `cost` is reached, not near a job's end or begin; between jobs, if
+  /// they are to stay whole.
+  RELAY_HD Cut step_at(int64_t cost, bool whole_jobs) const {
     if (segments_ == 0) return {0, 0};
     int32_t low = 0;  // the last segment that begins at or before it
     for (int32_t high = segments_; high - low > 1;) {
@@ -733,8 +729,7 @@ class Planner {
     const auto within = static_cast<int32_t>(cost - s_.costs[low]);
     int32_t job = within / whole;
     int32_t step = snapped((within % whole - lead + one / 2) / one, segment.steps);
-    if (portion > 0 && step > 0 &&
-        (segment.rows * shape_.group > kTailRows || whole < 2 * portion)) {
+    if (whole_jobs && step > 0) {
       job += 1;
       step = 0;
     }

@@ -42,7 +42,7 @@ struct PlanOptions {
   int32_t max_requests = 0;        ///< most requests of a batch, at most kMaxRequests
   int32_t max_rows = 0;            ///< most query rows of a batch
   int32_t max_blocks = 0;          ///< most blocks of a request: used columns of the block table
-  int32_t block_size = 16;         ///< slots of a block: a multiple of 16
+  int32_t block_size = 16;         ///< slots of a block: a multiple of 16, at most 65536
   int32_t cache_blocks = 0;        ///< blocks in the cache: ids are below this
   bool causal = true;              ///< a row sees the tokens up to its own, else all of its request
   int32_t window = 0;              ///< sliding window in tokens, 0 for none; needs causal

@@ -37,7 +37,7 @@ typedef struct {
   int32_t max_requests; /* most requests of a batch, at most 1024 */
   int32_t max_rows;     /* most query rows of a batch */
   int32_t max_blocks;   /* most blocks of a request */
-  int32_t block_size;   /* slots of a block: a multiple of 16 */
+  int32_t block_size;   /* slots of a block: a multiple of 16, at most 65536 */
   int32_t cache_blocks; /* blocks in the cache: ids are below this */
   int32_t causal;       /* 1: a row sees the tokens up to its own; 0: all tokens of its request */
   int32_t window;       /* sliding window in tokens, 0 for none; needs causal */

@@ -23,7 +23,7 @@ constexpr int32_t kMinSharedSlots = 64;
 /// rows than these in all. A batch that needs more shares in coarser pieces.
 constexpr int64_t kPartialsPerRow = 12;
 constexpr int64_t kMaxPartials = 4096;
-constexpr int32_t kMaxBlockSize = 1 << 16;
+constexpr int32_t kMaxBlockSize = 1 << 16;  // wgmma::Maps::column_of()
 
 [[noreturn]] void fail(const std::string& what) { throw Error("cuda: " + what); }
 
@@ -139,7 +139,6 @@ class Plan {
   PlanShape shape{};
   PlanView view{};
   PlanMemory memory{};
-  int32_t* taken = nullptr;  ///< portions of the tail, of the attention under way
   float* partial_out = nullptr;
   float2* partial_state = nullptr;
   int64_t partial_rows = 0;
@@ -174,7 +173,7 @@ class Plan {
     take(memory.epoch, 1);
     take(memory.faults, 2);
     take(view.header, 1);
-    take(taken, 1);
+    take(memory.taken, 1);
     take(view.cuts, shape.max_portions + 1);
     take(view.begins, shape.max_portions);
     cleared = used;
@@ -265,7 +264,7 @@ AttendParams params_of(const Plan& plan, const Inputs& in) {
   const PlanOptions& o = plan.options;
   AttendParams p{};
   p.plan = plan.view;
-  p.taken = plan.taken;
+  p.taken = plan.memory.taken;
   p.table = plan.batch.table;
   p.table_stride = plan.batch.table_stride;
   p.requests = plan.batch.requests;
@@ -290,7 +289,6 @@ AttendParams params_of(const Plan& plan, const Inputs& in) {
   p.kv_heads = o.shape.kv_heads;
   p.group = o.shape.group();
   p.tile_rows = plan.shape.tile_rows;
-  p.tile_slots = plan.shape.tile_slots;
   p.workers = plan.shape.workers;
   p.partial_capacity = plan.shape.partial_capacity;
   p.scale = in.scale;

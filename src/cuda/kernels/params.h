@@ -8,7 +8,7 @@ namespace relay::cuda {
 /// Strides in bytes.
 struct AttendParams {
   PlanView plan;
-  int32_t* taken;  ///< portions of the tail; 0 between launches
+  int32_t* taken;  ///< portions of the tail, by the attention under way; 0 before it
   const int32_t* table;
   int64_t table_stride;  ///< elements
   const char* q;
@@ -24,7 +24,7 @@ struct AttendParams {
   int32_t cache_blocks;
   int32_t requests;
   int32_t q_heads, kv_heads, group;
-  int32_t tile_rows, tile_slots;
+  int32_t tile_rows;
   int32_t workers;
   int32_t partial_capacity;
   float scale;
@@ -34,8 +34,8 @@ struct AttendParams {
   const float* k_scale;
   const float* v_scale;
   float* lse;
-  /// Partial results: partial_capacity rows of whole jobs, then, for each worker, those of the job
-  /// whose end its portion has, and those of the job whose begin (cut_partial_row()).
+  /// Partial results: partial_capacity rows of whole jobs, then tile_rows for each worker of the
+  /// job whose end its portion has, then as many of the job whose begin (cut_partial_row()).
   float* partial_out;     ///< [rows][head_size], not divided by the sum
   float2* partial_state;  ///< [rows] maximum (of logits times log2 e) and sum
 };

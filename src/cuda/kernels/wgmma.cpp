@@ -31,6 +31,7 @@ struct Plane {
   int64_t block, slot, head;  ///< strides in bytes
 };
 
+/// False where TMA cannot describe it. Strides need not ascend with the dimensions.
 bool describe(CUtensorMap& map, wgmma::Units& units, const AttendParams& p, DType type,
               const Plane& plane) {
   const auto n = [](int64_t v) { return static_cast<cuuint64_t>(v); };

@@ -46,8 +46,9 @@ __device__ inline void init_barrier(uint32_t barrier, int arrivals) {
 __device__ inline void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// By one lane of a warp. All lanes come here with the same values: were they in a branch of one
-// lane, the compiler would move each operand into a uniform register in a loop over lanes.
+// The next two are done by one lane of a warp, but called by all with the same values: were they in
+// a branch of one lane, the compiler would move each operand to a uniform register in a loop over
+// lanes.
 
 /// Arrives at two barriers, where so many bytes are to be copied.
 __device__ inline void arrive_expecting(uint32_t keys_full, int key_bytes, uint32_t values_full,
@@ -210,7 +211,7 @@ struct Kernel {
     static constexpr int kQueryBarriers = kBarriers + 2 * kStages * 8;
     static constexpr int kPortionBarriers = kQueryBarriers + 8 * 8;
     static constexpr int kPortions = kPortionBarriers + 2 * kPortionsAhead * 8;
-    static constexpr int kAssignments = kPortions + kPortionsAhead * 8;
+    static constexpr int kAssignments = kPortions + kPortionsAhead * sizeof(int32_t);
     static constexpr int kReductions = kAssignments + 4 * sizeof(Assignment);
     static_assert(kReductions + 4 * sizeof(Reduction) <= kBarriers + kControlBytes);
 
@@ -293,7 +294,7 @@ struct Kernel {
     }
     /// The first of the tail: not before this block's own portion ends, as another may be faster.
     __device__ void take_first(const AttendParams& p) {
-      if (at_ == 0) take(p);
+      if (at_ == 0 && p.plan.header->portions > p.workers) take(p);
     }
 
     /// The portion that was taken last; -1: there was none left.
@@ -378,7 +379,8 @@ struct Kernel {
   };
   static constexpr int kBatchPages = 32 / kWarpPages * kPages;
 
-  /// Where a batch's pages lie, in the unit of a tensor map.
+  /// Where a batch's pages lie, in the unit of a tensor map; -1: outside, which TMA fills with
+  /// zeros.
   __device__ static int unit_of(const AttendParams& p, const Batch& batch, const Units& units) {
     if (batch.block < 0 || batch.block >= p.cache_blocks) return -1;
     return batch.block * units.block + batch.kv_head * units.head + batch.page * units.page;
@@ -561,6 +563,7 @@ struct Kernel {
       }
       copy_queries(p, next.item, shared.queries(group, at.begin(rows)), next.first, rows);
       const int half = at.half();
+      __syncwarp();
       if ((filled >> half & 1) != 0) await_read(group, half);
       filled |= 1u << half;
       if (lane == 0) *shared.assignment(group, half) = next;
@@ -1103,6 +1106,7 @@ struct Kernel {
       fence_stores();  // the queries were not copied by TMA
       const Assignment assigned = *shared.assignment(group, queries.half());
       is_last = assigned.is_last;
+      __syncwarp();
       if (!is_last) arrive_read(group, queries.half());
       pass(shared, ring, assigned.passed);
       const int rows = assigned.item.rows;

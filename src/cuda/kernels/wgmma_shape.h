@@ -16,10 +16,10 @@ struct Units {
   int32_t page;
 };
 
-/// Where K and V lie, for TMA: dimensions (element of a span, row of eight, span, eight rows of a
-/// page, unit), the last of which are the largest steps that lead to every block, head and page. So
-/// one copy brings a page. Where the head size is no multiple of a span, the first is (element),
-/// and a copy brings eight rows of a span.
+/// Where K and V lie, for TMA, in dimensions (element of a span, row of eight, span, eight rows of
+/// a page, unit). Units are as long as the largest stride that divides those of blocks, heads and
+/// pages, so that one copy brings any page. Where the head size is no multiple of a span, the first
+/// dimension has all of its elements, and a copy brings eight rows of a span.
 struct Maps {
   CUtensorMap k;
   CUtensorMap v;
@@ -38,8 +38,8 @@ struct Maps {
 };
 
 inline constexpr int kTileRows = 128;
-inline constexpr int kPageSlots = 16;  // slots of one TMA copy: the smallest block
-inline constexpr int kSpan = 64;       // elements of one: 128 bytes, the widest swizzle
+inline constexpr int kPageSlots = 16;  // slots of a page: the smallest block
+inline constexpr int kSpan = 64;       // elements of a row of 128 bytes, the widest swizzle
 
 constexpr int tile_slots(int head_size) { return head_size > 128 ? 64 : 128; }
 

@@ -101,8 +101,8 @@ struct PlanHeader {
   int32_t portions = 0;  ///< with those of the tail
   int32_t steps = 0;
   int32_t rows = 0;
-  int32_t partial_rows = 0;
-  int32_t pieces = 0;  ///< of all lists
+  int32_t partial_rows = 0;  ///< of whole jobs
+  int32_t pieces = 0;        ///< of all lists
   uint32_t faults = 0;
   int32_t fault_request = INT32_MAX;  ///< the first request that something is wrong with
 };
@@ -128,10 +128,10 @@ struct PlanView {
   RowInfo* rows;          ///< [max_rows]
   RequestInfo* requests;  ///< [max_requests]
   RequestPart* parts;     ///< [max_requests][kMaxParts]
-  Cut* cuts;              ///< [max_portions + 1], written up to the number of portions or workers
+  Cut* cuts;              ///< [max_portions + 1], written for all portions and all workers
   Segment* begins;        ///< [max_portions] the segment in which each begins
   PieceList* lists;       ///< [max_rows][q_heads]
-  int32_t* pieces;        ///< [partial rows] numbers of partial rows
+  int32_t* pieces;        ///< [all_partial_rows()] numbers of partial rows, of all lists
 };
 
 /// How long things take, in any unit, where all workers are busy.

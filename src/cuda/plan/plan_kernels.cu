@@ -234,6 +234,7 @@ __global__ void __launch_bounds__(kMaxTeam)
   planner.plan(sharing ? memory.run_counts : nullptr, memory.runs);
   if (threadIdx.x == 0) {
     ++*memory.epoch;
+    *memory.taken = 0;  // as merging leaves it, if it was launched
     if (memory.faults[0] != 0) {
       view.header->faults |= memory.faults[0];
       view.header->fault_request =

@@ -15,6 +15,7 @@ struct PlanMemory {
   uint32_t* faults;            ///< [2] what was wrong with block ids: PlanFault, ~request
   int32_t* run_counts;         ///< [max_requests]
   Run* runs;                   ///< [max_requests][kMaxRuns]
+  int32_t* taken;              ///< AttendParams::taken
   char* scratch;               ///< PlannerScratch, where it does not fit into shared memory
 };
 

@@ -37,7 +37,7 @@ inline bool fit_costs(PlanShape& shape) {
     if (of_tile <= INT_MAX / (tiles * shape.kv_heads)) return true;
     if (step == 1) return false;
     for (int32_t* cost : {&c.step_memory, &c.step_8, &c.step_64, &c.step_128, &c.job, &c.rows,
-                          &c.worker, &c.portion}) {
+                          &c.worker, &c.portion, &c.tail}) {
       *cost = std::max(1, *cost / 2);
     }
   }
@@ -46,6 +46,8 @@ inline bool fit_costs(PlanShape& shape) {
 /// The planner's memory: arrays by request (R), by run (N), by group segment (G) and by segment
 /// (S).
 struct PlannerScratch {
+  static constexpr int32_t kTotals = 5;
+
   int32_t* rows;          // R
   int32_t* row_begin;     // R
   int32_t* length;        // R, tokens
@@ -72,7 +74,7 @@ struct PlannerScratch {
   int32_t* before;        // N x kMaxGroupSegments, rows in the group segments before the run's
   int32_t* sums;          // S
   int32_t* costs;         // S
-  int32_t* totals;        // 4
+  int32_t* totals;        // kTotals
 
   RELAY_HD static int64_t max_segments(const PlanShape& shape) {
     const int64_t tiles = ceil_div(shape.max_rows, rows_per_tile(shape)) + shape.max_requests;
@@ -105,7 +107,7 @@ struct PlannerScratch {
     take(to.before, r * kMaxRuns * kMaxGroupSegments);
     take(to.sums, max_segments(shape));
     take(to.costs, max_segments(shape));
-    take(to.totals, 4);
+    take(to.totals, kTotals);
     return used;
   }
 };
@@ -590,7 +592,8 @@ class Planner {
     const int32_t fixed = cost - done - tail;
     if (fixed == 0) workers = wide_workers > 0 ? wide_workers : workers;
     const int32_t room = shape_.max_portions - shape_.workers;
-    int32_t portions = tail / shape_.costs.portion;
+    // Each has room for a whole job.
+    int32_t portions = tail / (longest_ > shape_.costs.portion ? longest_ : shape_.costs.portion);
     portions = tail == 0 ? 0 : (portions < 1 ? 1 : (portions > room ? room : portions));
     const int32_t all = workers + portions;
     team_.each((all > shape_.workers ? all : shape_.workers) + 1, [&](int i) {
@@ -628,12 +631,11 @@ class Planner {
         cost / workers < shape_.costs.tail) {
       return 0;
     }
-    bool long_jobs = false;
     team_.each(segments_ - light_, [&](int i) {
-      const int64_t whole = whole_cost(out_.segments[light_ + i]);
-      long_jobs = long_jobs || whole * shape_.workers * 8 > cost;
+      team_.max(&s_.totals[kLongest], whole_cost(out_.segments[light_ + i]));
     });
-    return team_.any(long_jobs) ? 0 : cost - cost_before(light_, cost);
+    longest_ = s_.totals[kLongest];
+    return int64_t{longest_} * shape_.workers * 8 > cost ? 0 : cost - cost_before(light_, cost);
   }
 
   /// Of `rest`, what is left to whoever has time: workers of their own get three quarters of the
@@ -649,7 +651,6 @@ class Planner {
   /// at least is the longer of all reading and all products; reading gets what the products of the
   /// others leave of that.
   RELAY_HD void find_reading_share() {
-    enum { kReading, kProducts, kMemory, kExcess, kSums };
     team_.each(kSums, [&](int k) { s_.totals[k] = 0; });
     team_.each(segments_, [&](int k) {
       const Segment& segment = out_.segments[k];
@@ -773,6 +774,9 @@ class Planner {
   static constexpr int32_t kRelief = 8;  ///< workers of wide segments get so much less, at most
   int32_t reading_share_ = kWhole;       ///< of what reading takes where all read, in kWhole-ths
   bool reading_bounds_ = false;          ///< it takes longer than all products
+  int32_t longest_ = 0;                  ///< cost of the longest job of the tail
+  enum { kReading, kProducts, kMemory, kExcess, kLongest, kSums };  // totals
+  static_assert(kSums == PlannerScratch::kTotals);
 };
 
 }  // namespace relay::cuda

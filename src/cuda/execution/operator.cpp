@@ -290,6 +290,7 @@ AttendParams params_of(const Plan& plan, const Inputs& in) {
   p.group = o.shape.group();
   p.tile_rows = plan.shape.tile_rows;
   p.workers = plan.shape.workers;
+  p.max_portions = plan.shape.max_portions;
   p.partial_capacity = plan.shape.partial_capacity;
   p.scale = in.scale;
   p.softcap = in.softcap;

@@ -26,6 +26,7 @@ struct AttendParams {
   int32_t q_heads, kv_heads, group;
   int32_t tile_rows;
   int32_t workers;
+  int32_t max_portions;
   int32_t partial_capacity;
   float scale;
   float softcap;
@@ -34,8 +35,9 @@ struct AttendParams {
   const float* k_scale;
   const float* v_scale;
   float* lse;
-  /// Partial results: partial_capacity rows of whole jobs, then tile_rows for each worker of the
-  /// job whose end its portion has, then as many of the job whose begin (cut_partial_row()).
+  /// Partial results: partial_capacity rows of whole jobs, then tile_rows for each worker of the job
+  /// whose end its portion has, then as many of the job whose begin; then the same with kTailRows for
+  /// each portion of the tail (cut_partial_row()).
   float* partial_out;     ///< [rows][head_size], not divided by the sum
   float2* partial_state;  ///< [rows] maximum (of logits times log2 e) and sum
 };

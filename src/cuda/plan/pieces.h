@@ -5,16 +5,19 @@
 
 namespace relay::cuda {
 
-/// Partial rows of the job whose end a worker's own portion has (`which` 0), or whose begin (1):
-/// behind those of whole jobs. The tail cuts none. `s` is PlanShape or what kernels are given.
+/// Partial rows of the job whose end a portion has (`which` 0), or whose begin (1): behind those of
+/// whole jobs, first for each portion of a worker's own, then for each of the tail, which are
+/// shorter. `s` is PlanShape or what kernels are given.
 template <typename Shape>
 RELAY_HD inline int32_t cut_partial_row(const Shape& s, int32_t portion, int32_t which) {
-  return s.partial_capacity + (which * s.workers + portion) * s.tile_rows;
+  if (portion < s.workers) return s.partial_capacity + (which * s.workers + portion) * s.tile_rows;
+  return s.partial_capacity + 2 * s.workers * s.tile_rows +
+         (which * (s.max_portions - s.workers) + portion - s.workers) * kTailRows;
 }
 /// Behind them all.
 template <typename Shape>
 RELAY_HD inline int32_t all_partial_rows(const Shape& s) {
-  return cut_partial_row(s, s.workers, 1);
+  return cut_partial_row(s, s.max_portions, 1);
 }
 
 /// The first partial row of a tile of query rows, for one piece of a job; -1: it is the whole job,

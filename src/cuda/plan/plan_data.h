@@ -5,8 +5,8 @@
 // steps each; all jobs of all segments stand in one line, which is cut into *portions*: portion i
 // is the steps [cuts[i], cuts[i + 1]), the end of one job, some whole ones and the beginning of
 // another. Each worker begins with one, all about as long. What follows is the *tail*: short
-// portions of whole jobs, requests' own contexts, taken by whoever has time, since multiprocessors
-// do not get equal parts of the memory's bandwidth.
+// portions of requests' own contexts, taken by whoever has time, since multiprocessors do not get
+// equal parts of the memory's bandwidth.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +26,8 @@ inline constexpr int kMaxRuns = 5;
 inline constexpr int kMaxGroupSegments = 8;
 /// Parts of one request: those of its runs, those that it leads, and what lies between.
 inline constexpr int kMaxParts = 64;
+/// Jobs of more rows are not cut within the tail, where each portion has room for so many results.
+inline constexpr int kTailRows = 32;
 static_assert(kMaxRuns * kMaxGroupSegments + kMaxGroupSegments + kMaxRuns + kMaxGroupSegments + 1 <=
               kMaxParts);
 

@@ -46,7 +46,7 @@ inline bool fit_costs(PlanShape& shape) {
 /// The planner's memory: arrays by request (R), by run (N), by group segment (G) and by segment
 /// (S).
 struct PlannerScratch {
-  static constexpr int32_t kTotals = 5;
+  static constexpr int32_t kTotals = 6;
 
   int32_t* rows;          // R
   int32_t* row_begin;     // R
@@ -591,10 +591,7 @@ class Planner {
     const int32_t tail = tail_cost(cost - done, light, others, cost, workers);
     const int32_t fixed = cost - done - tail;
     if (fixed == 0) workers = wide_workers > 0 ? wide_workers : workers;
-    const int32_t room = shape_.max_portions - shape_.workers;
-    // Each has room for a whole job.
-    int32_t portions = tail / (longest_ > shape_.costs.portion ? longest_ : shape_.costs.portion);
-    portions = tail == 0 ? 0 : (portions < 1 ? 1 : (portions > room ? room : portions));
+    const int32_t portions = tail_portions(tail);
     const int32_t all = workers + portions;
     team_.each((all > shape_.workers ? all : shape_.workers) + 1, [&](int i) {
       if (i >= all) {
@@ -605,9 +602,11 @@ class Planner {
       if (i < wide_workers) {
         cut = team_step(i, wide_workers);
       } else if (i < workers) {
-        cut = step_at(done + int64_t{fixed} * (i - wide_workers) / others, false);
+        cut = step_at(done + int64_t{fixed} * (i - wide_workers) / others, 0);
       } else {
-        cut = step_at(done + fixed + int64_t{tail} * (i - workers) / portions, true);
+        // Where the tail begins, only jobs of many rows stay whole.
+        cut = step_at(done + fixed + int64_t{tail} * (i - workers) / portions,
+                      i > workers ? tail / portions : 1);
       }
       out_.cuts[i] = cut;
       if (segments_ > 0) out_.begins[i] = out_.segments[cut.segment];
@@ -623,19 +622,39 @@ class Planner {
     });
   }
 
-  /// What the tail may be made of: the own contexts of requests that fill no tile, if all of their
-  /// jobs are short. Only where reading is the bound, as nothing else takes longer for some workers
-  /// than for others.
+  /// What the tail may be made of: the own contexts of requests that fill no tile, if none of their
+  /// jobs is longer than a worker's share (it would be cut into many pieces), nor any that stays
+  /// whole longer than an eighth of that. Only where reading is the bound, as nothing else takes
+  /// longer for some workers than for others.
   RELAY_HD int32_t light_cost(int32_t cost, int32_t workers) {
     if (shape_.max_portions == shape_.workers || workers < shape_.workers || !reading_bounds_ ||
         cost / workers < shape_.costs.tail) {
       return 0;
     }
     team_.each(segments_ - light_, [&](int i) {
-      team_.max(&s_.totals[kLongest], whole_cost(out_.segments[light_ + i]));
+      const Segment& segment = out_.segments[light_ + i];
+      const bool stays_whole = segment.rows * shape_.group > kTailRows;
+      team_.max(&s_.totals[stays_whole ? kLongestWhole : kLongest], whole_cost(segment));
     });
     longest_ = s_.totals[kLongest];
-    return int64_t{longest_} * shape_.workers * 8 > cost ? 0 : cost - cost_before(light_, cost);
+    longest_whole_ = s_.totals[kLongestWhole];
+    const bool too_long =
+        longest_ > cost / shape_.workers || longest_whole_ > cost / (8 * shape_.workers);
+    return too_long ? 0 : cost - cost_before(light_, cost);
+  }
+
+  /// How many portions the tail has. None is shorter than a job that stays whole; those that are
+  /// not much longer than a portion do.
+  RELAY_HD int32_t tail_portions(int32_t tail) const {
+    if (tail == 0) return 0;
+    const int32_t room = shape_.max_portions - shape_.workers;
+    const auto of_at_least = [&](int32_t portion) {
+      const int32_t portions = tail / (portion > longest_whole_ ? portion : longest_whole_);
+      return portions < 1 ? 1 : (portions > room ? room : portions);
+    };
+    const int32_t portions = of_at_least(shape_.costs.portion);
+    return longest_ < 2 * (tail / portions) ? of_at_least(longest_)
+                                            : of_at_least(3 * shape_.costs.portion);
   }
 
   /// Of `rest`, what is left to whoever has time: workers of their own get three quarters of the
@@ -713,9 +732,10 @@ class Planner {
     return step > steps - shape_.costs.snap ? steps : step;
   }
 
-  /// The step in front of which `cost` is reached, not near a job's end or begin; between jobs, if
-  /// they are to stay whole.
-  RELAY_HD Cut step_at(int64_t cost, bool whole_jobs) const {
+  /// The step in front of which `cost` is reached; not near a job's end or begin. `portion`: cost
+  /// of a portion of the tail, where jobs of many rows stay whole, and those that are not much
+  /// longer.
+  RELAY_HD Cut step_at(int64_t cost, int32_t portion) const {
     if (segments_ == 0) return {0, 0};
     int32_t low = 0;  // the last segment that begins at or before it
     for (int32_t high = segments_; high - low > 1;) {
@@ -730,7 +750,8 @@ class Planner {
     const auto within = static_cast<int32_t>(cost - s_.costs[low]);
     int32_t job = within / whole;
     int32_t step = snapped((within % whole - lead + one / 2) / one, segment.steps);
-    if (whole_jobs && step > 0) {
+    if (portion > 0 && step > 0 &&
+        (segment.rows * shape_.group > kTailRows || whole < 2 * portion)) {
       job += 1;
       step = 0;
     }
@@ -774,8 +795,9 @@ class Planner {
   static constexpr int32_t kRelief = 8;  ///< workers of wide segments get so much less, at most
   int32_t reading_share_ = kWhole;       ///< of what reading takes where all read, in kWhole-ths
   bool reading_bounds_ = false;          ///< it takes longer than all products
-  int32_t longest_ = 0;                  ///< cost of the longest job of the tail
-  enum { kReading, kProducts, kMemory, kExcess, kLongest, kSums };  // totals
+  int32_t longest_ = 0;                  ///< cost of the longest job of the tail that may be cut
+  int32_t longest_whole_ = 0;            ///< and of those that may not
+  enum { kReading, kProducts, kMemory, kExcess, kLongest, kLongestWhole, kSums };  // totals
   static_assert(kSums == PlannerScratch::kTotals);
 };
 

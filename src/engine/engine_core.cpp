@@ -162,7 +162,8 @@ PrefillBudget EngineCore::prefill_budget(int32_t adapter) const {
 
 bool EngineCore::step() {
   pins_.expire();
-  const StepPlan plan = scheduler_.plan(prefill_budget(scheduler_.next_adapter()));
+  const StepPlan plan =
+      scheduler_.plan([this](int32_t adapter) { return prefill_budget(adapter); });
   const auto now = Clock::now();
   note_admissions(plan, now);
   for (Sequence* s : plan.exhausted) end_exhausted(*s);

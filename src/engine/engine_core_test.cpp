@@ -63,7 +63,8 @@ class Recorder : public Sink {
 
 class Bench {
  public:
-  explicit Bench(int32_t cells, CoreOptions options = {}, int32_t max_sequences = kMaxSequences)
+  explicit Bench(int32_t cells, const CoreOptions& options = {},
+                 int32_t max_sequences = kMaxSequences)
       : model(cells, max_sequences), core(model, model, options) {}
 
   std::shared_ptr<Outcome> submit(const Tokens& prompt, int32_t max_tokens, int32_t n = 1,
@@ -761,6 +762,7 @@ TEST(Scheduler, NobodyIsOvertakenForBeingOfAnotherAdapter) {
 TEST(EngineCore, AdaptersAnswerForThemselvesAndShareNothing) {
   CoreOptions options = small_steps();
   options.scheduler.adapters = 2;
+  options.adapters = {"one", "two"};
   options.pin_budget = 0.5;
   Bench bench(2048, options);
   const Tokens system = sequence_of(100, 103);
@@ -795,6 +797,29 @@ TEST(EngineCore, AdaptersAnswerForThemselvesAndShareNothing) {
   EXPECT_NE(outs[0]->tokens, outs[1]->tokens);
   for (const PinnedPrompt& prompt : pinned) bench.core.unpin(prompt.id);
   bench.expect_no_leak();
+}
+
+TEST(EngineCore, APinsIdIsMadeOfItsAdaptersNameNotOfItsPlace) {
+  const auto ids = [](const std::vector<std::string>& adapters) {
+    CoreOptions options = small_steps();
+    options.scheduler.adapters = 2;
+    options.adapters = adapters;
+    Bench bench(2048, options);
+    std::vector<std::string> pinned;
+    PinRequest pin;
+    pin.tokens = sequence_of(20, 123);
+    for (pin.adapter = 0; pin.adapter <= 2; ++pin.adapter) {
+      bench.core.pin(pin, {{},
+                           [&](const PinnedPrompt& prompt) { pinned.push_back(prompt.id); },
+                           [](ErrorKind, const std::string& why) { ADD_FAILURE() << why; }});
+      bench.run();
+    }
+    return pinned;
+  };
+  const auto before = ids({"one", "two"});
+  ASSERT_EQ(before.size(), 3u);
+  EXPECT_NE(before[1], before[2]);
+  EXPECT_EQ(ids({"two", "one"}), (std::vector<std::string>{before[0], before[2], before[1]}));
 }
 
 TEST(EngineCore, AdaptersShareTheTimeThatTheModelTook) {

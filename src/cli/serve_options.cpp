@@ -35,6 +35,11 @@ void prepare_adapters(ServeOptions& o) {
       throw Error("--lora " + text + ": the name " + adapter.name +
                   " is taken; give another one, as in NAME=" + adapter.path);
     }
+    for (const engine::Adapter& other : o.engine.adapters) {
+      if (!std::filesystem::equivalent(other.path, adapter.path)) continue;
+      throw Error("--lora " + text + ": this file is served as " + other.name +
+                  " already, and what is cached is of one name");
+    }
     names.push_back(adapter.name);
     o.engine.adapters.push_back(std::move(adapter));
   }

@@ -203,6 +203,7 @@ class ThreadedEngine : public Engine {
     c.scheduler.parallel = o.parallel;
     c.scheduler.batch_tokens = std::min(o.batch_tokens, model.max_rows());
     c.scheduler.adapters = static_cast<int32_t>(o.adapters.size());
+    for (const Adapter& adapter : o.adapters) c.adapters.push_back(adapter.name);
     c.prefix_caching = o.prefix_caching;
     c.pin_budget = o.pin_budget;
     c.step_seconds = o.step_seconds;

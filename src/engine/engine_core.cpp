@@ -33,7 +33,8 @@ EngineCore::EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOpt
       pins_(kv_, scheduler_,
             {.budget = options.pin_budget,
              .prompts = most_pins(model, options.scheduler.parallel),
-             .kv_bytes_per_token = options.kv_bytes_per_token}),
+             .kv_bytes_per_token = options.kv_bytes_per_token,
+             .adapters = options.adapters}),
       persistence_(kv_, cache),
       pacers_(static_cast<size_t>(options.scheduler.adapters) + 1,
               {options.step_seconds, options.decode_stretch, options.scheduler.batch_tokens}) {}
@@ -162,7 +163,8 @@ PrefillBudget EngineCore::prefill_budget(int32_t adapter) const {
 
 bool EngineCore::step() {
   pins_.expire();
-  const StepPlan plan = scheduler_.plan(prefill_budget(scheduler_.next_adapter()));
+  const StepPlan plan =
+      scheduler_.plan([this](int32_t adapter) { return prefill_budget(adapter); });
   const auto now = Clock::now();
   note_admissions(plan, now);
   for (Sequence* s : plan.exhausted) end_exhausted(*s);

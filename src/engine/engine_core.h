@@ -29,6 +29,8 @@ struct CoreOptions {
   double step_seconds = 1.0;       ///< as in EngineOptions
   double decode_stretch = 1.75;    ///< as in EngineOptions
   int64_t kv_bytes_per_token = 0;  ///< for the statistics
+  std::vector<std::string>
+      adapters;  ///< names of scheduler.adapters, for the ids of pinned prompts
 };
 
 using Clock = std::chrono::steady_clock;

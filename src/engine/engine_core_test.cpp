@@ -4,10 +4,12 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cmath>
 #include <map>
 #include <random>
 #include <set>
+#include <thread>
 
 #include "engine/fake_model.h"
 #include "engine/kv_memory.h"
@@ -61,7 +63,8 @@ class Recorder : public Sink {
 
 class Bench {
  public:
-  explicit Bench(int32_t cells, CoreOptions options = {}, int32_t max_sequences = kMaxSequences)
+  explicit Bench(int32_t cells, const CoreOptions& options = {},
+                 int32_t max_sequences = kMaxSequences)
       : model(cells, max_sequences), core(model, model, options) {}
 
   std::shared_ptr<Outcome> submit(const Tokens& prompt, int32_t max_tokens, int32_t n = 1,
@@ -529,15 +532,18 @@ TEST(Scheduler, PrefillKeepsToItsRowsBesideDecoding) {
     s.max_tokens = 5;
     scheduler.enqueue(&s);
   }
-  StepPlan plan = scheduler.plan({16, 16});
+  PrefillBudget budget{16, 16};
+  const auto budget_of = [&](int32_t) { return budget; };
+  StepPlan plan = scheduler.plan(budget_of);
   EXPECT_EQ(plan.prefill_rows, 16) << "beside the prompt of one token";
-  scheduler.commit(plan);
+  scheduler.commit(plan, 0.1);
   sequences[0].tokens.push_back(1);  // it decodes from here on
   for (const int32_t allowed : {10, 0, 1000}) {
-    plan = scheduler.plan({allowed, 0});
+    budget = {allowed, 0};
+    plan = scheduler.plan(budget_of);
     EXPECT_EQ(plan.prefill_rows, std::min(allowed, 63)) << "of a batch of 64, one row decodes";
     EXPECT_EQ(plan.rows, plan.prefill_rows + 1);
-    scheduler.commit(plan);
+    scheduler.commit(plan, 0.1);
     sequences[0].tokens.push_back(1);
   }
   for (Sequence& s : sequences) scheduler.remove(&s, Scheduler::Keep::kNothing);
@@ -565,7 +571,12 @@ class Queue {
   }
   /// Plans and computes a step; each sequence that samples takes a token.
   StepPlan step(PrefillBudget budget, double seconds = 0) {
-    StepPlan plan = scheduler.plan(budget);
+    int32_t asked = 0;
+    StepPlan plan = scheduler.plan([&](int32_t adapter) {
+      asked = adapter;
+      return budget;
+    });
+    EXPECT_EQ(asked, plan.adapter) << "the budget is that of another adapter";
     scheduler.commit(plan, seconds);
     for (const Slice& slice : plan.slices) {
       EXPECT_EQ(slice.sequence->scope.adapter, plan.adapter) << "a step is of one adapter";
@@ -719,6 +730,17 @@ TEST(Scheduler, AdaptersShareTheTimeHoweverManyRequestsEachHas) {
   EXPECT_NEAR(had[1], had[2], 0.5);
 }
 
+TEST(Scheduler, OneSlowStepSilencesNoAdapterForAsLong) {
+  Queue queue({.parallel = 32, .batch_tokens = 512, .adapters = 1});
+  queue.add(sequence_of(4, 120));
+  queue.add(sequence_of(4, 121), 1000, 1);
+  for (int i = 0; i < 10; ++i) queue.step({512, 512}, 0.1);
+  const int32_t stopped = queue.step({512, 512}, 3600).adapter;
+  int others = 0;
+  while (queue.step({512, 512}, 0.1).adapter != stopped) ASSERT_LT(++others, 1000);
+  EXPECT_NEAR(others, kMostCharged / 0.1, 2);
+}
+
 TEST(Scheduler, NobodyIsOvertakenForBeingOfAnotherAdapter) {
   Queue queue({.parallel = 2, .batch_tokens = 512, .adapters = 1});
   std::vector<Sequence*> order;
@@ -740,6 +762,7 @@ TEST(Scheduler, NobodyIsOvertakenForBeingOfAnotherAdapter) {
 TEST(EngineCore, AdaptersAnswerForThemselvesAndShareNothing) {
   CoreOptions options = small_steps();
   options.scheduler.adapters = 2;
+  options.adapters = {"one", "two"};
   options.pin_budget = 0.5;
   Bench bench(2048, options);
   const Tokens system = sequence_of(100, 103);
@@ -774,6 +797,48 @@ TEST(EngineCore, AdaptersAnswerForThemselvesAndShareNothing) {
   EXPECT_NE(outs[0]->tokens, outs[1]->tokens);
   for (const PinnedPrompt& prompt : pinned) bench.core.unpin(prompt.id);
   bench.expect_no_leak();
+}
+
+TEST(EngineCore, APinsIdIsMadeOfItsAdaptersNameNotOfItsPlace) {
+  const auto ids = [](const std::vector<std::string>& adapters) {
+    CoreOptions options = small_steps();
+    options.scheduler.adapters = 2;
+    options.adapters = adapters;
+    Bench bench(2048, options);
+    std::vector<std::string> pinned;
+    PinRequest pin;
+    pin.tokens = sequence_of(20, 123);
+    for (pin.adapter = 0; pin.adapter <= 2; ++pin.adapter) {
+      bench.core.pin(pin, {{},
+                           [&](const PinnedPrompt& prompt) { pinned.push_back(prompt.id); },
+                           [](ErrorKind, const std::string& why) { ADD_FAILURE() << why; }});
+      bench.run();
+    }
+    return pinned;
+  };
+  const auto before = ids({"one", "two"});
+  ASSERT_EQ(before.size(), 3u);
+  EXPECT_NE(before[1], before[2]);
+  EXPECT_EQ(ids({"two", "one"}), (std::vector<std::string>{before[0], before[2], before[1]}));
+}
+
+TEST(EngineCore, AdaptersShareTheTimeThatTheModelTook) {
+  CoreOptions options = small_steps();
+  options.scheduler.adapters = 2;
+  Bench bench(2048, options);
+  std::vector<int> steps(3, 0);
+  bench.model.on_decode = [&](const Batch& batch) {
+    ++steps[static_cast<size_t>(batch.adapter)];
+    std::this_thread::sleep_for(std::chrono::milliseconds(batch.adapter == 1 ? 40 : 1));
+    return DecodeStatus::kOk;
+  };
+  for (int32_t adapter = 1; adapter <= 2; ++adapter) {
+    bench.submit(sequence_of(4, 122), 1000, 1, {}, {}, false, adapter);
+  }
+  for (int i = 0; i < 60; ++i) bench.step();
+  EXPECT_GE(steps[1], 2);
+  EXPECT_GT(steps[2], 4 * steps[1]) << "40 times as many, but for what else the machine does";
+  bench.core.cancel_all();
 }
 
 TEST(StepPacer, KeepsStepsToTheirTimes) {

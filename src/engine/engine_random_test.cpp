@@ -386,6 +386,7 @@ class Core {
     o.scheduler.batch_tokens = 24 + random_.below(40);
     o.scheduler.min_follow_tokens = 1 + random_.below(20);
     o.scheduler.adapters = adapters_ = random_.below(3);
+    o.adapters = {"one", "two"};
     o.pin_budget = 0.3;
     o.step_seconds = random_.chance(2) ? 0 : 1e-4;
     return o;

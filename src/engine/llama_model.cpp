@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -65,7 +66,7 @@ void append_identity(const std::string& path, std::string& text) {
   const auto changed = fs::last_write_time(path, error).time_since_epoch().count();
   std::ifstream file(path, std::ios::binary);
   if (error || !file) {
-    throw EngineError(ErrorKind::kModel, "The model file " + path + " cannot be read.");
+    throw EngineError(ErrorKind::kModel, path + " cannot be read.");
   }
   text += std::to_string(size) + '\n' + std::to_string(changed) + '\n';
   const uint64_t last = size > kSample ? size - kSample : 0;
@@ -274,10 +275,16 @@ void LlamaModel::try_adapters() {
     batch.adapter = static_cast<int32_t>(i);
     const DecodeStatus status = decode(batch);
     llama_memory_clear(llama_get_memory(context_), false);
-    if (status == DecodeStatus::kOk) continue;
-    throw EngineError(ErrorKind::kModel, "llama.cpp failed to compute a token with " +
-                                             info_.adapters[i - 1].path + ".\n" +
-                                             take_llama_errors());
+    const std::string& path = info_.adapters[i - 1].path;
+    if (status != DecodeStatus::kOk) {
+      throw EngineError(ErrorKind::kModel, "llama.cpp failed to compute a token with " + path +
+                                               ".\n" + take_llama_errors());
+    }
+    const std::span<const float> row = logits(0);
+    if (!std::all_of(row.begin(), row.end(), [](float x) { return std::isfinite(x); })) {
+      throw EngineError(ErrorKind::kModel, "What the LoRA adapter " + path +
+                                               " makes the model compute is not finite.");
+    }
   }
   use_adapter(0);
 }

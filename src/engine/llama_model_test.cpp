@@ -14,6 +14,7 @@
 
 #include "engine/backend.h"
 #include "engine/engine_core.h"
+#include "engine/lora_file.h"
 #include "engine/test_adapters.h"
 #include "engine/test_models.h"
 #include "llama.h"
@@ -521,6 +522,10 @@ TEST(LlamaModelAdapters, RefusalsSayWhatIsWrong) {
   expect_refusal("adapter.type is 'dora'");
   write([](AdapterFile& f) { gguf_set_val_u32(f.keys, "adapter.lora.alpha", 8); });
   expect_refusal("alpha");
+  for (const float alpha : {INFINITY, NAN}) {
+    write([=](AdapterFile& f) { gguf_set_val_f32(f.keys, "adapter.lora.alpha", alpha); });
+    expect_refusal("alpha is not finite");
+  }
   write([](AdapterFile& f) {
     const uint32_t tokens[] = {1, 2};
     gguf_set_arr_data(f.keys, "adapter.alora.invocation_tokens", GGUF_TYPE_UINT32, tokens, 2);
@@ -528,6 +533,29 @@ TEST(LlamaModelAdapters, RefusalsSayWhatIsWrong) {
   expect_refusal("activated LoRA");
   write([&](AdapterFile& f) { f.add_tensor("blk.0.attn_norm.weight", 128, 1, random); });
   expect_refusal("does not apply its tensor blk.0.attn_norm.weight");
+  write([&](AdapterFile& f) { f.add("blk.0.attn_norm.weight", 128, 1, random); });
+  expect_refusal("does not apply its tensor blk.0.attn_norm.weight.lora_a");
+  write([&](AdapterFile& f) { f.add("token_embd.lora_a.weight", 128, 32064, random); });
+  expect_refusal("token_embd.lora_a.weight.lora_a is none of a LoRA's");
+  write([&](AdapterFile& f) { f.add_tensor("blk.1.attn_q.weight.lora_b.lora_a", 128, 4, random); });
+  expect_refusal("blk.1.attn_q.weight.lora_b.lora_a is none of a LoRA's");
+  for (const ggml_type type :
+       {GGML_TYPE_I8, GGML_TYPE_I32, GGML_TYPE_F64, GGML_TYPE_Q8_1, GGML_TYPE_Q8_K}) {
+    const std::string name = "blk.1.ffn_down.weight.lora_a";
+    write([&](AdapterFile& f) { f.add_zeros(name, type, {256, 4}); });
+    expect_refusal(name + " of type " + ggml_type_name(type));
+  }
+  write([&](AdapterFile& f) {
+    f.add_zeros("blk.1.attn_q.weight.lora_a", GGML_TYPE_F32, {128, 4});
+    f.add_zeros("blk.1.attn_q.weight.lora_b", GGML_TYPE_F32, {0, 128});
+  });
+  expect_refusal("blk.1.attn_q.weight.lora_b is empty");
+  write([](AdapterFile& f) {
+    const ggml_tensor* a = f.add_zeros("blk.1.ffn_down.weight.lora_a", GGML_TYPE_F32, {384, 4});
+    f.add_zeros("blk.1.ffn_down.weight.lora_b", GGML_TYPE_F32, {4, 128});
+    *static_cast<float*>(a->data) = NAN;
+  });
+  expect_refusal("compute is not finite");
   write([&](AdapterFile& f) { f.add("blk.7.attn_q.weight", 128, 128, random); });
   expect_refusal("blk.7.attn_q.weight");
   write([&](AdapterFile& f) { f.add("blk.1.attn_q.weight", 128, 96, random); });
@@ -541,6 +569,49 @@ TEST(LlamaModelAdapters, RefusalsSayWhatIsWrong) {
   embedding.add_tensor("token_embd.weight.lora_b", 4, 128, random);
   embedding.write(path);
   expect_refusal("output matrix, too", "tiny-gemma2");
+}
+
+TEST(LlamaModelAdapters, EachExpertHasItsMatrices) {
+  const Adapters adapters("tiny");
+  const std::string weight = "blk.0.ffn_up_exps.weight";
+  AdapterFile model("llama");
+  model.add_zeros(weight, GGML_TYPE_F32, {128, 256, 8});
+  model.write(adapters.path("model"));
+  const auto check = [&](const std::vector<int64_t>& a, const std::vector<int64_t>& b) {
+    AdapterFile file("llama");
+    file.add_zeros(weight + ".lora_a", GGML_TYPE_F32, a);
+    file.add_zeros(weight + ".lora_b", GGML_TYPE_F32, b);
+    file.write(adapters.path("experts"));
+    try {
+      check_lora_file(adapters.path("experts"), {adapters.path("model")});
+    } catch (const std::runtime_error& e) {
+      return std::string(e.what());
+    }
+    return std::string();
+  };
+  const std::string a = "its tensor " + weight + ".lora_a is of ";
+  const std::string b = "its tensor " + weight + ".lora_b is of ";
+  const std::string not_8 = " matrices, and the model's " + weight + " of 8";
+  EXPECT_EQ(check({128, 4, 8}, {4, 256, 8}), "");
+  EXPECT_EQ(check({128, 4, 7}, {4, 256, 8}), a + "7" + not_8);
+  EXPECT_EQ(check({128, 4, 8}, {4, 256, 7}), b + "7" + not_8);
+  EXPECT_EQ(check({128, 4}, {4, 256}), a + "1" + not_8);
+  EXPECT_EQ(check({128, 4, 8}, {4, 256, 9}), b + "9" + not_8);
+  EXPECT_EQ(check({128, 4, 8, 2}, {4, 256, 8, 2}), a + "16" + not_8);
+}
+
+TEST(LlamaModelAdapters, QuantisedOnesAreServed) {
+  const Adapters adapters("tiny");
+  EngineOptions options = small_options("tiny", 256);
+  for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0}) {
+    AdapterFile file("llama");
+    file.add_zeros("blk.0.attn_q.weight.lora_a", type, {128, 32});
+    file.add_zeros("blk.0.attn_q.weight.lora_b", type, {32, 128});
+    options.adapters.push_back({ggml_type_name(type), adapters.path(ggml_type_name(type))});
+    file.write(options.adapters.back().path);
+  }
+  const BackendReport backend = load_backends(options.relay, options.relay_module);
+  EXPECT_NO_THROW(LlamaModel::load(options, backend.relay_active, {}));
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <ggml.h>
 #include <gguf.h>
 
+#include <cmath>
 #include <memory>
 #include <stdexcept>
 #include <string_view>
@@ -42,6 +43,54 @@ void require_text(const Header& header, const char* key, std::string_view expect
   }
 }
 
+/// Those of all files of a model.
+class Shapes {
+ public:
+  explicit Shapes(const std::vector<std::string>& files) {
+    for (const std::string& file : files) headers_.emplace_back(file);
+  }
+  const ggml_tensor* find(const std::string& name) const {
+    for (const Header& header : headers_) {
+      if (const auto* found = ggml_get_tensor(header.tensors.get(), name.c_str())) return found;
+    }
+    return nullptr;
+  }
+
+ private:
+  std::vector<Header> headers_;
+};
+
+bool can_be_multiplied(ggml_type type) {
+  // Quantised types of activations are there to be multiplied with.
+  if (type == GGML_TYPE_Q8_1 || type == GGML_TYPE_Q8_K) return false;
+  return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 ||
+         ggml_is_quantized(type);
+}
+
+/// llama.cpp compares the first two dimensions itself.
+void check_matrix(const ggml_tensor& t, const Shapes& model) {
+  const std::string name = t.name;
+  const std::string weight = name.substr(0, name.rfind(".lora_"));
+  // llama.cpp strikes these out wherever they stand.
+  if (weight.find(".lora_a") != std::string::npos || weight.find(".lora_b") != std::string::npos) {
+    refuse("the name of its tensor " + name + " is none of a LoRA's");
+  }
+  if (weight.find("_norm.") != std::string::npos || weight.find("_norm_") != std::string::npos) {
+    refuse("llama.cpp does not apply its tensor " + name);
+  }
+  if (!can_be_multiplied(t.type)) {
+    refuse("llama.cpp cannot multiply with its tensor " + name + " of type " +
+           ggml_type_name(t.type));
+  }
+  if (ggml_is_empty(&t)) refuse("its tensor " + name + " is empty");
+  const ggml_tensor* changed = model.find(weight);
+  if (changed == nullptr) refuse("the model has no tensor " + weight + " for its " + name);
+  if (t.ne[2] != changed->ne[2] || t.ne[3] != 1) {
+    refuse("its tensor " + name + " is of " + std::to_string(t.ne[2] * t.ne[3]) +
+           " matrices, and the model's " + weight + " of " + std::to_string(changed->ne[2]));
+  }
+}
+
 }  // namespace
 
 void check_lora_file(const std::string& path, const std::vector<std::string>& model) {
@@ -53,23 +102,23 @@ void check_lora_file(const std::string& path, const std::vector<std::string>& mo
   if (alpha >= 0 && gguf_get_kv_type(header.keys.get(), alpha) != GGUF_TYPE_FLOAT32) {
     refuse("its adapter.lora.alpha is not of type f32");
   }
+  if (alpha >= 0 && !std::isfinite(gguf_get_val_f32(header.keys.get(), alpha))) {
+    refuse("its adapter.lora.alpha is not finite");
+  }
   if (gguf_find_key(header.keys.get(), "adapter.alora.invocation_tokens") >= 0) {
     refuse("it is an activated LoRA, which applies from its invocation tokens on; not supported");
   }
   if (gguf_get_n_tensors(header.keys.get()) == 0) refuse("it has no tensors");
-  for (int64_t i = 0; i < gguf_get_n_tensors(header.keys.get()); ++i) {
-    const std::string_view name = gguf_get_tensor_name(header.keys.get(), i);
-    if (name.ends_with("_norm.weight")) {
-      refuse("llama.cpp does not apply its tensor " + std::string(name));
-    }
+  const Shapes shapes(model);
+  for (ggml_tensor* t = ggml_get_first_tensor(header.tensors.get()); t != nullptr;
+       t = ggml_get_next_tensor(header.tensors.get(), t)) {
+    check_matrix(*t, shapes);
   }
   const ggml_tensor* a = ggml_get_tensor(header.tensors.get(), "token_embd.weight.lora_a");
   const ggml_tensor* b = ggml_get_tensor(header.tensors.get(), "token_embd.weight.lora_b");
   if (a == nullptr || b == nullptr) return;
   if (a->ne[0] != b->ne[0]) refuse("the ranks of its tensors for token_embd.weight differ");
-  for (const std::string& file : model) {
-    if (gguf_find_tensor(Header(file).keys.get(), "output.weight") >= 0) return;
-  }
+  if (shapes.find("output.weight") != nullptr) return;
   refuse("it changes the token embedding, which is this model's output matrix, too; not supported");
 }
 

@@ -31,7 +31,11 @@ std::string sha256_of(const std::string& bytes) {
 void Pins::pin(const PinRequest& request, uint64_t arrival, PinCallbacks callbacks) {
   const std::string bytes = token_bytes(request.tokens);
   std::string digest = sha256_of(request.cache_salt + '\0' + bytes);
-  if (request.adapter > 0) digest = sha256_of(std::to_string(request.adapter) + '/' + digest);
+  if (request.adapter > 0) {
+    // By name: its place may be another's after the next start.
+    digest =
+        sha256_of(limits_.adapters.at(static_cast<size_t>(request.adapter) - 1) + '/' + digest);
+  }
   const std::string id = "cp_" + digest.substr(0, 24);
   if (const auto it = pins_.find(id); it != pins_.end()) {
     PinnedPrompt& prompt = it->second.prompt;

@@ -23,9 +23,10 @@ struct PinCallbacks {
 };
 
 struct PinLimits {
-  double budget = 0.2;             ///< share of the cells
-  int32_t prompts = 0;             ///< at most so many
-  int64_t kv_bytes_per_token = 0;  ///< for what is told of them
+  double budget = 0.2;                ///< share of the cells
+  int32_t prompts = 0;                ///< at most so many
+  int64_t kv_bytes_per_token = 0;     ///< for what is told of them
+  std::vector<std::string> adapters;  ///< their names, of which ids are made
 };
 
 class Pins {

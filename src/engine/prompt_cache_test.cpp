@@ -59,6 +59,7 @@ class PromptCacheTest : public testing::Test {
     CoreOptions c;
     c.step_seconds = 0;
     c.scheduler.adapters = static_cast<int32_t>(o.adapter_keys.size());
+    c.adapters = o.adapter_keys;
     c.pin_budget = 0.5;
     EngineCore core(model, model, c, &cache);
     core.restore_prompts({});

@@ -29,7 +29,7 @@ int32_t common_prefix(const std::vector<Token>& a, const std::vector<Token>& b, 
 
 void Scheduler::enqueue(Sequence* sequence) { insert_in_order(waiting_, sequence); }
 
-StepPlan Scheduler::plan(PrefillBudget budget) {
+StepPlan Scheduler::plan(const std::function<PrefillBudget(int32_t)>& budget) {
   StepPlan plan;
   for (;;) {
     plan.slices.clear();
@@ -37,7 +37,7 @@ StepPlan Scheduler::plan(PrefillBudget budget) {
     plan.adapter = next_adapter();
     plan_decode(plan);
     plan_admissions(plan);
-    plan_prefill(plan, budget);
+    plan_prefill(plan, budget(plan.adapter));
     // (An admitted sequence without a slice is one to pin that was in the cache already, or has to
     // wait for its own or its adapter's turn.)
     if (!plan.slices.empty() || !plan.admitted.empty() || running_.empty()) break;
@@ -238,7 +238,7 @@ void Scheduler::order_by_prefix(StepPlan& plan) const {
 void Scheduler::commit(const StepPlan& plan, double seconds) {
   double& had = had_[static_cast<size_t>(plan.adapter)];
   last_turn_ = had;
-  had += seconds;
+  had += std::min(seconds, kMostCharged);
   for (const Slice& slice : plan.slices) {
     Sequence* s = slice.sequence;
     s->computed += slice.count;

@@ -9,11 +9,14 @@
 // times at most.
 //
 // A step computes with one adapter. Adapters with running sequences share the time equally, however
-// many sequences each has: the next step is for the one that has had the least. Admission knows no
-// turns, so that nobody overtakes others by being of another adapter.
+// many sequences each has: the next step is for the one that has had the least. A step counts for
+// kMostCharged seconds at most: what a process that was stopped or swapped out lost is not held
+// against the adapter whose step it was, so that none lies further behind another than that.
+// Admission knows no turns, so that nobody overtakes others by being of another adapter.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "engine/kv_memory.h"
@@ -30,6 +33,9 @@ struct PrefillBudget {
   /// what it had to compute when it was admitted fits into a step of its own (`alone`).
   int32_t short_prompts = 0;
 };
+
+/// Seconds; far above what a step is meant to take (EngineOptions::step_seconds).
+constexpr double kMostCharged = 5.0;
 
 struct SchedulerOptions {
   int32_t parallel = 64;        ///< most sequences running
@@ -64,13 +70,14 @@ class Scheduler {
   /// The sequence stays its owner's, who removes it before destroying it.
   void enqueue(Sequence* sequence);
 
-  /// What to compute next. Cells for all rows are free when it returns. May admit and preempt. No
-  /// slices: nothing to do (or see exhausted).
-  StepPlan plan(PrefillBudget budget);
+  /// What to compute next; `budget` is asked for that of the adapter that it computes with. Cells
+  /// for all rows are free when it returns. May admit and preempt. No slices: nothing to do (or see
+  /// exhausted).
+  StepPlan plan(const std::function<PrefillBudget(int32_t adapter)>& budget);
 
   /// The plan's rows are in the cache, computed in so many seconds: records them and publishes
   /// prompts.
-  void commit(const StepPlan& plan, double seconds = 0);
+  void commit(const StepPlan& plan, double seconds);
 
   enum class Keep { kAll, kPrompt, kNothing };
   /// The sequence leaves, from the queue or from running. keep: what stays in the cache of what it

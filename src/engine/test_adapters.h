@@ -5,9 +5,11 @@
 #include <gguf.h>
 
 #include <cstddef>
+#include <cstring>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "synth/shapes.h"
 
@@ -35,12 +37,19 @@ class AdapterFile {
     add_tensor(weight + ".lora_b", kRank, out, random);
   }
   void add_tensor(const std::string& name, int64_t columns, int64_t rows, std::mt19937& random) {
-    ggml_tensor* tensor = ggml_new_tensor_2d(tensors_, GGML_TYPE_F32, columns, rows);
-    ggml_set_name(tensor, name.c_str());
+    auto* values = static_cast<float*>(add_zeros(name, GGML_TYPE_F32, {columns, rows})->data);
     std::normal_distribution<float> normal(0.0f, 0.1f);
-    auto* values = static_cast<float*>(tensor->data);
     for (int64_t i = 0; i < columns * rows; ++i) values[i] = normal(random);
+  }
+  ggml_tensor* add_zeros(const std::string& name, ggml_type type,
+                         const std::vector<int64_t>& shape) {
+    ggml_tensor* tensor =
+        ggml_new_tensor(tensors_, type, static_cast<int>(shape.size()), shape.data());
+    ggml_set_name(tensor, name.c_str());
+    if (ggml_is_empty(tensor)) tensor->data = tensor;  // gguf wants some to write nothing of
+    std::memset(tensor->data, 0, ggml_nbytes(tensor));
     gguf_add_tensor(keys, tensor);
+    return tensor;
   }
   void write(const std::string& path) const {
     if (!gguf_write_to_file(keys, path.c_str(), false)) throw std::runtime_error(path);

@@ -224,6 +224,8 @@ def test_what_cannot_be_served_is_refused_at_start(model, files, tmp_path):
     assert "cannot be read" in refusal(model, "--lora", tmp_path / "missing.gguf")
     assert "the name tiny is taken" in refusal(model, "--lora", f"tiny={files['rude']}")
     assert "the name rude is taken" in refusal(model, *lora(files), "--lora", files["rude"])
+    twice = refusal(model, *lora(files), "--lora", f"again={files['rude']}")
+    assert "this file is served as rude already" in twice
     assert "the name is missing" in refusal(model, "--lora", f"={files['rude']}")
     assert "general.type is 'model'" in refusal(model, "--lora", f"other={model}")
     wrong = tmp_path / "wrong.gguf"

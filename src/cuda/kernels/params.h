@@ -35,9 +35,9 @@ struct AttendParams {
   const float* k_scale;
   const float* v_scale;
   float* lse;
-  /// Partial results: partial_capacity rows of whole jobs, then tile_rows for each worker of the job
-  /// whose end its portion has, then as many of the job whose begin; then the same with kTailRows for
-  /// each portion of the tail (cut_partial_row()).
+  /// Partial results: partial_capacity rows of whole jobs, then tile_rows for each worker of the
+  /// job whose end its portion has, then as many of the job whose begin; then the same with
+  /// kTailRows for each portion of the tail (cut_partial_row()).
   float* partial_out;     ///< [rows][head_size], not divided by the sum
   float2* partial_state;  ///< [rows] maximum (of logits times log2 e) and sum
 };

@@ -16,6 +16,13 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksPerSm = 4;
 
+__device__ inline void add_scaled(float4& to, const float4& v, float factor) {
+  to.x += v.x * factor;
+  to.y += v.y * factor;
+  to.z += v.z * factor;
+  to.w += v.w * factor;
+}
+
 /// What the pieces of a row amount to: lane l holds the elements 4 (l + 32 i) and the next three.
 template <int kQuads>
 struct Total {
@@ -85,12 +92,7 @@ __device__ Total<kQuads> add_pieces(const AttendParams& p, int32_t member, int32
         const float its = __shfl_sync(~0u, weight, at % 32);
         if (at < n && its > 0.0f) {  // else perhaps no numbers
 #pragma unroll
-          for (int i = 0; i < kQuads; ++i) {
-            total.out[i].x += ahead[j][i].x * its;
-            total.out[i].y += ahead[j][i].y * its;
-            total.out[i].z += ahead[j][i].z * its;
-            total.out[i].w += ahead[j][i].w * its;
-          }
+          for (int i = 0; i < kQuads; ++i) add_scaled(total.out[i], ahead[j][i], its);
         }
       }
       if (k + kAhead * team < n) {
@@ -135,11 +137,7 @@ __device__ void merge(const AttendParams& p, const Task& task, bool rehearsal, i
       for (int32_t other = 1; other < (rehearsal ? 1 : team); ++other) {
 #pragma unroll
         for (int i = 0; i < kQuads; ++i) {
-          const float4 more = outs[(other * kQuads + i) * 32 + lane];
-          total.out[i].x += more.x;
-          total.out[i].y += more.y;
-          total.out[i].z += more.z;
-          total.out[i].w += more.w;
+          add_scaled(total.out[i], outs[(other * kQuads + i) * 32 + lane], 1.0f);
         }
       }
     }

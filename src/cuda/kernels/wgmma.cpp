@@ -33,9 +33,8 @@ struct Plane {
 
 /// False where TMA cannot describe it. Strides need not ascend with the dimensions.
 bool describe(CUtensorMap& map, wgmma::Units& units, const AttendParams& p, DType type,
-              const Plane& plane) {
+              const Plane& plane, bool by_atoms) {
   const auto n = [](int64_t v) { return static_cast<cuuint64_t>(v); };
-  const bool by_atoms = p.head_size % wgmma::kSpan != 0;
   const int64_t pages = p.block_size / wgmma::kPageSlots;
   const int64_t page = plane.slot * wgmma::kPageSlots;
   // The strides of what there is but one of do not matter.
@@ -86,11 +85,12 @@ PathShape wgmma_shape(int32_t head_size) {
 cudaError_t launch_wgmma(const AttendParams& p, DType type, cudaStream_t stream) {
   if (encode_tiled() == nullptr) return cudaErrorNotSupported;
   wgmma::Maps maps{};
-  if (!describe(maps.k, maps.k_units, p, type, {p.k, p.k_block, p.k_slot, p.k_head}) ||
-      !describe(maps.v, maps.v_units, p, type, {p.v, p.v_block, p.v_slot, p.v_head})) {
+  const bool by_atoms = p.head_size % wgmma::kSpan != 0;
+  maps.by_atoms = by_atoms ? 1 : 0;
+  if (!describe(maps.k, maps.k_units, p, type, {p.k, p.k_block, p.k_slot, p.k_head}, by_atoms) ||
+      !describe(maps.v, maps.v_units, p, type, {p.v, p.v_block, p.v_slot, p.v_head}, by_atoms)) {
     return cudaErrorInvalidValue;
   }
-  maps.by_atoms = p.head_size % wgmma::kSpan != 0 ? 1 : 0;
   maps.block_pages = p.block_size / wgmma::kPageSlots;
   if (maps.block_pages > 1) {
     maps.reciprocal = static_cast<uint32_t>(((uint64_t{1} << 32) - 1) / maps.block_pages + 1);

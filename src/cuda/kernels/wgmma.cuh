@@ -1170,8 +1170,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(K::kComputeRegisters));
     if (threadIdx.x / 32 == kGroupThreads / 32) K::prefetch_queries(p);
-    const int group = threadIdx.x / kGroupThreads - 1;
-    K::compute_items(p, shared, group);
+    K::compute_items(p, shared, threadIdx.x / kGroupThreads - 1);
   }
 #endif
 }

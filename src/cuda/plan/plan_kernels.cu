@@ -24,6 +24,17 @@ constexpr int kMaxStarts = 64;
 constexpr int kMaxTeam = 1024;
 constexpr int kListThreads = 128;
 
+/// Inclusive prefix sums of the lanes' numbers. One warp.
+template <typename V>
+__device__ V scan_warp(V v) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const V other = __shfl_up_sync(~0u, v, d);
+    if (threadIdx.x % 32 >= d) v += other;
+  }
+  return v;
+}
+
 /// Whole blocks that may be shared, [begin, end).
 struct Columns {
   int32_t begin;
@@ -115,12 +126,7 @@ __global__ void find_runs(PlanShape shape, PlanBatch batch, PlanMemory memory) {
     for (int i = 0; i < kColumnsPerThread; ++i) {
       if (chunk + first + i < columns.end && owner_of[first + i] != owner_of[first + i + 1]) ++here;
     }
-    int before = here;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(~0u, before, d);
-      if (lane >= d) before += other;
-    }
+    const int before = scan_warp(here);
     if (lane == 31) warp_sum[warp] = before;
     __syncthreads();
     int at = count + before - here;
@@ -175,14 +181,6 @@ __device__ __noinline__ TwoSums block_scan(int32_t* p, int32_t* q, int n, uint64
   const int end = min(n, begin + per);
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const auto scan_warp = [&](uint64_t v) {
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const uint64_t other = __shfl_up_sync(~0u, v, d);
-      if (lane >= d) v += other;
-    }
-    return v;
-  };
   uint64_t sum = 0;
   for (int i = begin; i < end; ++i) sum += read(i);
   const uint64_t through = scan_warp(sum);
@@ -260,9 +258,9 @@ __device__ int32_t portion_of(const int32_t* cuts, int32_t portions, int32_t ste
   return low;
 }
 
-/// Calls f(l, tile, partial) for each piece of each tile that rows of head `kv_head` of a query row
-/// are in, part by part: `l` lane of the part's `first_row` (of the query row, among the segment's
-/// rows x group), `partial` the lane's piece or INT_MIN: 32 pieces at a time. One warp.
+/// Calls f(first_row, tile, partial) for the pieces of a query row's part in each of its tiles,
+/// part by part, 32 pieces at a time: `first_row` is the row's first among the segment's rows x
+/// group, `partial` the lane's piece as partial_row() gives it, INT_MIN for none. One warp.
 template <typename F>
 __device__ void each_piece(const PlanShape& shape, const PlanView& view, const int32_t* cuts,
                            int32_t row, int32_t kv_head, F f) {
@@ -341,12 +339,7 @@ __global__ void __launch_bounds__(kListThreads) list_pieces(PlanShape shape, Pla
                });
     const bool is_head = head < shape.group;
     if (direct || !is_head) count = 0;
-    int32_t through = count;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int32_t other = __shfl_up_sync(~0u, through, d);
-      if (lane >= d) through += other;
-    }
+    const int32_t through = scan_warp(count);
     int32_t begin = 0;
     if (lane == 31 && through > 0) begin = atomicAdd(&view.header->pieces, through);
     begin = __shfl_sync(~0u, begin, 31) + through - count;

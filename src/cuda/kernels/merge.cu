@@ -12,10 +12,14 @@
 namespace relay::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlocksPerSm = 4;
+constexpr int kBlocksPerSm = 2;
+constexpr int kPiecesAtOnce = 10;  // of 128 elements, for each warp: two blocks fit compute 8.0
 
+__device__ inline float4 scaled(const float4& v, float factor) {
+  return {v.x * factor, v.y * factor, v.z * factor, v.w * factor};
+}
 __device__ inline void add_scaled(float4& to, const float4& v, float factor) {
   to.x += v.x * factor;
   to.y += v.y * factor;
@@ -23,7 +27,16 @@ __device__ inline void add_scaled(float4& to, const float4& v, float factor) {
   to.w += v.w * factor;
 }
 
-/// What the pieces of a row amount to: lane l holds the elements 4 (l + 32 i) and the next three.
+__device__ inline void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
+/// Those of this thread, who alone reads what it has copied.
+__device__ inline void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+/// What some pieces of a row amount to: lane l holds the elements 4 (l + 32 i) and the next three.
 template <int kQuads>
 struct Total {
   float max;
@@ -31,36 +44,39 @@ struct Total {
   float4 out[kQuads];
 };
 
-/// The pieces' weighted sum, of which this warp adds every `team`-th from `member` on, and the
-/// maximum and sum of all of them. Lane l has the l-th piece in `first`; those from the 32nd on are
-/// read. Weights are computed while the first outputs are on their way.
+/// The outputs of as many pieces as a warp reads at once; then what it tells its team.
 template <int kQuads>
-__device__ Total<kQuads> add_pieces(const AttendParams& p, int32_t member, int32_t team,
-                                    PieceList list, int32_t first) {
-  constexpr int kAhead = 4 / kQuads;
+struct Outs {
+  static constexpr int kAtOnce = kPiecesAtOnce / kQuads;
+  float4 of[kAtOnce][kQuads][32];
+};
+
+/// The pieces' weighted sum, by one warp. Lane l has the l-th piece in `first`, as far as they are
+/// read at once. Weights are computed while the outputs are on their way.
+template <int kQuads>
+__device__ Total<kQuads> add_pieces(const AttendParams& p, PieceList list, int32_t first,
+                                    Outs<kQuads>& outs) {
+  constexpr int kAtOnce = Outs<kQuads>::kAtOnce;
   const int32_t lane = threadIdx.x % 32;
   Total<kQuads> total{};
   total.max = -INFINITY;
   int32_t chunk = 0;
 #pragma unroll 1
   do {
-    const int32_t n = min(32, list.count - chunk);
+    const int32_t n = min(kAtOnce, list.count - chunk);
     int32_t piece = first;
     if (chunk > 0) piece = lane < n ? p.plan.pieces[list.begin + chunk + lane] : -1;
-    const auto read = [&](int32_t k, float4(&to)[kQuads]) {
-      const int32_t its = __shfl_sync(~0u, piece, k % 32);
-      const auto* from =
-          reinterpret_cast<const float4*>(p.partial_out + int64_t{its} * p.head_size);
+#pragma unroll 1
+    for (int32_t k = 0; k < n; ++k) {
+      const int32_t its = __shfl_sync(~0u, piece, k);
+      const char* from = reinterpret_cast<const char*>(p.partial_out + int64_t{its} * p.head_size);
 #pragma unroll
       for (int i = 0; i < kQuads; ++i) {
-        to[i] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (k < n && lane + 32 * i < p.head_size / 4) to[i] = from[lane + 32 * i];
+        if (lane + 32 * i < p.head_size / 4) {
+          copy_async(&outs.of[k][i][lane], from + (lane + 32 * i) * 16);
+        }
       }
-    };
-    float4 ahead[kAhead][kQuads];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) read(member + j * team, ahead[j]);
-
+    }
     float2 state = lane < n ? p.partial_state[piece] : float2{-INFINITY, 0.0f};
     if (!(state.y > 0.0f)) state.x = -INFINITY;
     float max = state.x;
@@ -75,120 +91,133 @@ __device__ Total<kQuads> add_pieces(const AttendParams& p, int32_t member, int32
     for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
     total.max = max;
     total.sum = total.sum * keep + sum;
-    if (chunk > 0) {
 #pragma unroll
-      for (int i = 0; i < kQuads; ++i) {
-        total.out[i].x *= keep;
-        total.out[i].y *= keep;
-        total.out[i].z *= keep;
-        total.out[i].w *= keep;
-      }
-    }
-#pragma unroll 1
-    for (int32_t k = member; k < n; k += kAhead * team) {
+    for (int i = 0; i < kQuads; ++i) total.out[i] = scaled(total.out[i], keep);
+    await_copies();
+#pragma unroll 4
+    for (int32_t k = 0; k < n; ++k) {
+      const float its = __shfl_sync(~0u, weight, k);
+      if (its > 0.0f) {  // else perhaps no numbers
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int32_t at = k + j * team;
-        const float its = __shfl_sync(~0u, weight, at % 32);
-        if (at < n && its > 0.0f) {  // else perhaps no numbers
-#pragma unroll
-          for (int i = 0; i < kQuads; ++i) add_scaled(total.out[i], ahead[j][i], its);
+        for (int i = 0; i < kQuads; ++i) {
+          if (lane + 32 * i < p.head_size / 4) add_scaled(total.out[i], outs.of[k][i][lane], its);
         }
       }
-      if (k + kAhead * team < n) {
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j) read(k + (kAhead + j) * team, ahead[j]);
-      }
     }
-    chunk += 32;
+    chunk += kAtOnce;
   } while (chunk < list.count);
   return total;
 }
 
-/// A (row, head) and its pieces.
-struct Task {
-  int32_t row;
-  int32_t head;
-  PieceList list;
-  int32_t first;  ///< of lane l the l-th piece
+/// A block's shared memory.
+template <int kQuads>
+struct Memory {
+  Outs<kQuads> outs[kWarps];
+  float2 states[kWarps];  ///< maximum and sum of a member's share
 };
 
-/// Merges a task by a team of warps, of which this is one, and stores the result; all teams of a
-/// block do so together. `outs` has room for a float4 of each lane, quad and member. A rehearsal
-/// reads and writes no results: it brings the code from memory.
+/// A warp in a team of 1, 2, 4, 8 or 16 of its block.
+struct Member {
+  int32_t warp;    ///< of the block
+  int32_t number;  ///< of the team
+  int32_t team;    ///< members
+};
+
+/// Merges a row's head by a team, of which this warp adds the pieces of `list`, and stores the
+/// result; all teams of a block do so together. A rehearsal reads and writes no results: it brings
+/// the code from memory.
 template <typename T, int kQuads>
-__device__ void merge(const AttendParams& p, const Task& task, bool rehearsal, int32_t member,
-                      int32_t team, float4* outs) {
+__device__ void merge(const AttendParams& p, const Member& member, int32_t task, PieceList list,
+                      int32_t first, bool rehearsal, Memory<kQuads>& memory) {
   const int32_t lane = threadIdx.x % 32;
-  const bool direct = task.list.count == kDirect;
+  const bool direct = list.count == kDirect;
+  if (rehearsal) list.count = 0;
   Total<kQuads> total{};
-  if (!direct) {
-    const PieceList list = rehearsal ? PieceList{0, 0} : task.list;
-    total = add_pieces<kQuads>(p, member, team, list, task.first);
-  }
-  if (team > 1) {
-    if (member > 0 && !direct && !rehearsal) {
+  if (!direct) total = add_pieces<kQuads>(p, list, first, memory.outs[member.warp]);
+  if (member.team > 1) {
+    if (member.number > 0 && !direct) {
+      if (lane == 0) memory.states[member.warp] = {total.max, total.sum};
 #pragma unroll
-      for (int i = 0; i < kQuads; ++i) outs[(member * kQuads + i) * 32 + lane] = total.out[i];
+      for (int i = 0; i < kQuads; ++i) memory.outs[member.warp].of[0][i][lane] = total.out[i];
     }
     __syncthreads();
-    if (member == 0 && !direct) {
+    if (member.number == 0 && !direct) {
 #pragma unroll 1
-      for (int32_t other = 1; other < (rehearsal ? 1 : team); ++other) {
+      for (int32_t other = 1; other < (rehearsal ? 2 : member.team); ++other) {
+        const float2 state = memory.states[member.warp + other];
+        const float max = fmaxf(total.max, state.x);
+        const float base = max == -INFINITY ? 0.0f : max;
+        const float keep = exp2_fast(total.max - base);
+        const float weight = exp2_fast(state.x - base);
+        total.max = max;
+        total.sum = total.sum * keep + state.y * weight;
 #pragma unroll
         for (int i = 0; i < kQuads; ++i) {
-          add_scaled(total.out[i], outs[(other * kQuads + i) * 32 + lane], 1.0f);
+          total.out[i] = scaled(total.out[i], keep);
+          add_scaled(total.out[i], memory.outs[member.warp + other].of[0][i][lane], weight);
         }
       }
     }
+    __syncthreads();  // the members go on to write
   }
-  if (member == 0 && !direct) {
+  if (member.number == 0 && !direct) {
+    const int32_t row = task / p.q_heads;
+    const int32_t head = task % p.q_heads;
     if (rehearsal) total.sum = 1.0f;
-    const float factor =
-        finish_row(p, task.row, task.head, total.max, total.sum, lane == 0 && !rehearsal);
-    auto* to = reinterpret_cast<uint2*>(p.out + task.row * p.out_row + task.head * p.out_head);
+    const float factor = finish_row(p, row, head, total.max, total.sum, lane == 0 && !rehearsal);
+    auto* to = reinterpret_cast<uint2*>(p.out + row * p.out_row + head * p.out_head);
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
       if (!rehearsal && lane + 32 * i < p.head_size / 4) {
-        const float4 out = total.out[i];
-        to[lane + 32 * i] = {Pair<T>::pack(out.x * factor, out.y * factor),
-                             Pair<T>::pack(out.z * factor, out.w * factor)};
+        const float4 out = scaled(total.out[i], factor);
+        to[lane + 32 * i] = {Pair<T>::pack(out.x, out.y), Pair<T>::pack(out.z, out.w)};
       }
     }
   }
   __syncwarp();
 }
 
-/// A team of 1, 2, 4 or 8 warps of a block merges one (row, head) after the other: the fewer there
-/// are of these, the larger the teams.
+/// A team of warps of a block merges one (row, head) after the other: the fewer there are of these,
+/// the larger the teams. Each member adds a share of the pieces. The lists of the next two are
+/// asked for while one is merged.
 template <typename T, int kQuads>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) merge_rows(AttendParams p) {
-  __shared__ float4 memory[kWarps * 32 * kQuads];
-  const int32_t warp = threadIdx.x / 32;
+  extern __shared__ float4 dynamic_memory[];
+  auto& memory = *reinterpret_cast<Memory<kQuads>*>(dynamic_memory);
   const int32_t lane = threadIdx.x % 32;
   let_next_start();
   // The plan is there: the attention kernel lets this one start only when it has seen the plan.
   const int32_t tasks = p.plan.header->rows * p.q_heads;
   const int32_t warps = static_cast<int32_t>(gridDim.x) * kWarps;
-  int32_t team = 1;
-  while (team < kWarps && tasks * team * 2 <= warps) team *= 2;
-  const int32_t teams = warps / team;
-  const int32_t member = warp % team;
-  float4* outs = memory + (warp - member) * 32 * kQuads;
+  Member member{static_cast<int32_t>(threadIdx.x) / 32, 0, 1};
+  while (member.team < kWarps && tasks * member.team * 2 <= warps) member.team *= 2;
+  member.number = member.warp % member.team;
+  const int32_t teams = warps / member.team;
 
   const auto wait_for_pieces = [&] {
     wait_for_previous();
     if (blockIdx.x == 0 && threadIdx.x == 0) *p.taken = 0;
   };
-  bool waited = false;
+  const auto share_of = [&](int32_t task) {
+    PieceList list{0, kDirect};
+    if (task < tasks) list = p.plan.lists[task];
+    if (list.count == kDirect || member.team == 1) return list;
+    const int32_t share = ceil_div(list.count, member.team);
+    const int32_t begin = min(list.count, share * member.number);
+    return PieceList{list.begin + begin, min(share, list.count - begin)};
+  };
+  const auto first_of = [&](const PieceList& list) {
+    return lane < list.count ? p.plan.pieces[list.begin + lane] : -1;
+  };
   // Blocks take neighbouring tasks, and all teams of a block as many.
-  for (int32_t number = blockIdx.x * (kWarps / team) + warp / team; number - warp / team < tasks;
-       number += teams) {
-    Task task{number / p.q_heads, number % p.q_heads, {0, kDirect}, -1};
-    if (number < tasks) {
-      task.list = p.plan.lists[number];
-      if (lane < task.list.count) task.first = p.plan.pieces[task.list.begin + lane];
-    }
+  int32_t task = blockIdx.x * (kWarps / member.team) + member.warp / member.team;
+  PieceList list = share_of(task);
+  PieceList next = share_of(task + teams);
+  int32_t first = first_of(list);
+  bool waited = false;
+  for (; task - member.warp / member.team < tasks; task += teams) {
+    const PieceList after = share_of(task + 2 * teams);
+    const int32_t next_first = first_of(next);
     // The first time all of it is done twice, at first without any piece: by then the code has come
     // from memory, while the kernel before still works.
 #pragma unroll 1
@@ -197,28 +226,37 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) merge_rows(AttendParam
         wait_for_pieces();
         waited = true;
       }
-      merge<T, kQuads>(p, task, rehearsal, member, team, outs);
+      merge<T, kQuads>(p, member, task, list, first, rehearsal, memory);
       if (!rehearsal) break;
     }
-    if (team > 1) __syncthreads();  // outputs have been read
+    list = next;
+    next = after;
+    first = next_first;
   }
   if (!waited) wait_for_pieces();  // or the kernel after this one might begin too early
 }
 
 template <typename T>
 cudaError_t launch_type(const AttendParams& p, int32_t blocks, cudaStream_t stream) {
-  const auto run = [&](auto kernel) { return launch(kernel, blocks, kThreads, 0, stream, p); };
-  return p.head_size <= 128 ? run(merge_rows<T, 1>) : run(merge_rows<T, 2>);
+  const auto run = [&](auto kernel, size_t memory) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory));
+    if (error != cudaSuccess) return error;
+    return launch(kernel, blocks, kThreads, memory, stream, p);
+  };
+  return p.head_size <= 128 ? run(merge_rows<T, 1>, sizeof(Memory<1>))
+                            : run(merge_rows<T, 2>, sizeof(Memory<2>));
 }
 
 }  // namespace
 
 cudaError_t launch_merge(const AttendParams& params, DType q_type, int32_t max_rows,
                          int32_t multiprocessors, cudaStream_t stream) {
-  // A block for each (row, head), as long as all of them fit.
+  // As blocks find room where attention has ended, and so late where it ends last, half of what
+  // would fit is launched where that gives each (row, head) a warp.
   const int64_t most = int64_t{max_rows} * params.q_heads;
-  const auto blocks =
-      static_cast<int32_t>(std::min<int64_t>(most, int64_t{kBlocksPerSm} * multiprocessors));
+  const int64_t half = std::min<int64_t>(most, multiprocessors);
+  const auto blocks = static_cast<int32_t>(most <= half * kWarps ? half : kBlocksPerSm * half);
   return q_type == DType::kBF16 ? launch_type<__nv_bfloat16>(params, blocks, stream)
                                 : launch_type<__half>(params, blocks, stream);
 }

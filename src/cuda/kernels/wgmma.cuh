@@ -50,37 +50,55 @@ __device__ inline void arrive(uint32_t barrier) {
 // a branch of one lane, the compiler would move each operand to a uniform register in a loop over
 // lanes.
 
-/// Arrives at two barriers, where so many bytes are to be copied.
-__device__ inline void arrive_expecting(uint32_t keys_full, int key_bytes, uint32_t values_full,
-                                        int value_bytes) {
+/// Arrives at two barriers, at each of which so many bytes are to be copied.
+__device__ inline void arrive_expecting(uint32_t keys_full, uint32_t values_full, int bytes) {
   asm volatile(
       "{\n.reg .pred one;\n"
       "elect.sync _|one, 0xffffffff;\n"
-      "@one mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\n"
-      "@one mbarrier.arrive.expect_tx.shared.b64 _, [%2], %3;\n}" ::"r"(keys_full),
-      "r"(key_bytes), "r"(values_full), "r"(value_bytes)
+      "@one mbarrier.arrive.expect_tx.shared.b64 _, [%0], %2;\n"
+      "@one mbarrier.arrive.expect_tx.shared.b64 _, [%1], %2;\n}" ::"r"(keys_full),
+      "r"(values_full), "r"(bytes)
       : "memory");
 }
 /// What copy_boxes() copies, of the dimensions of Maps; rows and spans begin at 0.
 struct Box {
   uint32_t to;
-  const CUtensorMap& map;
+  uint64_t map;
   uint32_t barrier;
   int unit;
 };
-/// Copies a box of V, and one of K if `has_key`.
-__device__ inline void copy_boxes(const Box& k, bool has_key, const Box& v, int element,
-                                  int eight_rows) {
+/// Copies a box of K and one of V.
+__device__ inline void copy_boxes(const Box& k, const Box& v, int element, int eight_rows) {
   asm volatile(
-      "{\n.reg .pred one, both;\n"
+      "{\n.reg .pred one;\n"
       "elect.sync _|one, 0xffffffff;\n"
-      "setp.ne.and.s32 both, %8, 0, one;\n"
-      "@both cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
-      "[%1, {%9, 0, 0, %10, %3}], [%2];\n"
+      "@one cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%8, 0, 0, %9, %3}], [%2];\n"
       "@one cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%4], "
-      "[%5, {%9, 0, 0, %10, %7}], [%6];\n}" ::"r"(k.to),
-      "l"(&k.map), "r"(k.barrier), "r"(k.unit), "r"(v.to), "l"(&v.map), "r"(v.barrier), "r"(v.unit),
-      "r"(has_key ? 1 : 0), "r"(element), "r"(eight_rows)
+      "[%5, {%8, 0, 0, %9, %7}], [%6];\n}" ::"r"(k.to),
+      "l"(k.map), "r"(k.barrier), "r"(k.unit), "r"(v.to), "l"(v.map), "r"(v.barrier), "r"(v.unit),
+      "r"(element), "r"(eight_rows)
+      : "memory");
+}
+/// Copies two boxes of K and two of V: the second ones are of the units `k_unit` and `v_unit`, and
+/// go to kBytes behind the first. This takes fewer instructions than one by one.
+template <int kBytes>
+__device__ inline void copy_two_boxes(const Box& k, int k_unit, const Box& v, int v_unit) {
+  asm volatile(
+      "{\n.reg .pred one;\n.reg .b32 to_k, to_v;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "add.u32 to_k, %0, %10;\n"
+      "add.u32 to_v, %4, %10;\n"
+      "@one cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {0, 0, 0, 0, %3}], [%2];\n"
+      "@one cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%4], "
+      "[%5, {0, 0, 0, 0, %7}], [%6];\n"
+      "@one cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [to_k], "
+      "[%1, {0, 0, 0, 0, %8}], [%2];\n"
+      "@one cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [to_v], "
+      "[%5, {0, 0, 0, 0, %9}], [%6];\n}" ::"r"(k.to),
+      "l"(k.map), "r"(k.barrier), "r"(k.unit), "r"(v.to), "l"(v.map), "r"(v.barrier), "r"(v.unit),
+      "r"(k_unit), "r"(v_unit), "n"(kBytes)
       : "memory");
 }
 __device__ inline void wait(uint32_t barrier, uint32_t phase) {
@@ -185,6 +203,7 @@ struct Kernel {
   static constexpr int kScoreBlocks = kSlots / 8;
   static constexpr int kOutBlocks = kHead / 8;
   static constexpr int kPages = kSlots / kPageSlots;
+  static constexpr int kShortSlots = 2 * kPageSlots;  // of a context that has just begun
   static constexpr int kPortionsAhead = 4;
   // Of a thread. The block is launched with 168 for each, which are shared out anew: a warpgroup
   // that asked for more than the others have left would wait for ever.
@@ -218,7 +237,8 @@ struct Kernel {
     static constexpr int kBarriers = kTiles + kStages * kTileBytes;
     static constexpr int kQueryBarriers = kBarriers + 2 * kStages * 8;
     static constexpr int kPortionBarriers = kQueryBarriers + 8 * 8;
-    static constexpr int kPortions = kPortionBarriers + 2 * kPortionsAhead * 8;
+    static constexpr int kRehearsalBarrier = kPortionBarriers + 2 * kPortionsAhead * 8;
+    static constexpr int kPortions = kRehearsalBarrier + 8;
     static constexpr int kAssignments = kPortions + kPortionsAhead * sizeof(int32_t);
     static constexpr int kReductions = kAssignments + 4 * sizeof(Assignment);
     static_assert(kReductions + 4 * sizeof(Reduction) <= kBarriers + kControlBytes);
@@ -241,6 +261,7 @@ struct Kernel {
     __device__ uint32_t portion_empty(int slot) const {
       return portion_full(slot) + kPortionsAhead * 8;
     }
+    __device__ uint32_t rehearsed() const { return address + kRehearsalBarrier; }
     __device__ int32_t* portion(int slot) const {
       return reinterpret_cast<int32_t*>(base + kPortions) + slot;
     }
@@ -294,7 +315,8 @@ struct Kernel {
   /// tail that it takes. One warp takes them; the others are told.
   class Portions {
    public:
-    __device__ explicit Portions(bool takes) : takes_(takes) {}
+    __device__ Portions(const AttendParams& p, bool takes)
+        : portions_(p.plan.header->portions), takes_(takes) {}
 
     /// Asks for the next one: some time before it is needed, as the answer takes a while.
     __device__ void take(const AttendParams& p) {
@@ -302,13 +324,12 @@ struct Kernel {
     }
     /// The first of the tail: not before this block's own portion ends, as another may be faster.
     __device__ void take_first(const AttendParams& p) {
-      if (at_ == 0 && p.plan.header->portions > p.workers) take(p);
+      if (at_ == 0 && portions_ > p.workers) take(p);
     }
 
     /// The portion that was taken last; -1: there was none left.
     __device__ int32_t next(const AttendParams& p, const Shared& shared) {
-      const int32_t portions = p.plan.header->portions;
-      if (portions <= p.workers) return -1;  // there is no tail
+      if (portions_ <= p.workers) return -1;  // there is no tail
       const int lane = threadIdx.x % 32;
       const int slot = at_ % kPortionsAhead;
       const uint32_t phase = at_ / kPortionsAhead & 1;
@@ -326,55 +347,77 @@ struct Kernel {
         portion = *shared.portion(slot);
         arrive(shared.portion_empty(slot));
       }
-      return portion < portions ? portion : -1;
+      return portion < portions_ ? portion : -1;
     }
 
    private:
+    int32_t portions_;
     int32_t taken_ = 0;
     uint32_t at_ = 0;
     bool takes_;
   };
 
+  /// The addresses of the tensor maps, which the compiler would else compute for each copy anew.
+  struct Planes {
+    __device__ explicit Planes(const Maps& maps) : by_atoms(maps.by_atoms != 0) {
+      k = __shfl_sync(~0u, reinterpret_cast<uint64_t>(&maps.k), 0);
+      v = __shfl_sync(~0u, reinterpret_cast<uint64_t>(&maps.v), 0);
+    }
+    uint64_t k;
+    uint64_t v;
+    bool by_atoms;
+  };
+
   static constexpr int kWarpPages = kPages / 2;  // of a step, for each of the two loading warps
 
   /// Loads this warp's half of a step's K and V: lane l knows where the l-th page of both lies, of
-  /// which `pages` are there. Page by page, as a token's K and V are neighbours in most caches.
-  __device__ static void load_step(const Shared& shared, Ring& ring, const Maps& maps, int warp,
-                                   int pages, int key_unit, int value_unit) {
-    const Ring values = ring.ahead(1);
-    wait(shared.empty(ring.stage), ring.phase ^ 1);
+  /// which `pages` are there. Page by page, as a token's K and V are neighbours in most caches. A
+  /// rehearsal has none: it only brings the code from memory.
+  __device__ static void load_step(const Shared& shared, const Ring& keys, const Planes& planes,
+                                   int warp, int pages, int key_unit, int value_unit,
+                                   bool rehearsal) {
+    const Ring values = keys.ahead(1);
+    wait(shared.empty(keys.stage), keys.phase ^ 1);
     wait(shared.empty(values.stage), values.phase ^ 1);
     // From one lane, so that the compiler sees that they are the same in all.
     const auto same = [](uint32_t value) { return __shfl_sync(~0u, value, 0); };
     const int own = warp * kWarpPages * kPageBytes;
-    const uint32_t to_keys = same(shared_address(shared.tile(ring.stage)) + own);
+    const uint32_t to_keys = same(shared_address(shared.tile(keys.stage)) + own);
     const uint32_t to_values = same(shared_address(shared.tile(values.stage)) + own);
-    const uint32_t keys_full = same(shared.full(ring.stage));
-    const uint32_t values_full = same(shared.full(values.stage));
+    const uint32_t keys_full = same(rehearsal ? shared.rehearsed() : shared.full(keys.stage));
+    const uint32_t values_full = same(rehearsal ? shared.rehearsed() : shared.full(values.stage));
     const int mine = same(max(0, min(kWarpPages, pages)));
-    arrive_expecting(keys_full, mine * kPageBytes, values_full, kWarpPages * kPageBytes);
-    // V's pages behind the segment's are outside of the cache and so filled with zeros, as nothing
-    // else may be read into sums.
-    if (kHead == 128 && maps.by_atoms != 0) {
+    arrive_expecting(keys_full, values_full, mine * kPageBytes);
+    if (kHead == 128 && planes.by_atoms) {
 #pragma unroll 4
       for (int i = 0; i < kWarpPages * kPageAtoms; ++i) {
         const int page = i / kPageAtoms;
+        if (page >= mine) break;
         const int key = __shfl_sync(~0u, key_unit, page);
         const int value = __shfl_sync(~0u, value_unit, page);
-        copy_boxes({to_keys + i * kAtomBytes, maps.k, keys_full, key}, page < mine,
-                   {to_values + i * kAtomBytes, maps.v, values_full, value}, i % kSpans * kSpan,
+        copy_boxes({to_keys + i * kAtomBytes, planes.k, keys_full, key},
+                   {to_values + i * kAtomBytes, planes.v, values_full, value}, i % kSpans * kSpan,
                    i / kSpans % 2);
       }
     } else {
+      const auto key = [&](int i) {
+        return Box{to_keys + i * kPageBytes, planes.k, keys_full, __shfl_sync(~0u, key_unit, i)};
+      };
+      const auto value = [&](int i) {
+        return Box{to_values + i * kPageBytes, planes.v, values_full,
+                   __shfl_sync(~0u, value_unit, i)};
+      };
+      if (mine == kWarpPages) {
 #pragma unroll
-      for (int i = 0; i < kWarpPages; ++i) {
-        const int key = __shfl_sync(~0u, key_unit, i);
-        const int value = __shfl_sync(~0u, value_unit, i);
-        copy_boxes({to_keys + i * kPageBytes, maps.k, keys_full, key}, i < mine,
-                   {to_values + i * kPageBytes, maps.v, values_full, value}, 0, 0);
+        for (int i = 0; i < kWarpPages; i += 2) {
+          copy_two_boxes<kPageBytes>(key(i), __shfl_sync(~0u, key_unit, i + 1), value(i),
+                                     __shfl_sync(~0u, value_unit, i + 1));
+        }
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < mine; ++i) copy_boxes(key(i), value(i), 0, 0);
       }
     }
-    ring.advance(2);
   }
 
   /// Several steps of one item: lane l knows the block of the (l % kWarpPages)-th page of the
@@ -400,14 +443,17 @@ struct Kernel {
                                     const Shared& shared) {
     const int lane = threadIdx.x % 32;
     const int lane_page = lane / kWarpPages * kPages + warp * kWarpPages + lane % kWarpPages;
-    Portions portions(warp == 0);
+    const Planes planes(maps);
+    Portions portions(p, warp == 0);
     Item item{};
     Walk walk;
     walk.begin(p, blockIdx.x, item);
     if (walk.is_done()) portions.take_first(p);
     int at = 0;  // page of the item's segment
     int end = 0;
-    const auto fetch = [&](Batch& batch) {
+    // The first batch is one step: as all blocks begin together, it would else arrive as late as
+    // the steps behind it.
+    const auto fetch = [&](Batch& batch, bool is_first) {
       if (at == end) {
         while (!walk.next(p, item)) {
           const int32_t portion = portions.next(p, shared);
@@ -419,7 +465,7 @@ struct Kernel {
         end = min(item.step_end * kPages, ceil_div(item.segment.slots, kPageSlots));
       }
       batch.kv_head = item.kv_head;
-      batch.pages = min(kBatchPages, end - at);
+      batch.pages = min(is_first ? kPages : kBatchPages, end - at);
       const int page = item.segment.first / kPageSlots + at + lane_page;
       const int column = maps.column_of(page);
       batch.page = page - column * maps.block_pages;
@@ -431,16 +477,27 @@ struct Kernel {
       if (at == end && walk.is_done()) portions.take_first(p);
       return true;
     };
+    // While one warp finds the first pages, the other rehearses loading, by a step none of whose
+    // pages is its own. The first batch is asked for before the second is looked for; from then on
+    // the next one is found first.
+    enum { kRehearsal = -1, kFind, kLoad };
     Ring ring;
     Batch batch{};
-    for (bool more = true; more;) {
+    int turn = kFind;
+    if (warp == 1) {
+      turn = kRehearsal;
+      batch.pages = 1;
+    }
+    for (bool more = true; more; ++turn) {
       Batch next{};
-      more = fetch(next);
+      if (turn != kRehearsal && turn != kLoad) more = fetch(next, turn == kFind);
       int keys = unit_of(p, batch, maps.k_units);
       int values = unit_of(p, batch, maps.v_units);
 #pragma unroll 1
       for (int pages = batch.pages; pages > 0; pages -= kPages) {
-        load_step(shared, ring, maps, warp, pages - warp * kWarpPages, keys, values);
+        load_step(shared, ring, planes, warp, pages - warp * kWarpPages, keys, values,
+                  turn == kRehearsal);
+        if (turn != kRehearsal) ring.advance(2);
         keys = __shfl_down_sync(~0u, keys, kWarpPages);
         values = __shfl_down_sync(~0u, values, kWarpPages);
       }
@@ -535,7 +592,7 @@ struct Kernel {
     const int lane = threadIdx.x % 32;
     Halves at;
     Assignment next{};
-    Portions portions(false);
+    Portions portions(p, false);
     Walk walk;
     walk.begin(p, blockIdx.x, next.item);
     int turn = 0;
@@ -626,15 +683,19 @@ struct Kernel {
     }
   }
 
-  /// Awaits a step's V and zeros what may not be read into sums: slots before the segment's, and
-  /// those behind on its last page. Whether it has written.
+  /// How many slots of a step's tile are the segment's.
+  __device__ static int slots_of(const Segment& segment, int step) {
+    return min(kSlots, segment.slots - step * kSlots);
+  }
+
+  /// Awaits a step's V and zeros what may not be read into sums: of its first `read` slots those
+  /// before the segment's, and those behind. Whether it has written.
   __device__ static bool await_values(const Shared& shared, const Segment& segment, const Ring& at,
-                                      int step) {
+                                      int step, int read) {
     constexpr int kChunks = kSpans * 8;
-    const int column = segment.first + step * kSlots;
-    const int end = min(kSlots, segment.first + segment.slots - column);
-    const int begin = max(0, min(end, segment.seen_from - column));
-    const int slots = begin + (kPageSlots - end % kPageSlots) % kPageSlots;
+    const int end = slots_of(segment, step);
+    const int begin = max(0, min(end, segment.seen_from - segment.first - step * kSlots));
+    const int slots = begin + read - end;
     char* tile = shared.tile(at.stage);
     await_tile(shared, at);
 #pragma unroll 1
@@ -833,7 +894,7 @@ struct Kernel {
     float keep[2] = {1.0f, 1.0f};
 
     const auto prepare_values = [&](const Ring& at, int step) {
-      if (await_values(shared, segment, at, step)) {
+      if (await_values(shared, segment, at, step, kSlots)) {
         fence_stores();
         sync_group(group);
       }
@@ -912,11 +973,13 @@ struct Kernel {
     wgmma_commit();
   }
 
-  /// V^T P^T: head size x rows.
+  /// V^T P^T: head size x rows, of the tile's first slots.
+  template <int kRead>
   __device__ static void multiply_few_values(FewState& state, const Queries& weights,
                                              const Tile& v) {
+    wgmma_fence();
 #pragma unroll
-    for (int n = 0; n < kSlots / 16; ++n) {
+    for (int n = 0; n < kRead / 16; ++n) {
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
         wgmma_few<T, true>(state.out[span], v.descriptor(span * kAtomBytes + n * 2 * kEightSlots),
@@ -924,6 +987,7 @@ struct Kernel {
       }
     }
     wgmma_commit();
+    wgmma_wait<0>();
   }
 
   /// Scores to weights, in place.
@@ -1090,14 +1154,17 @@ struct Kernel {
       release(shared, ring);
       soften_few(item, logits, step, rows, slopes, shared.maxima(group), s, state);
       store_weights(weights, s);
-      await_values(shared, item.segment, values, step);
+      const bool is_short = slots_of(item.segment, step) <= kShortSlots;
+      await_values(shared, item.segment, values, step, is_short ? kShortSlots : kSlots);
       fence_stores();
       sync_group(group);
       const Queries w(shared_address(weights), 16);
       const Tile v(shared_address(shared.tile(values.stage)), kAtomBytes);
-      wgmma_fence();
-      multiply_few_values(state, w, v);
-      wgmma_wait<0>();
+      if (is_short) {
+        multiply_few_values<kShortSlots>(state, w, v);
+      } else {
+        multiply_few_values<kSlots>(state, w, v);
+      }
       release(shared, values);
       ring.advance(2);
     }
@@ -1150,6 +1217,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       init_barrier(shared.portion_full(i), 1);
       init_barrier(shared.portion_empty(i), 3 * 32);
     }
+    init_barrier(shared.rehearsed(), 2);
     for (int i = 0; i < 4; ++i) {
       init_barrier(shared.queries_full(i / 2, i % 2), 32 + 1);  // copies, and the assignment
       init_barrier(shared.queries_empty(i / 2, i % 2), kGroupThreads / 32);

@@ -115,6 +115,11 @@ class Plan:
         """Of the last planned batch, padding included."""
         return self._batch.requests
 
+    @property
+    def rows(self) -> int:
+        """Of the last planned batch, padding included."""
+        return self._batch.rows
+
     def make(
         self,
         query_start_loc: "torch.Tensor",

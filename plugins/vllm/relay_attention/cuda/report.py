@@ -18,8 +18,9 @@ def kv_slots(worker: object) -> tuple[int, int, int]:
 
 
 def watch_kv_slots(worker: object, requests: int) -> None:
-    """Remembers what kv_slots tells after the next step with so many requests, as requests neither
-    come nor go at once."""
+    """Remembers what kv_slots tells after the next step in which so many requests, or more, decode
+    and nothing else happens: requests neither come nor go at once, and before they decode they may
+    all have rows of their prompts in one step."""
     for plan in _plans(worker):
         plan.make = partial(_make_watched, plan, requests)
 
@@ -36,7 +37,7 @@ def watched_kv_slots(worker: object) -> tuple[int, int, int] | None:
 def _make_watched(plan: Plan, requests: int, *args: object) -> None:
     Plan.make(plan, *args)
     *_, stream = args
-    if plan.requests >= requests:
+    if plan.requests >= requests and plan.rows <= plan.requests:
         plan.watched = plan.summary(stream)
         del plan.make
 

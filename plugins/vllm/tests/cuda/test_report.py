@@ -11,9 +11,9 @@ STREAM = 7
 
 @pytest.fixture
 def plan(monkeypatch):
-    def make(self, requests, stream):
+    def make(self, requests, rows, stream):
         assert stream == STREAM
-        self._batch = SimpleNamespace(requests=requests)
+        self._batch = SimpleNamespace(requests=requests, rows=rows)
         self.made += 1
 
     def summary(self, stream):
@@ -34,24 +34,24 @@ def worker(plan):
     return SimpleNamespace(model_runner=SimpleNamespace(attn_groups=[[group]]))
 
 
-def test_watches_the_first_step_that_is_large_enough(plan, worker):
+def test_watches_the_first_step_in_which_enough_requests_decode(plan, worker):
     report.watch_kv_slots(worker, 4)
-    for requests in (3, 5, 6):
-        plan.make(requests, STREAM)
-    assert report.watched_kv_slots(worker) == (3, 5, 50)
-    assert plan.made == 3
+    for requests, rows in ((3, 3), (4, 64), (4, 5), (5, 5), (6, 6)):
+        plan.make(requests, rows, STREAM)
+    assert report.watched_kv_slots(worker) == (5, 5, 50)
+    assert plan.made == 5
 
 
 def test_tells_nothing_where_no_step_was_attended(plan, worker):
     report.watch_kv_slots(worker, 4)
-    plan.make(3, STREAM)
+    plan.make(3, 3, STREAM)
     assert report.watched_kv_slots(worker) is None
-    plan.make(5, STREAM)
+    plan.make(5, 5, STREAM)
     assert report.watched_kv_slots(worker) is None, "no longer watched"
 
 
 def test_tells_a_step_once(plan, worker):
     report.watch_kv_slots(worker, 4)
-    plan.make(4, STREAM)
+    plan.make(4, 4, STREAM)
     assert report.watched_kv_slots(worker) is not None
     assert report.watched_kv_slots(worker) is None

@@ -535,6 +535,10 @@ TEST(LlamaModelAdapters, RefusalsSayWhatIsWrong) {
   expect_refusal("does not apply its tensor blk.0.attn_norm.weight");
   write([&](AdapterFile& f) { f.add("blk.0.attn_norm.weight", 128, 1, random); });
   expect_refusal("does not apply its tensor blk.0.attn_norm.weight.lora_a");
+  for (const char* name : {"blk.0.attn_q.bias", "per_layer_token_embd.weight"}) {
+    write([&](AdapterFile& f) { f.add(name, 128, 1, random); });
+    expect_refusal("does not apply its tensor " + std::string(name) + ".lora_a");
+  }
   write([&](AdapterFile& f) { f.add("token_embd.lora_a.weight", 128, 32064, random); });
   expect_refusal("token_embd.lora_a.weight.lora_a is none of a LoRA's");
   write([&](AdapterFile& f) { f.add_tensor("blk.1.attn_q.weight.lora_b.lora_a", 128, 4, random); });

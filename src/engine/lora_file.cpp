@@ -67,6 +67,21 @@ bool can_be_multiplied(ggml_type type) {
          ggml_is_quantized(type);
 }
 
+/// Whether llama.cpp multiplies with a tensor of this name, and so applies what a LoRA says of it.
+/// Biases and norms are added and multiplied elementwise, the others looked up by row or convolved.
+bool is_multiplied(const std::string& weight) {
+  constexpr std::string_view kEnd = ".weight";
+  if (weight.size() < kEnd.size() ||
+      weight.compare(weight.size() - kEnd.size(), kEnd.size(), kEnd) != 0) {
+    return false;
+  }
+  for (const char* part : {"_norm.", "_norm_", "per_layer_token_embd.", "position_embd.",
+                           "token_types.", "rope_freqs.", "conv1d."}) {
+    if (weight.find(part) != std::string::npos) return false;
+  }
+  return true;
+}
+
 /// llama.cpp compares the first two dimensions itself.
 void check_matrix(const ggml_tensor& t, const Shapes& model) {
   const std::string name = t.name;
@@ -75,9 +90,7 @@ void check_matrix(const ggml_tensor& t, const Shapes& model) {
   if (weight.find(".lora_a") != std::string::npos || weight.find(".lora_b") != std::string::npos) {
     refuse("the name of its tensor " + name + " is none of a LoRA's");
   }
-  if (weight.find("_norm.") != std::string::npos || weight.find("_norm_") != std::string::npos) {
-    refuse("llama.cpp does not apply its tensor " + name);
-  }
+  if (!is_multiplied(weight)) refuse("llama.cpp does not apply its tensor " + name);
   if (!can_be_multiplied(t.type)) {
     refuse("llama.cpp cannot multiply with its tensor " + name + " of type " +
            ggml_type_name(t.type));

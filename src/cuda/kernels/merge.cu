@@ -51,8 +51,8 @@ struct Outs {
   float4 of[kAtOnce][kQuads][32];
 };
 
-/// The pieces' weighted sum, by one warp. Lane l has the l-th piece in `first`, as far as they are
-/// read at once. Weights are computed while the outputs are on their way.
+/// The pieces' weighted sum, by one warp. Lane l has the l-th piece in `first`, of which as many
+/// are used as are read at once. Weights are computed while the outputs are on their way.
 template <int kQuads>
 __device__ Total<kQuads> add_pieces(const AttendParams& p, PieceList list, int32_t first,
                                     Outs<kQuads>& outs) {
@@ -154,7 +154,9 @@ __device__ void merge(const AttendParams& p, const Member& member, int32_t task,
 #pragma unroll
         for (int i = 0; i < kQuads; ++i) {
           total.out[i] = scaled(total.out[i], keep);
-          add_scaled(total.out[i], memory.outs[member.warp + other].of[0][i][lane], weight);
+          if (weight > 0.0f) {  // else perhaps no numbers
+            add_scaled(total.out[i], memory.outs[member.warp + other].of[0][i][lane], weight);
+          }
         }
       }
     }

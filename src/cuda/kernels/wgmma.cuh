@@ -46,9 +46,9 @@ __device__ inline void init_barrier(uint32_t barrier, int arrivals) {
 __device__ inline void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// The next two are done by one lane of a warp, but called by all with the same values: were they in
-// a branch of one lane, the compiler would move each operand to a uniform register in a loop over
-// lanes.
+// The next three are done by one lane of a warp, but called by all with the same values: were they
+// in a branch of one lane, the compiler would move each operand to a uniform register in a loop
+// over lanes.
 
 /// Arrives at two barriers, at each of which so many bytes are to be copied.
 __device__ inline void arrive_expecting(uint32_t keys_full, uint32_t values_full, int bytes) {
@@ -203,7 +203,7 @@ struct Kernel {
   static constexpr int kScoreBlocks = kSlots / 8;
   static constexpr int kOutBlocks = kHead / 8;
   static constexpr int kPages = kSlots / kPageSlots;
-  static constexpr int kShortSlots = 2 * kPageSlots;  // of a context that has just begun
+  static constexpr int kShortSlots = 2 * kPageSlots;  // of a few rows' V, where no more is there
   static constexpr int kPortionsAhead = 4;
   // Of a thread. The block is launched with 168 for each, which are shared out anew: a warpgroup
   // that asked for more than the others have left would wait for ever.
@@ -369,10 +369,11 @@ struct Kernel {
   };
 
   static constexpr int kWarpPages = kPages / 2;  // of a step, for each of the two loading warps
+  static_assert(kWarpPages % 2 == 0);            // copied by twos
 
   /// Loads this warp's half of a step's K and V: lane l knows where the l-th page of both lies, of
   /// which `pages` are there. Page by page, as a token's K and V are neighbours in most caches. A
-  /// rehearsal has none: it only brings the code from memory.
+  /// rehearsal has none: it brings the code from memory, but for that of the copies themselves.
   __device__ static void load_step(const Shared& shared, const Ring& keys, const Planes& planes,
                                    int warp, int pages, int key_unit, int value_unit,
                                    bool rehearsal) {
@@ -430,8 +431,8 @@ struct Kernel {
   };
   static constexpr int kBatchPages = 32 / kWarpPages * kPages;
 
-  /// Where a batch's pages lie, in the unit of a tensor map; -1: outside, which TMA fills with
-  /// zeros.
+  /// Where a batch's pages lie, in the unit of a tensor map; -1: outside of the cache, which TMA
+  /// fills with zeros, or behind the batch's, which are not copied.
   __device__ static int unit_of(const AttendParams& p, const Batch& batch, const Units& units) {
     if (batch.block < 0 || batch.block >= p.cache_blocks) return -1;
     return batch.block * units.block + batch.kv_head * units.head + batch.page * units.page;
@@ -478,8 +479,8 @@ struct Kernel {
       return true;
     };
     // While one warp finds the first pages, the other rehearses loading, by a step none of whose
-    // pages is its own. The first batch is asked for before the second is looked for; from then on
-    // the next one is found first.
+    // pages is its own. Turn kFind finds the first batch, kLoad only loads it; each later turn
+    // finds the next batch and then loads the one before.
     enum { kRehearsal = -1, kFind, kLoad };
     Ring ring;
     Batch batch{};
@@ -490,7 +491,7 @@ struct Kernel {
     }
     for (bool more = true; more; ++turn) {
       Batch next{};
-      if (turn != kRehearsal && turn != kLoad) more = fetch(next, turn == kFind);
+      if (turn == kFind || turn > kLoad) more = fetch(next, turn == kFind);
       int keys = unit_of(p, batch, maps.k_units);
       int values = unit_of(p, batch, maps.v_units);
 #pragma unroll 1
@@ -689,7 +690,7 @@ struct Kernel {
   }
 
   /// Awaits a step's V and zeros what may not be read into sums: of its first `read` slots those
-  /// before the segment's, and those behind. Whether it has written.
+  /// before `seen_from` and those behind the segment's end. Whether it has written.
   __device__ static bool await_values(const Shared& shared, const Segment& segment, const Ring& at,
                                       int step, int read) {
     constexpr int kChunks = kSpans * 8;

@@ -128,21 +128,24 @@ Tokens operator+(Tokens a, const Tokens& b) {
 // attention. Where two outputs part, both tokens must have been as good as equal; what follows is
 // then another text. Before that, log probabilities must agree.
 constexpr float kClose = 2e-3f;
+// With KV in q8_0 queries and weights are rounded, too: to bf16 by some kernels, by up to 2^-9 each
+// in each of a tiny model's two layers.
+constexpr float kCloseRounded = 2 * 2 * 0x1p-9f;
 
-void expect_same(const Output& a, const Output& b, int& identical) {
+void expect_same(const Output& a, const Output& b, int& identical, float close = kClose) {
   ASSERT_EQ(a.tokens.size(), b.tokens.size());
   for (size_t i = 0; i < a.tokens.size(); ++i) {
     const GeneratedToken& x = a.tokens[i];
     const GeneratedToken& y = b.tokens[i];
     if (x.self.token == y.self.token) {
-      ASSERT_NEAR(x.self.logprob, y.self.logprob, kClose) << "token " << i;
+      ASSERT_NEAR(x.self.logprob, y.self.logprob, close) << "token " << i;
       continue;
     }
     float other = -100.0f;
     for (const TokenLogprob& t : x.top) {
       if (t.token == y.self.token) other = t.logprob;
     }
-    ASSERT_NEAR(x.self.logprob, other, kClose) << "token " << i << " is another one";
+    ASSERT_NEAR(x.self.logprob, other, close) << "token " << i << " is another one";
     return;
   }
   ++identical;
@@ -322,8 +325,9 @@ TEST(LlamaModelKv, WhatIsSavedContinuesElsewhereAsItWas) {
     first.run();
     second.run();
     EXPECT_EQ(here->usage.cached_tokens, 149);
+    SCOPED_TRACE(type);
     int identical = 0;
-    expect_same(*here, *there, identical);
+    expect_same(*here, *there, identical, type == std::string("q8_0") ? kCloseRounded : kClose);
     EXPECT_EQ(first.model->kv_key(0), second.model->kv_key(0));
     options.cache_type_k = "f32";
     EXPECT_NE(Bench(options, true).model->kv_key(0), first.model->kv_key(0));

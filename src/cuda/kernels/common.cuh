@@ -13,6 +13,16 @@ namespace relay::cuda {
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
+__device__ inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+/// Asks for 16 bytes in shared memory, of which the first `bytes` are read, the rest 0.
+__device__ inline void copy_chunk(const void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(bytes)
+               : "memory");
+}
+
 /// One piece of a job: steps [step_begin, step_end) of one KV head and one tile of query rows.
 struct Item {
   Segment segment;

@@ -27,12 +27,6 @@ __device__ inline void add_scaled(float4& to, const float4& v, float factor) {
   to.w += v.w * factor;
 }
 
-__device__ inline void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from)
-               : "memory");
-}
 /// Those of this thread, who alone reads what it has copied.
 __device__ inline void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -73,7 +67,7 @@ __device__ Total<kQuads> add_pieces(const AttendParams& p, PieceList list, int32
 #pragma unroll
       for (int i = 0; i < kQuads; ++i) {
         if (lane + 32 * i < p.head_size / 4) {
-          copy_async(&outs.of[k][i][lane], from + (lane + 32 * i) * 16);
+          copy_chunk(&outs.of[k][i][lane], from + (lane + 32 * i) * 16, 16);
         }
       }
     }
@@ -257,8 +251,9 @@ cudaError_t launch_merge(const AttendParams& params, DType q_type, int32_t max_r
   // As blocks find room where attention has ended, and so late where it ends last, half of what
   // would fit is launched where that gives each (row, head) a warp.
   const int64_t most = int64_t{max_rows} * params.q_heads;
-  const int64_t half = std::min<int64_t>(most, multiprocessors);
-  const auto blocks = static_cast<int32_t>(most <= half * kWarps ? half : kBlocksPerSm * half);
+  const auto blocks = static_cast<int32_t>(most <= int64_t{multiprocessors} * kWarps
+                                               ? std::min<int64_t>(most, multiprocessors)
+                                               : int64_t{kBlocksPerSm} * multiprocessors);
   return q_type == DType::kBF16 ? launch_type<__nv_bfloat16>(params, blocks, stream)
                                 : launch_type<__half>(params, blocks, stream);
 }

@@ -19,14 +19,6 @@ constexpr int kTileRows = 64;
 
 __host__ __device__ constexpr int tile_slots(int head_size) { return head_size > 128 ? 32 : 64; }
 
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-/// 16 bytes from global to shared memory; zeros where `valid` is false.
-__device__ inline void copy_16(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0));
-}
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;"); }
 template <int kLeft>
 __device__ inline void wait_copies() {
@@ -115,7 +107,7 @@ struct Kernel {
         const RowHead at = row_head(p, item, m);
         from += at.row * p.q_row + at.head * p.q_head + chunk * 16;
       }
-      copy_16(shared_address(q + m * kStride + chunk * 8), from, valid);
+      copy_chunk(q + m * kStride + chunk * 8, from, valid ? 16 : 0);
     }
   }
 
@@ -157,8 +149,8 @@ struct Kernel {
         reinterpret_cast<uint4*>(to_v)[0] = wide[0];
         reinterpret_cast<uint4*>(to_v)[1] = wide[1];
       } else {
-        copy_16(shared_address(to_k), from_k, valid);
-        copy_16(shared_address(to_v), from_v, valid);
+        copy_chunk(to_k, from_k, valid ? 16 : 0);
+        copy_chunk(to_v, from_v, valid ? 16 : 0);
       }
     }
   }

@@ -37,9 +37,6 @@ constexpr int kSharedBytes = 227 * 1024;
 
 // --- Instructions --------------------------------------------------------------------------------
 
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 __device__ inline void init_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
@@ -115,12 +112,6 @@ __device__ inline void wait(uint32_t barrier, uint32_t phase) {
 /// Arrives once all that this thread has asked copy_chunk() for is there.
 __device__ inline void arrive_when_copied(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
-}
-/// 16 bytes to shared memory, of which the first `bytes` are read, the rest 0.
-__device__ inline void copy_chunk(const void* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(bytes)
-               : "memory");
 }
 /// Stores 8 x 8 matrices of 16-bit numbers transposed: lane l holds the columns 2 (l % 4) and the
 /// next of row l / 4 of each, and has the address of row l % 8 of the transposed matrix l / 8.

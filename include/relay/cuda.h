@@ -31,7 +31,7 @@ using Stream = void*;
 enum class Path : uint8_t {
   kAuto,   ///< RELAY_CUDA_PATH (mma | wgmma) if set, else the fastest that serves the options
   kMma,    ///< mma.sync and cp.async: compute capability 8.0 and newer
-  kWgmma,  ///< wgmma and TMA: compute capability 9.0, KV of the queries' type
+  kWgmma,  ///< wgmma and TMA: compute capability 9.0
 };
 
 /// What stays the same from batch to batch: it decides the workspace and the kernels.

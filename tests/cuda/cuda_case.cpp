@@ -263,12 +263,12 @@ Arithmetic arithmetic_on_gpu(const CudaConfig& config) {
   return a;
 }
 
-std::vector<cuda::Path> paths_for(const CudaConfig& config) {
+std::vector<cuda::Path> kernel_paths() {
   const char* only = std::getenv("RELAY_CUDA_PATH");
   const std::string name = only ? only : "";
   std::vector<cuda::Path> paths;
   if (name.empty() || name == "mma") paths.push_back(cuda::Path::kMma);
-  if ((name.empty() || name == "wgmma") && compute_capability() / 10 == 9 && !is_fp8(config)) {
+  if ((name.empty() || name == "wgmma") && compute_capability() / 10 == 9) {
     paths.push_back(cuda::Path::kWgmma);
   }
   return paths;
@@ -790,7 +790,7 @@ std::string run_on_gpu(const CudaCase& test, const OperatorCase& op, const Oracl
   const int32_t rows = test.forest.rows();
   OutputTensor first(op.config, rows), output(op.config, rows);
   bool is_first = true;
-  for (const cuda::Path path : paths_for(test.config)) {
+  for (const cuda::Path path : kernel_paths()) {
     for (const Sharing sharing : {Sharing::kOn, Sharing::kOff}) {
       const std::string way =
           std::string(name_of(path)) + (sharing == Sharing::kOn ? ", shared: " : ", alone: ");

@@ -141,8 +141,8 @@ std::unique_ptr<OperatorCase> make_operator(const CudaConfig& config, const Fore
                                             const std::function<void(OperatorCase&)>& edit = {});
 Arithmetic arithmetic_on_gpu(const CudaConfig& config);
 
-/// The paths that this GPU has and that serve these types; RELAY_CUDA_PATH leaves one alone.
-std::vector<cuda::Path> paths_for(const CudaConfig& config);
+/// The paths that this GPU has; RELAY_CUDA_PATH leaves one alone.
+std::vector<cuda::Path> kernel_paths();
 const char* name_of(cuda::Path path);
 
 // --- Device --------------------------------------------------------------------------------------

@@ -82,10 +82,6 @@ TEST(CudaErrors, Options) {
     o.window = 5;
     o.causal = false;
   });
-  expect_refused("wgmma over 8 bits", [](Options& o) {
-    o.path = cuda::Path::kWgmma;
-    o.kv_type = DType::kF8E4M3;
-  });
   if (compute_capability() / 10 != 9) {
     expect_refused("wgmma on another GPU", [](Options& o) { o.path = cuda::Path::kWgmma; });
   }
@@ -204,7 +200,7 @@ TEST(CudaErrors, NoRequestsAtAll) {
   const std::lock_guard lock(gpu_mutex());
   const DeviceStream stream;
   CudaBatch b(true);
-  for (const cuda::Path path : paths_for(b.config_)) {
+  for (const cuda::Path path : kernel_paths()) {
     const DevicePlan plan(b.options(path), stream);
     cuda::Batch batch = b.device_->batch();
     batch.requests = 0;
@@ -223,7 +219,7 @@ TEST(CudaErrors, Inputs) {
   const std::lock_guard lock(gpu_mutex());
   const DeviceStream stream;
   CudaBatch b(false);
-  for (const cuda::Path path : paths_for(b.config_)) {
+  for (const cuda::Path path : kernel_paths()) {
     SCOPED_TRACE(name_of(path));
     const DevicePlan plan(b.options(path), stream);
     cuda::plan_batch(*plan, b.device_->batch(), stream.get());
@@ -243,7 +239,7 @@ TEST(CudaErrors, Inputs) {
     EXPECT_EQ(attend_with([&](In& x) { x.k = moved(x.k); }), "");
     EXPECT_EQ(attend_with([&](In& x) { x.v = moved(x.v); }), "");
     EXPECT_EQ(attend_with([](In& x) { x.out = static_cast<char*>(x.out) + 8; }), "");
-    for (int64_t In::* stride :
+    for (int64_t In::*stride :
          {&In::q_row_stride, &In::q_head_stride, &In::out_row_stride, &In::out_head_stride,
           &In::k_block_stride, &In::k_slot_stride, &In::k_head_stride, &In::v_block_stride,
           &In::v_slot_stride, &In::v_head_stride}) {
@@ -310,7 +306,7 @@ TEST(CudaErrors, FaultsOfOneRequestAreItsOwn) {
   const DeviceStream stream;
   for (const bool check : {true, false}) {
     CudaBatch b(check);
-    for (const cuda::Path path : paths_for(b.config_)) {
+    for (const cuda::Path path : kernel_paths()) {
       for (const Sharing sharing : {Sharing::kOn, Sharing::kOff}) {
         SCOPED_TRACE(std::string(name_of(path)) + (check ? ", checked" : ", not checked") +
                      (sharing == Sharing::kOn ? ", shared" : ", alone"));
@@ -374,7 +370,7 @@ TEST(CudaErrors, QueryStartsOutOfOrder) {
       [](HostBatch& x) { x.query_starts[5] = 1; },
       [](HostBatch& x) { x.query_starts[5] = kMax; },
   };
-  for (const cuda::Path path : paths_for(b.config_)) {
+  for (const cuda::Path path : kernel_paths()) {
     SCOPED_TRACE(name_of(path));
     const DevicePlan plan(b.options(path), stream);
     for (size_t i = 0; i < changes.size(); ++i) {

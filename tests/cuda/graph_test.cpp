@@ -76,7 +76,7 @@ TEST_P(Server, OneGraphServesManySteps) {
   const std::lock_guard lock(gpu_mutex());
   const DeviceStream stream;
   DeviceOperator device(config, limits);
-  for (const cuda::Path path : paths_for(config)) {
+  for (const cuda::Path path : kernel_paths()) {
     for (const Sharing sharing : {Sharing::kOn, Sharing::kOff}) {
       SCOPED_TRACE(std::string(name_of(path)) + (sharing == Sharing::kOn ? ", shared" : ", alone"));
       const DevicePlan plan(device.options(path, sharing, true, 0), stream);
@@ -127,7 +127,7 @@ TEST_P(Server, OnePlanServesManySteps) {
     devices.back()->upload(
         host_batch(step->forest, limits, static_cast<int32_t>(step->forest.requests.size()), 1));
   }
-  for (const cuda::Path path : paths_for(config)) {
+  for (const cuda::Path path : kernel_paths()) {
     SCOPED_TRACE(name_of(path));
     const DevicePlan plan(devices[0]->options(path, Sharing::kOn, true, 0), stream);
     for (const auto& device : devices) device->reset_output();
@@ -179,7 +179,7 @@ TEST_P(Server, OnePlanServesManyLayers) {
     devices.back()->upload(*layer->op, layer->forest);
     devices.back()->upload(host_batch(forest, limits, requests, 1));
   }
-  for (const cuda::Path path : paths_for(layers[0]->config)) {
+  for (const cuda::Path path : kernel_paths()) {
     SCOPED_TRACE(name_of(path));
     const DevicePlan plan(devices[0]->options(path, Sharing::kOn, true, 0), stream);
     const auto enqueue = [&] {
@@ -216,7 +216,7 @@ TEST_P(Server, TwoPlansInTwoStreams) {
     devices.back()->upload(*step->op, step->forest);
     devices.back()->upload(host_batch(step->forest, limits, limits.requests, 1));
   }
-  for (const cuda::Path path : paths_for(steps[0]->config)) {
+  for (const cuda::Path path : kernel_paths()) {
     SCOPED_TRACE(name_of(path));
     const DevicePlan a(devices[0]->options(path, Sharing::kOn, true, 0), streams[0]);
     const DevicePlan b(devices[1]->options(path, Sharing::kOn, true, 0), streams[1]);

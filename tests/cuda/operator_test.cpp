@@ -739,7 +739,7 @@ TEST(CudaVisibility, NanOfOneRequestIsItsOwn) {
   DeviceOperator device(config, limits);
   device.upload(*op, forest);
   device.upload(host_batch(forest, limits, 3, 1));
-  for (const cuda::Path path : paths_for(config)) {
+  for (const cuda::Path path : kernel_paths()) {
     SCOPED_TRACE(name_of(path));
     const DevicePlan plan(device.options(path, Sharing::kOn, true, 0), stream);
     cuda::plan_batch(*plan, device.batch(), stream.get());

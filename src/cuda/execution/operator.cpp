@@ -75,8 +75,6 @@ void validate(const PlanOptions& o) {
   if (o.window > 0 && !o.causal) fail("a window needs causal attention");
 }
 
-bool wgmma_serves(const PlanOptions& o) { return o.kv_type == o.q_type; }
-
 Path choose_path(const PlanOptions& o) {
   Path wanted = o.path;
   if (wanted == Path::kAuto) {
@@ -94,11 +92,10 @@ Path choose_path(const PlanOptions& o) {
   if (major < 8) fail("a GPU of compute capability 8.0 or newer is needed");
   if (wanted == Path::kWgmma) {
     if (major != 9) fail("the path wgmma needs compute capability 9.0");
-    if (!wgmma_serves(o)) fail("the path wgmma does not serve f8_e4m3 KV");
     return Path::kWgmma;
   }
   if (wanted == Path::kMma) return Path::kMma;
-  return major == 9 && wgmma_serves(o) ? Path::kWgmma : Path::kMma;
+  return major == 9 ? Path::kWgmma : Path::kMma;
 }
 
 PlanShape shape_of(const PlanOptions& o, const PathShape& path, int32_t multiprocessors) {
@@ -149,7 +146,7 @@ class Plan {
     validate(o);
     path = choose_path(o);
     const PathShape p =
-        path == Path::kWgmma ? wgmma_shape(o.shape.qk_dim) : mma_shape(o.shape.qk_dim);
+        path == Path::kWgmma ? wgmma_shape(o.shape.qk_dim, o.kv_type) : mma_shape(o.shape.qk_dim);
     multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
     shape = shape_of(o, p, multiprocessors);
     if (!fit_costs(shape)) {
@@ -317,11 +314,10 @@ void attend(const Plan& plan, const Inputs& in, Stream stream) {
   if (in.q == in.out) fail("out must not overlap q");
   const AttendParams p = params_of(plan, in);
   const auto s = static_cast<cudaStream_t>(stream);
-  const DType type = plan.options.q_type;
-  check(plan.path == Path::kWgmma ? launch_wgmma(p, type, s)
-                                  : launch_mma(p, type, plan.options.kv_type, s),
-        "attention");
-  check(launch_merge(p, type, plan.batch_rows, plan.multiprocessors, s), "merging");
+  const PlanOptions& o = plan.options;
+  const auto launch = plan.path == Path::kWgmma ? launch_wgmma : launch_mma;
+  check(launch(p, o.q_type, o.kv_type, s), "attention");
+  check(launch_merge(p, o.q_type, plan.batch_rows, plan.multiprocessors, s), "merging");
 }
 
 void write_kv(const Plan& plan, const KvWrite& write, const Inputs& cache, Stream stream) {

@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#include <type_traits>
+
 #include "cuda/kernels/params.h"
 #include "cuda/plan/pieces.h"
 
@@ -138,6 +140,25 @@ struct Pair<__half> {
     return __half22float2(*reinterpret_cast<const __half2*>(&v));
   }
 };
+
+/// 8 values of e4m3, exactly, as T.
+template <typename T>
+__device__ inline uint4 widen(uint2 bytes) {
+  const uint32_t words[2] = {bytes.x, bytes.y};
+  uint32_t out[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const auto pair = static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> (16 * (i % 2)));
+    const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
+    if constexpr (std::is_same_v<T, __half>) {
+      out[i] = *reinterpret_cast<const uint32_t*>(&raw);
+    } else {
+      const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&raw));
+      out[i] = Pair<T>::pack(f.x, f.y);
+    }
+  }
+  return {out[0], out[1], out[2], out[3]};
+}
 
 /// 2^x; flushes results below 2^-126 to 0, and 2^-inf is 0.
 __device__ inline float exp2_fast(float x) {

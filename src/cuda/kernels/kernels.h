@@ -23,8 +23,9 @@ cudaError_t launch_mma(const AttendParams& params, DType q_type, DType kv_type,
                        cudaStream_t stream);
 
 /// wgmma and TMA (compute capability 9.0).
-PathShape wgmma_shape(int32_t head_size);
-cudaError_t launch_wgmma(const AttendParams& params, DType type, cudaStream_t stream);
+PathShape wgmma_shape(int32_t head_size, DType kv_type);
+cudaError_t launch_wgmma(const AttendParams& params, DType q_type, DType kv_type,
+                         cudaStream_t stream);
 
 /// Merges the partial results of all rows that have more than one, and writes the rows that attend
 /// nothing. `max_rows` is the most that the batch can have.

@@ -51,26 +51,6 @@ __device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t 
   }
 }
 
-/// 16 values of e4m3, exactly, as T.
-template <typename T>
-__device__ inline void convert_16(uint4 bytes, uint4 (&to)[2]) {
-  const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
-  uint32_t out[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const auto pair = static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> (16 * (i % 2)));
-    const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
-    if constexpr (std::is_same_v<T, __half>) {
-      out[i] = *reinterpret_cast<const uint32_t*>(&raw);
-    } else {
-      const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&raw));
-      out[i] = Pair<T>::pack(f.x, f.y);
-    }
-  }
-  to[0] = {out[0], out[1], out[2], out[3]};
-  to[1] = {out[4], out[5], out[6], out[7]};
-}
-
 /// T: queries and products; kHead: the head size, or the next that there are kernels for; kByteKv:
 /// KV in e4m3.
 template <typename T, int kHead, bool kByteKv>
@@ -141,13 +121,10 @@ struct Kernel {
           bytes[0] = __ldg(reinterpret_cast<const uint4*>(from_k));
           bytes[1] = __ldg(reinterpret_cast<const uint4*>(from_v));
         }
-        uint4 wide[2];
-        convert_16<T>(bytes[0], wide);
-        reinterpret_cast<uint4*>(to_k)[0] = wide[0];
-        reinterpret_cast<uint4*>(to_k)[1] = wide[1];
-        convert_16<T>(bytes[1], wide);
-        reinterpret_cast<uint4*>(to_v)[0] = wide[0];
-        reinterpret_cast<uint4*>(to_v)[1] = wide[1];
+        reinterpret_cast<uint4*>(to_k)[0] = widen<T>({bytes[0].x, bytes[0].y});
+        reinterpret_cast<uint4*>(to_k)[1] = widen<T>({bytes[0].z, bytes[0].w});
+        reinterpret_cast<uint4*>(to_v)[0] = widen<T>({bytes[1].x, bytes[1].y});
+        reinterpret_cast<uint4*>(to_v)[1] = widen<T>({bytes[1].z, bytes[1].w});
       } else {
         copy_chunk(to_k, from_k, valid ? 16 : 0);
         copy_chunk(to_v, from_v, valid ? 16 : 0);

@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <array>
 #include <numeric>
 
 #include "cuda/kernels/kernels.h"
@@ -31,10 +32,32 @@ struct Plane {
   int64_t block, slot, head;  ///< strides in bytes
 };
 
+/// What TMA is to see of a page (`sizes`, and `strides` of all dimensions but the first), and how
+/// much of it a copy brings.
+struct PageMap {
+  std::array<cuuint64_t, 4> sizes;
+  std::array<cuuint64_t, 3> strides;
+  std::array<cuuint32_t, 4> box;
+};
+
+PageMap page_map(const Plane& plane, int32_t head_size, DType type, bool by_atoms) {
+  constexpr cuuint32_t kSpan = wgmma::kSpan;
+  const auto slot = static_cast<cuuint64_t>(plane.slot);
+  const auto head = static_cast<cuuint64_t>(head_size);
+  if (type == DType::kF8E4M3) {
+    // A row of the tile may be longer than the head: the rest is zeros.
+    const auto row = static_cast<cuuint32_t>(wgmma::tile_head(head_size));
+    return {{head, wgmma::kPageSlots, 1, 1}, {slot, slot, slot}, {row, wgmma::kPageSlots, 1, 1}};
+  }
+  const cuuint32_t spans = by_atoms ? 1 : static_cast<cuuint32_t>(head_size) / kSpan;
+  return {{by_atoms ? head : kSpan, 8, spans, 2},
+          {slot, kSpan * 2, slot * 8},
+          {kSpan, 8, spans, by_atoms ? 1U : 2U}};
+}
+
 /// False where TMA cannot describe it. Strides need not ascend with the dimensions.
 bool describe(CUtensorMap& map, wgmma::Units& units, const AttendParams& p, DType type,
               const Plane& plane, bool by_atoms) {
-  const auto n = [](int64_t v) { return static_cast<cuuint64_t>(v); };
   const int64_t pages = p.block_size / wgmma::kPageSlots;
   const int64_t page = plane.slot * wgmma::kPageSlots;
   // The strides of what there is but one of do not matter.
@@ -49,24 +72,36 @@ bool describe(CUtensorMap& map, wgmma::Units& units, const AttendParams& p, DTyp
   if (last > INT32_MAX) return false;
   units = {static_cast<int32_t>(plane.block / unit), static_cast<int32_t>(plane.head / unit),
            static_cast<int32_t>(page / unit)};
-  const cuuint64_t spans = by_atoms ? 1 : n(p.head_size / wgmma::kSpan);
-  const cuuint64_t sizes[5] = {by_atoms ? n(p.head_size) : wgmma::kSpan, 8, spans, 2, n(last + 1)};
-  const cuuint64_t strides[4] = {n(plane.slot), wgmma::kSpan * 2, n(plane.slot * 8), n(unit)};
-  const cuuint32_t box[5] = {wgmma::kSpan, 8, static_cast<cuuint32_t>(spans), by_atoms ? 1u : 2u,
-                             1};
+  const PageMap of_page = page_map(plane, p.head_size, type, by_atoms);
+  const auto& [sizes, strides, box] = of_page;
+  const cuuint64_t all_sizes[5] = {sizes[0], sizes[1], sizes[2], sizes[3],
+                                   static_cast<cuuint64_t>(last + 1)};
+  const cuuint64_t all_strides[4] = {strides[0], strides[1], strides[2],
+                                     static_cast<cuuint64_t>(unit)};
+  const cuuint32_t whole_box[5] = {box[0], box[1], box[2], box[3], 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+  const bool is_byte = type == DType::kF8E4M3;
   return encode_tiled()(&map,
-                        type == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                        5, const_cast<char*>(plane.data), sizes, strides, box, steps,
-                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                        is_byte                ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                        : type == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                        5, const_cast<char*>(plane.data), all_sizes, all_strides, whole_box, steps,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        is_byte ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <typename T>
+cudaError_t launch_type(const AttendParams& p, const wgmma::Maps& maps, bool is_byte,
+                        cudaStream_t stream) {
+  return is_byte ? wgmma::launch_type<T, true>(p, maps, stream)
+                 : wgmma::launch_type<T, false>(p, maps, stream);
 }
 
 }  // namespace
 
-PathShape wgmma_shape(int32_t head_size) {
+PathShape wgmma_shape(int32_t head_size, DType kv_type) {
   PathShape shape{wgmma::kTileRows, wgmma::tile_slots(head_size), 1, 5, {}};
   // In units of 1/32 of reading a step's KV where all multiprocessors read: some 90 ns.
   shape.costs = {.step_memory = 32,
@@ -79,24 +114,28 @@ PathShape wgmma_shape(int32_t head_size) {
                  .portion = 32,
                  .tail = 288,
                  .snap = 2};
+  if (kv_type == DType::kF8E4M3) shape.costs.step_memory /= 2;
   return shape;
 }
 
-cudaError_t launch_wgmma(const AttendParams& p, DType type, cudaStream_t stream) {
+cudaError_t launch_wgmma(const AttendParams& p, DType q_type, DType kv_type, cudaStream_t stream) {
   if (encode_tiled() == nullptr) return cudaErrorNotSupported;
   wgmma::Maps maps{};
-  const bool by_atoms = p.head_size % wgmma::kSpan != 0;
+  const bool is_byte = kv_type == DType::kF8E4M3;
+  const bool by_atoms = p.head_size % wgmma::kSpan != 0 && !is_byte;
   maps.by_atoms = by_atoms ? 1 : 0;
-  if (!describe(maps.k, maps.k_units, p, type, {p.k, p.k_block, p.k_slot, p.k_head}, by_atoms) ||
-      !describe(maps.v, maps.v_units, p, type, {p.v, p.v_block, p.v_slot, p.v_head}, by_atoms)) {
+  const Plane k{p.k, p.k_block, p.k_slot, p.k_head};
+  const Plane v{p.v, p.v_block, p.v_slot, p.v_head};
+  if (!describe(maps.k, maps.k_units, p, kv_type, k, by_atoms) ||
+      !describe(maps.v, maps.v_units, p, kv_type, v, by_atoms)) {
     return cudaErrorInvalidValue;
   }
   maps.block_pages = p.block_size / wgmma::kPageSlots;
   if (maps.block_pages > 1) {
     maps.reciprocal = static_cast<uint32_t>(((uint64_t{1} << 32) - 1) / maps.block_pages + 1);
   }
-  return type == DType::kBF16 ? wgmma::launch_type<__nv_bfloat16>(p, maps, stream)
-                              : wgmma::launch_type<__half>(p, maps, stream);
+  return q_type == DType::kBF16 ? launch_type<__nv_bfloat16>(p, maps, is_byte, stream)
+                                : launch_type<__half>(p, maps, is_byte, stream);
 }
 
 }  // namespace relay::cuda

@@ -15,6 +15,9 @@
 // computes the next weights. S, P and O never leave registers. For up to 8 query rows (the contexts
 // that requests have for themselves) these would be 56 empty rows of 64: there the products are
 // transposed, K Q^T and V^T P^T, so that slots and head size are what a product has 64 of.
+//
+// KV in fp8 (e4m3) is copied to a ring of its own, half as large a tile. A fourth warpgroup widens K
+// to the queries' type and V to f16, both exactly, and fills the ring that the others compute from.
 #pragma once
 
 #include <cfloat>
@@ -28,7 +31,6 @@
 namespace relay::cuda::wgmma {
 
 constexpr int kGroupThreads = 128;
-constexpr int kThreads = 3 * kGroupThreads;
 constexpr int kGroupRows = 64;
 constexpr int kHalfRows = kGroupRows / 2;
 constexpr int kFewRows = 8;
@@ -178,8 +180,13 @@ class Matrix {
 
 /// kPlain: no soft cap and no slopes. Their code would be long, and a kernel begins by fetching its
 /// code from memory.
-template <typename T, int kHead, bool kPlain>
+/// kByteKv: KV in e4m3.
+template <typename T, int kHead, bool kPlain, bool kByteKv>
 struct Kernel {
+  /// Of weights and V. e4m3 widens to f16 by one instruction where bf16 takes more, and weights, 0
+  /// to 1, are more exact in it.
+  using Value = std::conditional_t<kByteKv, __half, T>;
+  static constexpr int kThreads = (kByteKv ? 4 : 3) * kGroupThreads;
   static constexpr int kSlots = tile_slots(kHead);
   static constexpr int kSpans = kHead / kSpan;
   // A tile of K or V: [slot / 8][span][slot % 8][64 elements]. So a page is one piece.
@@ -188,20 +195,29 @@ struct Kernel {
   static constexpr int kPageBytes = kPageAtoms * kAtomBytes;
   static constexpr int kTileBytes = kSlots / 8 * kEightSlots;
   static constexpr int kQueryBytes = kGroupRows * kHead * 2;
-  static constexpr int kControlBytes = 1536;  // what Shared has behind the tiles
-  static constexpr int kStages =
-      (kSharedBytes - 1024 - 2 * kQueryBytes - kControlBytes) / kTileBytes;
+  static constexpr int kControlBytes = kByteKv ? 2048 : 1536;  // what Shared has behind the tiles
+  static constexpr int kRingBytes = kSharedBytes - 1024 - 2 * kQueryBytes - kControlBytes;
+  static constexpr int kStages = !kByteKv ? kRingBytes / kTileBytes : kHead == 64 ? 8 : 4;
+  // What is copied: these tiles, or those of e4m3, [slot][element].
+  static constexpr int kCopiedPageBytes = kPageBytes / (kByteKv ? 2 : 1);
+  static constexpr int kCopiedTileBytes = kTileBytes / (kByteKv ? 2 : 1);
+  static constexpr int kByteStages =
+      kByteKv ? (kRingBytes - kStages * kTileBytes) / kCopiedTileBytes : 0;
+  static constexpr int kCopiedStages = kByteKv ? kByteStages : kStages;
   static constexpr int kScoreBlocks = kSlots / 8;
   static constexpr int kOutBlocks = kHead / 8;
   static constexpr int kPages = kSlots / kPageSlots;
   static constexpr int kShortSlots = 2 * kPageSlots;  // of a few rows' V, where no more is there
   static constexpr int kPortionsAhead = 4;
-  // Of a thread. The block is launched with 168 for each, which are shared out anew: a warpgroup
-  // that asked for more than the others have left would wait for ever.
+  // Of a thread. The block is launched with as many for each, which are shared out anew: a
+  // warpgroup that asked for more than the others have left would wait for ever.
+  static constexpr int kLaunchRegisters = kByteKv ? 128 : 168;
   static constexpr int kLoaderRegisters = 56;
-  static constexpr int kComputeRegisters = 224;
-  static_assert(kLoaderRegisters + 2 * kComputeRegisters <= 3 * 168);
-  static_assert(kStages >= 4 && kStages <= 16);
+  static constexpr int kWideningRegisters = !kByteKv ? 0 : kHead == 256 ? 40 : 56;
+  static constexpr int kComputeRegisters = !kByteKv ? 224 : kHead == 256 ? 208 : 200;
+  static_assert(kLoaderRegisters + kWideningRegisters + 2 * kComputeRegisters <=
+                kThreads / kGroupThreads * kLaunchRegisters);
+  static_assert(kStages >= 4 && kStages <= 16 && kCopiedStages >= 2);
   using Queries = Matrix<kAtomBytes>;
   using Tile = Matrix<kEightSlots>;
 
@@ -225,14 +241,17 @@ struct Kernel {
     uint32_t address;
 
     static constexpr int kTiles = 2 * kQueryBytes;
-    static constexpr int kBarriers = kTiles + kStages * kTileBytes;
-    static constexpr int kQueryBarriers = kBarriers + 2 * kStages * 8;
+    static constexpr int kByteTiles = kTiles + kStages * kTileBytes;
+    static constexpr int kBarriers = kByteTiles + kByteStages * kCopiedTileBytes;
+    static constexpr int kByteBarriers = kBarriers + 2 * kStages * 8;
+    static constexpr int kQueryBarriers = kByteBarriers + 2 * kByteStages * 8;
     static constexpr int kPortionBarriers = kQueryBarriers + 8 * 8;
     static constexpr int kRehearsalBarrier = kPortionBarriers + 2 * kPortionsAhead * 8;
     static constexpr int kPortions = kRehearsalBarrier + 8;
     static constexpr int kAssignments = kPortions + kPortionsAhead * sizeof(int32_t);
     static constexpr int kReductions = kAssignments + 4 * sizeof(Assignment);
-    static_assert(kReductions + 4 * sizeof(Reduction) <= kBarriers + kControlBytes);
+    static constexpr int kCopiedPages = kReductions + 4 * sizeof(Reduction);
+    static_assert(kCopiedPages + kByteStages * sizeof(int2) <= kBarriers + kControlBytes);
 
     __device__ char* queries(int group, int half) const {
       return base + group * kQueryBytes + half * kHalfRows * 128;
@@ -240,6 +259,20 @@ struct Kernel {
     __device__ char* tile(int stage) const { return base + kTiles + stage * kTileBytes; }
     __device__ uint32_t full(int stage) const { return address + kBarriers + stage * 8; }
     __device__ uint32_t empty(int stage) const { return full(stage) + kStages * 8; }
+    // The same of the tiles that are copied.
+    __device__ char* copied_tile(int stage) const {
+      return kByteKv ? base + kByteTiles + stage * kCopiedTileBytes : tile(stage);
+    }
+    __device__ uint32_t copied_full(int stage) const {
+      return kByteKv ? address + kByteBarriers + stage * 8 : full(stage);
+    }
+    __device__ uint32_t copied_empty(int stage) const {
+      return copied_full(stage) + kCopiedStages * 8;
+    }
+    /// How many pages each loading warp has copied of a tile of e4m3; negative behind the last.
+    __device__ int32_t* copied_pages(int stage) const {
+      return reinterpret_cast<int32_t*>(base + kCopiedPages) + 2 * stage;
+    }
     __device__ uint32_t queries_full(int group, int half) const {
       return address + kQueryBarriers + (group * 2 + half) * 8;
     }
@@ -283,22 +316,25 @@ struct Kernel {
     __device__ int begin(int rows) const { return rows > kHalfRows ? 0 : half(); }
   };
 
-  /// A place in the ring.
-  struct Ring {
+  /// A place in a ring.
+  template <int kOfStages>
+  struct RingOf {
     int stage = 0;
     uint32_t phase = 0;
     __device__ void advance(int n) {
       stage += n;
-      const int laps = stage / kStages;
-      stage -= laps * kStages;
+      const int laps = stage / kOfStages;
+      stage -= laps * kOfStages;
       phase ^= laps & 1;
     }
-    __device__ Ring ahead(int n) const {
-      Ring r = *this;
+    __device__ RingOf ahead(int n) const {
+      RingOf r = *this;
       r.advance(n);
       return r;
     }
   };
+  using Ring = RingOf<kStages>;
+  using CopyRing = RingOf<kCopiedStages>;
 
   // --- Loading ---
 
@@ -365,22 +401,29 @@ struct Kernel {
   /// Loads this warp's half of a step's K and V: lane l knows where the l-th page of both lies, of
   /// which `pages` are there. Page by page, as a token's K and V are neighbours in most caches. A
   /// rehearsal has none: it brings the code from memory, but for that of the copies themselves.
-  __device__ static void load_step(const Shared& shared, const Ring& keys, const Planes& planes,
+  __device__ static void load_step(const Shared& shared, const CopyRing& keys, const Planes& planes,
                                    int warp, int pages, int key_unit, int value_unit,
                                    bool rehearsal) {
-    const Ring values = keys.ahead(1);
-    wait(shared.empty(keys.stage), keys.phase ^ 1);
-    wait(shared.empty(values.stage), values.phase ^ 1);
+    const CopyRing values = keys.ahead(1);
+    wait(shared.copied_empty(keys.stage), keys.phase ^ 1);
+    wait(shared.copied_empty(values.stage), values.phase ^ 1);
     // From one lane, so that the compiler sees that they are the same in all.
     const auto same = [](uint32_t value) { return __shfl_sync(~0u, value, 0); };
-    const int own = warp * kWarpPages * kPageBytes;
-    const uint32_t to_keys = same(shared_address(shared.tile(keys.stage)) + own);
-    const uint32_t to_values = same(shared_address(shared.tile(values.stage)) + own);
-    const uint32_t keys_full = same(rehearsal ? shared.rehearsed() : shared.full(keys.stage));
-    const uint32_t values_full = same(rehearsal ? shared.rehearsed() : shared.full(values.stage));
+    const int own = warp * kWarpPages * kCopiedPageBytes;
+    const uint32_t to_keys = same(shared_address(shared.copied_tile(keys.stage)) + own);
+    const uint32_t to_values = same(shared_address(shared.copied_tile(values.stage)) + own);
+    const uint32_t rehearsed = shared.rehearsed();
+    const uint32_t keys_full = same(rehearsal ? rehearsed : shared.copied_full(keys.stage));
+    const uint32_t values_full = same(rehearsal ? rehearsed : shared.copied_full(values.stage));
     const int mine = same(max(0, min(kWarpPages, pages)));
-    arrive_expecting(keys_full, values_full, mine * kPageBytes);
-    if (kHead == 128 && planes.by_atoms) {
+    if constexpr (kByteKv) {
+      if (threadIdx.x % 32 == 0) {
+        shared.copied_pages(keys.stage)[warp] = shared.copied_pages(values.stage)[warp] = mine;
+      }
+      __syncwarp();
+    }
+    arrive_expecting(keys_full, values_full, mine * kCopiedPageBytes);
+    if (kHead == 128 && !kByteKv && planes.by_atoms) {
 #pragma unroll 4
       for (int i = 0; i < kWarpPages * kPageAtoms; ++i) {
         const int page = i / kPageAtoms;
@@ -393,17 +436,18 @@ struct Kernel {
       }
     } else {
       const auto key = [&](int i) {
-        return Box{to_keys + i * kPageBytes, planes.k, keys_full, __shfl_sync(~0u, key_unit, i)};
+        return Box{to_keys + i * kCopiedPageBytes, planes.k, keys_full,
+                   __shfl_sync(~0u, key_unit, i)};
       };
       const auto value = [&](int i) {
-        return Box{to_values + i * kPageBytes, planes.v, values_full,
+        return Box{to_values + i * kCopiedPageBytes, planes.v, values_full,
                    __shfl_sync(~0u, value_unit, i)};
       };
       if (mine == kWarpPages) {
 #pragma unroll
         for (int i = 0; i < kWarpPages; i += 2) {
-          copy_two_boxes<kPageBytes>(key(i), __shfl_sync(~0u, key_unit, i + 1), value(i),
-                                     __shfl_sync(~0u, value_unit, i + 1));
+          copy_two_boxes<kCopiedPageBytes>(key(i), __shfl_sync(~0u, key_unit, i + 1), value(i),
+                                           __shfl_sync(~0u, value_unit, i + 1));
         }
       } else {
 #pragma unroll 1
@@ -473,7 +517,7 @@ struct Kernel {
     // pages is its own. Turn kFind finds the first batch, kLoad only loads it; each later turn
     // finds the next batch and then loads the one before.
     enum { kRehearsal = -1, kFind, kLoad };
-    Ring ring;
+    CopyRing ring;
     Batch batch{};
     int turn = kFind;
     if (warp == 1) {
@@ -494,6 +538,94 @@ struct Kernel {
         values = __shfl_down_sync(~0u, values, kWarpPages);
       }
       batch = next;
+    }
+    if constexpr (kByteKv) {
+      wait(shared.copied_empty(ring.stage), ring.phase ^ 1);
+      if (lane == 0) {
+        shared.copied_pages(ring.stage)[warp] = -1;
+        arrive(shared.copied_full(ring.stage));
+      }
+    }
+  }
+
+  // --- Widening ---
+
+  static constexpr int kChunks = kHead / 8;  // of a row, 8 elements each
+  static constexpr int kThreadChunks = kPageSlots * kChunks / kGroupThreads;  // of a page
+  static_assert(kPageSlots * kChunks % kGroupThreads == 0);
+
+  /// A thread's part of some pages: all is read before anything is written, so that it waits once.
+  template <typename To, int kCount>
+  __device__ static void widen_pages(const char* from, char* to,
+                                     const int (&places)[kThreadChunks]) {
+    uint2 narrow[kCount][kThreadChunks];
+#pragma unroll
+    for (int page = 0; page < kCount; ++page) {
+#pragma unroll
+      for (int i = 0; i < kThreadChunks; ++i) {
+        narrow[page][i] =
+            *reinterpret_cast<const uint2*>(from + page * kCopiedPageBytes + i * kGroupThreads * 8);
+      }
+    }
+#pragma unroll
+    for (int page = 0; page < kCount; ++page) {
+#pragma unroll
+      for (int i = 0; i < kThreadChunks; ++i) {
+        *reinterpret_cast<uint4*>(to + page * kPageBytes + places[i]) = widen<To>(narrow[page][i]);
+      }
+    }
+  }
+
+  /// The two loading warps have copied `pages` of their halves of a tile.
+  template <typename To>
+  __device__ static void widen_tile(const char* from, char* to, const int2& pages,
+                                    const int (&places)[kThreadChunks]) {
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      const int there = half == 0 ? pages.x : pages.y;
+      if (there == kWarpPages) {
+        widen_pages<To, kWarpPages>(from, to, places);
+      } else {
+#pragma unroll 1
+        for (int page = 0; page < there; ++page) {
+          widen_pages<To, 1>(from + page * kCopiedPageBytes, to + page * kPageBytes, places);
+        }
+      }
+      from += kWarpPages * kCopiedPageBytes;
+      to += kWarpPages * kPageBytes;
+    }
+  }
+
+  /// Widens the tiles of e4m3, each thread the same elements of each page. One warpgroup.
+  __device__ static void widen_tiles(const Shared& shared) {
+    const int thread = threadIdx.x % kGroupThreads;
+    int places[kThreadChunks];  // in a page of the wide tile
+#pragma unroll
+    for (int i = 0; i < kThreadChunks; ++i) {
+      const int slot = (i * kGroupThreads + thread) / kChunks;
+      const int chunk = (i * kGroupThreads + thread) % kChunks;
+      places[i] = slot / 8 * kEightSlots + chunk / 8 * kAtomBytes + slot % 8 * 128 +
+                  (chunk % 8 ^ slot % 8) * 16;
+    }
+    CopyRing from;
+    Ring to;
+    for (bool is_v = false;; is_v = !is_v, from.advance(1), to.advance(1)) {
+      wait(shared.copied_full(from.stage), from.phase);
+      const auto pages = *reinterpret_cast<const int2*>(shared.copied_pages(from.stage));
+      if (pages.x < 0) break;
+      wait(shared.empty(to.stage), to.phase ^ 1);
+      const char* bytes = shared.copied_tile(from.stage) + thread * 8;
+      if (is_v) {
+        widen_tile<Value>(bytes, shared.tile(to.stage), pages, places);
+      } else {
+        widen_tile<T>(bytes, shared.tile(to.stage), pages, places);
+      }
+      fence_stores();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) {
+        arrive(shared.full(to.stage));
+        arrive(shared.copied_empty(from.stage));
+      }
     }
   }
 
@@ -712,10 +844,16 @@ struct Kernel {
 
   __device__ static void multiply_values(State& state, const uint32_t (&weights)[kSlots / 16][4],
                                          const Tile& v) {
+    // ptxas refuses an instruction of more registers than a thread is launched with.
+    constexpr int kBlocks = kByteKv && kOutBlocks == 32 ? 16 : kOutBlocks;
 #pragma unroll
     for (int n = 0; n < kSlots / 16; ++n) {
-      wgmma_registers<T, kOutBlocks>(state.out, weights[n], v.descriptor(n * 2 * kEightSlots),
-                                     true);
+#pragma unroll
+      for (int block = 0; block < kOutBlocks; block += kBlocks) {
+        wgmma_registers<Value, kBlocks>(
+            reinterpret_cast<float(&)[kBlocks][4]>(state.out[block]), weights[n],
+            v.descriptor(n * 2 * kEightSlots + block * 8 / kSpan * kAtomBytes), true);
+      }
     }
     wgmma_commit();
   }
@@ -790,7 +928,7 @@ struct Kernel {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float(&block)[4] = s[2 * n + i / 2];
-        weights[n][i] = Pair<T>::pack(block[i % 2 * 2], block[i % 2 * 2 + 1]);
+        weights[n][i] = Pair<Value>::pack(block[i % 2 * 2], block[i % 2 * 2 + 1]);
       }
     }
   }
@@ -974,8 +1112,9 @@ struct Kernel {
     for (int n = 0; n < kRead / 16; ++n) {
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
-        wgmma_few<T, true>(state.out[span], v.descriptor(span * kAtomBytes + n * 2 * kEightSlots),
-                           weights.descriptor(n / 4 * (kFewRows * 128) + n % 4 * 32), true);
+        wgmma_few<Value, true>(state.out[span],
+                               v.descriptor(span * kAtomBytes + n * 2 * kEightSlots),
+                               weights.descriptor(n / 4 * (kFewRows * 128) + n % 4 * 32), true);
       }
     }
     wgmma_commit();
@@ -1050,8 +1189,8 @@ struct Kernel {
     uint32_t packed[kSlots / 32];
 #pragma unroll
     for (int n = 0; n < kSlots / 64; ++n) {
-      packed[2 * n] = Pair<T>::pack(s[n][0], s[n][1]);
-      packed[2 * n + 1] = Pair<T>::pack(s[n][2], s[n][3]);
+      packed[2 * n] = Pair<Value>::pack(s[n][0], s[n][1]);
+      packed[2 * n + 1] = Pair<Value>::pack(s[n][2], s[n][3]);
     }
     const int row = lane % 8;
     const int block = lane / 8 % (kSlots / 32);
@@ -1189,11 +1328,12 @@ struct Kernel {
   }
 };
 
-template <typename T, int kHead, bool kPlain>
-__global__ void __launch_bounds__(kThreads, 1)
+template <typename T, int kHead, bool kPlain, bool kByteKv>
+__global__ void __launch_bounds__(Kernel<T, kHead, kPlain, kByteKv>::kThreads, 1)
     attend(const __grid_constant__ AttendParams p, const __grid_constant__ Maps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using K = Kernel<T, kHead, kPlain>;
+  using K = Kernel<T, kHead, kPlain, kByteKv>;
+  constexpr int kWarps = kGroupThreads / 32;  // of a warpgroup
   extern __shared__ char memory[];
   typename K::Shared shared;
   shared.base = memory + (1024 - shared_address(memory) % 1024) % 1024;
@@ -1202,8 +1342,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     asm volatile("prefetch.tensormap [%0];" ::"l"(&maps.k));
     asm volatile("prefetch.tensormap [%0];" ::"l"(&maps.v));
     for (int i = 0; i < K::kStages; ++i) {
-      init_barrier(shared.full(i), 2);  // both loading warps
-      init_barrier(shared.empty(i), 2 * kGroupThreads / 32);
+      init_barrier(shared.full(i), kByteKv ? kWarps : 2);  // those that widen, or the loading warps
+      init_barrier(shared.empty(i), 2 * kWarps);
+    }
+    for (int i = 0; i < K::kByteStages; ++i) {
+      init_barrier(shared.copied_full(i), 2);
+      init_barrier(shared.copied_empty(i), kWarps);
     }
     for (int i = 0; i < K::kPortionsAhead; ++i) {
       init_barrier(shared.portion_full(i), 1);
@@ -1212,7 +1356,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     init_barrier(shared.rehearsed(), 2);
     for (int i = 0; i < 4; ++i) {
       init_barrier(shared.queries_full(i / 2, i % 2), 32 + 1);  // copies, and the assignment
-      init_barrier(shared.queries_empty(i / 2, i % 2), kGroupThreads / 32);
+      init_barrier(shared.queries_empty(i / 2, i % 2), kWarps);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -1227,30 +1371,38 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else {
       K::assign_items(p, shared, warp - 2);
     }
-  } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(K::kComputeRegisters));
-    if (threadIdx.x / 32 == kGroupThreads / 32) K::prefetch_queries(p);
-    K::compute_items(p, shared, threadIdx.x / kGroupThreads - 1);
+    return;
   }
+  if constexpr (kByteKv) {
+    if (threadIdx.x >= 3 * kGroupThreads) {
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(K::kWideningRegisters));
+      K::widen_tiles(shared);
+      return;
+    }
+  }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(K::kComputeRegisters));
+  if (threadIdx.x / 32 == kWarps) K::prefetch_queries(p);
+  K::compute_items(p, shared, threadIdx.x / kGroupThreads - 1);
 #endif
 }
 
-template <typename T, int kHead>
+template <typename T, int kHead, bool kByteKv>
 cudaError_t launch_one(const AttendParams& p, const Maps& maps, cudaStream_t stream) {
   const bool plain = p.softcap == 0.0f && p.slopes == nullptr;
-  const auto kernel = plain ? attend<T, kHead, true> : attend<T, kHead, false>;
+  const auto kernel = plain ? attend<T, kHead, true, kByteKv> : attend<T, kHead, false, kByteKv>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
-  return launch(kernel, p.workers, kThreads, kSharedBytes, stream, p, maps);
+  return launch(kernel, p.workers, Kernel<T, kHead, true, kByteKv>::kThreads, kSharedBytes, stream,
+                p, maps);
 }
 
-template <typename T>
+template <typename T, bool kByteKv>
 cudaError_t launch_type(const AttendParams& p, const Maps& maps, cudaStream_t stream) {
-  if (p.head_size <= 64) return launch_one<T, 64>(p, maps, stream);
-  if (p.head_size <= 128) return launch_one<T, 128>(p, maps, stream);
-  if (p.head_size <= 192) return launch_one<T, 192>(p, maps, stream);
-  return launch_one<T, 256>(p, maps, stream);
+  if (p.head_size <= 64) return launch_one<T, 64, kByteKv>(p, maps, stream);
+  if (p.head_size <= 128) return launch_one<T, 128, kByteKv>(p, maps, stream);
+  if (p.head_size <= 192) return launch_one<T, 192, kByteKv>(p, maps, stream);
+  return launch_one<T, 256, kByteKv>(p, maps, stream);
 }
 
 }  // namespace relay::cuda::wgmma

@@ -2,7 +2,7 @@
 
 namespace relay::cuda::wgmma {
 
-template cudaError_t launch_type<__half>(const AttendParams& params, const Maps& maps,
-                                         cudaStream_t stream);
+template cudaError_t launch_type<__half, false>(const AttendParams& params, const Maps& maps,
+                                                cudaStream_t stream);
 
 }  // namespace relay::cuda::wgmma

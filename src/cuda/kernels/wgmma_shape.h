@@ -19,7 +19,8 @@ struct Units {
 /// Where K and V lie, for TMA, in dimensions (element of a span, row of eight, span, eight rows of
 /// a page, unit). Units are as long as the largest stride that divides those of blocks, heads and
 /// pages, so that one copy brings any page. Where the head size is no multiple of a span, the first
-/// dimension has all of its elements, and a copy brings eight rows of a span.
+/// dimension has all of its elements, and a copy brings eight rows of a span. In e4m3 the
+/// dimensions are (element, slot of a page, 1, 1, unit), and a copy brings a page.
 struct Maps {
   CUtensorMap k;
   CUtensorMap v;
@@ -41,9 +42,12 @@ inline constexpr int kTileRows = 128;
 inline constexpr int kPageSlots = 16;  // slots of a page: the smallest block
 inline constexpr int kSpan = 64;       // elements of a row of 128 bytes, the widest swizzle
 
+/// Elements of a tile's row: the head size, or the next that there are kernels for.
+constexpr int tile_head(int head_size) { return (head_size + kSpan - 1) / kSpan * kSpan; }
 constexpr int tile_slots(int head_size) { return head_size > 128 ? 64 : 128; }
 
-template <typename T>
+/// kByteKv: KV in e4m3, else in T.
+template <typename T, bool kByteKv>
 cudaError_t launch_type(const AttendParams& params, const Maps& maps, cudaStream_t stream);
 
 }  // namespace relay::cuda::wgmma

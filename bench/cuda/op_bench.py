@@ -4,7 +4,7 @@ cascade.
 
     python3 bench/cuda/op_bench.py --set quick --out build/bench/cuda
 
-A set is a file of bench/cuda/problems (quick, targets, never_slower, paper) or any other such file.
+A set is a file of bench/cuda/problems (quick, targets, never_slower, paper, fp8) or another such one.
 Everything of one case runs in turn, from a cold L2, by CUDA events: medians of 9, plainly launched
 and as a CUDA graph; a kernel's time is the better of the two, a peer's that of its best variant.
 Limits (read bandwidth, bf16 products) are measured in the same run. Each output is checked against
@@ -44,9 +44,10 @@ OURS = {
 }
 PEERS = ["fa3", "fi", "fi-cascade", "fi-cascade-fa2"]
 COLUMNS = [
-    "set", "case", "model", "q_heads", "kv_heads", "dim", "block_size", "levels", "prefix", "own",
-    "ragged", "batch", "competitor", "variant", "mode", "median_us", "p10_us", "p90_us", "min_us",
-    "max_us", "n", "bytes", "flops", "bytes_us", "flops_us", "share", "error", "rms_error",
+    "set", "case", "model", "q_heads", "kv_heads", "dim", "block_size", "kv", "levels", "prefix", "own",
+    "ragged", "batch", "competitor", "variant", "mode", "median_us", "p10_us", "p25_us", "p75_us",
+    "p90_us", "min_us", "max_us", "n", "bytes", "flops", "bytes_us", "flops_us", "share", "error",
+    "rms_error",
 ]  # fmt: skip
 
 
@@ -117,9 +118,10 @@ class Bench:
         self.timer = Timer(args.flush)
         self.identity = identity()
         self.rows, self.missing, self.sources = [], {}, {}
+        self.failure = ""
         # One random pool for all: filled once, each case takes its front.
         free = torch.cuda.mem_get_info()[0]
-        wanted = max((case.kv_bytes for data in sets for case in data["cases"]), default=0)
+        wanted = max((2 * case.elements for data in sets for case in data["cases"]), default=0)
         size = min(max(wanted, 4 << 30), free - (6 << 30)) // 2 // 2048 * 2048
         self.pool = torch.empty(size, dtype=torch.bfloat16, device="cuda")
         for piece in self.pool.split(1 << 28):
@@ -316,7 +318,7 @@ class Bench:
         q_heads, kv_heads, dim = case.heads
         self.rows.append({
             "set": data["name"], "case": case.name, "model": case.model, "q_heads": q_heads,
-            "kv_heads": kv_heads, "dim": dim, "block_size": case.block_size,
+            "kv_heads": kv_heads, "dim": dim, "block_size": case.block_size, "kv": case.kv,
             "levels": json.dumps(case.levels), "prefix": case.prefix, "own": case.own,
             "ragged": int(case.ragged), "batch": case.batch, "competitor": name,
             "variant": variant, "mode": mode, **stats, **more,
@@ -335,7 +337,7 @@ class Bench:
                 if time.monotonic() - self.began > self.args.budget:
                     say(f"out of time: {len(cases) - len(results)} cases left out")
                     break
-                if case.kv_bytes > 2 * self.pool.numel():
+                if case.elements > self.pool.numel():
                     say(f"{case.name}: needs {case.kv_bytes / 1e9:.0f} GB, left out")
                     continue
                 result = self.run_case(data, case)
@@ -343,9 +345,10 @@ class Bench:
                 results.append(result)
                 if style == "full":
                     say(line(result))
-        except Exception:
+        except Exception as error:
             # An error of the GPU ends the process's use of it: what was measured is kept.
             say(traceback.format_exc()[-1500:])
+            self.failure = f"{data['name']}, after {len(results)} cases: {shortly(error)}"
         self.write(data, results)
         summarize(data, results)
         return results
@@ -466,7 +469,11 @@ def main():
     say(", ".join(f"{k} {v:.4g}" for k, v in bench.limits.items()))
     for data in sets:
         bench.run_set(data)
+        if bench.failure:
+            break
     say(f"took {time.monotonic() - bench.began:.0f} s; written to {args.out}")
+    if bench.failure:
+        sys.exit(f"op_bench: {bench.failure}")
 
 
 if __name__ == "__main__":

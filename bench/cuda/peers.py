@@ -50,17 +50,23 @@ class Fa3:
     def metadata(self, p, splits):
         """The schedule, which vLLM has made once per step, outside of the layers."""
         return self.ops.get_scheduler_metadata(
-            p.batch, 1, p.max_length, p.q_heads, p.kv_heads, p.dim, p.dim, p.q.dtype,
+            p.batch, 1, p.max_length, p.q_heads, p.kv_heads, p.dim, p.dim, p.kv.dtype,
             p.lengths, p.starts, None, None, None, None, p.block_size, 0, True, -1, -1, False,
             splits, None, 0,
         )  # fmt: skip
 
     def variants(self, p, out):
+        # Over fp8 it multiplies in fp8, so that queries are rounded too: as vLLM does, beforehand.
+        q = p.q.to(p.kv.dtype)
+        scales = None
+        if p.kv.element_size() == 1:
+            scales = torch.ones(p.batch, p.kv_heads, dtype=torch.float32, device=p.device)
+
         def call(metadata, splits):
             def run():
                 self.ops.fwd(
-                    p.q, p.k, p.v, None, None, None, out, p.starts, None, None, None, p.lengths,
-                    1, p.max_length, p.table, None, None, None, None, None, None, None, None,
+                    q, p.k, p.v, None, None, None, out, p.starts, None, None, None, p.lengths,
+                    1, p.max_length, p.table, None, None, None, None, None, scales, scales, scales,
                     p.scale, True, -1, -1, 0.0, True, metadata, splits, None, 0, None, 1, 0, None,
                 )  # fmt: skip
 
@@ -74,9 +80,11 @@ class Fa3:
 
 class FlashInfer:
     def __init__(self, jit=False):
+        # Without it a module that is missing is a reason given at once, not minutes of compiling.
+        # Any value disables it, 0 as well.
+        os.environ.pop("FLASHINFER_DISABLE_JIT", None)
         if not jit:
-            # A module that is missing is then a reason given at once, not minutes of compiling.
-            os.environ.setdefault("FLASHINFER_DISABLE_JIT", "1")
+            os.environ["FLASHINFER_DISABLE_JIT"] = "1"
         import flashinfer
 
         self.lib = flashinfer

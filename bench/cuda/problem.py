@@ -21,6 +21,7 @@ class Case:
     levels: list = field(default_factory=list)
     block_size: int = 16
     ragged: bool = False  # own lengths from 1 to `own`
+    kv: str = "bf16"  # or fp8: e4m3, scales of 1; queries are bf16
     model: str = ""
     expect: dict = field(default_factory=dict)
 
@@ -40,7 +41,12 @@ class Case:
     @property
     def vector_bytes(self):
         """K and V of one token."""
-        return self.heads[1] * self.heads[2] * 4
+        return self.heads[1] * 2 * self.heads[2] * (1 if self.kv == "fp8" else 2)
+
+    @property
+    def elements(self):
+        """Of K and V."""
+        return self.blocks * self.block_size * self.heads[1] * 2 * self.heads[2]
 
     @property
     def kv_bytes(self):
@@ -57,6 +63,7 @@ class Case:
         levels = "+".join(f"{t}" if g == 1 else f"{g}x{t}" for t, g in self.levels) or "0"
         tail = "" if self.block_size == 16 else f" bs{self.block_size}"
         own = f"{'~' if self.ragged else ''}{self.own}"
+        tail += "" if self.kv == "bf16" else f" {self.kv}"
         return f"{q}/{kv}x{dim} P{levels} C{own} B{self.batch}{tail}"
 
 
@@ -88,6 +95,8 @@ def load(name):
         for tokens, groups in case.levels:
             if tokens % case.block_size or case.batch % groups:
                 raise SystemExit(f"{path}: {case.name}: whole blocks and equal groups only")
+        if case.kv not in ("bf16", "fp8"):
+            raise SystemExit(f"{path}: {case.name}: kv is bf16 or fp8")
     return data
 
 
@@ -102,9 +111,10 @@ class Problem:
         self.levels, self.scale = case.levels, self.dim**-0.5
         random = torch.Generator().manual_seed(seed)
         shape = (self.blocks, self.block_size, self.kv_heads, 2 * self.dim)
-        size = self.blocks * self.block_size * self.kv_heads * 2 * self.dim
         # vLLM's: K and V of a (token, head) next to each other.
-        self.kv = pool[:size].view(shape)
+        self.kv = pool[: case.elements].view(shape)
+        if case.kv == "fp8":
+            self.kv = self.kv.to(torch.float8_e4m3fn)
         self.k, self.v = self.kv[..., : self.dim], self.kv[..., self.dim :]
         self.q = torch.randn(
             self.batch, self.q_heads, self.dim, dtype=torch.bfloat16, device=pool.device

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-BF16 = 2
+BF16, F8_E4M3 = 2, 16
 PATHS = {"auto": 0, "mma": 1, "wgmma": 2}
 
 
@@ -128,7 +128,8 @@ class Plan:
         self.call, self.lib, self.p = library.call, library.lib, p
         options = sized(
             Options, q_heads=p.q_heads, kv_heads=p.kv_heads, head_dim=p.dim, q_type=BF16,
-            kv_type=BF16, max_requests=p.batch, max_rows=p.batch, max_blocks=p.table.shape[1],
+            kv_type=F8_E4M3 if p.kv.element_size() == 1 else BF16, max_requests=p.batch,
+            max_rows=p.batch, max_blocks=p.table.shape[1],
             block_size=p.block_size, cache_blocks=p.blocks, causal=1, sharing=int(sharing == "on"),
             path=PATHS[path],
         )  # fmt: skip

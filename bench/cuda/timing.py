@@ -24,8 +24,9 @@ class Entry:
             return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
 
         return {
-            "median_us": statistics.median(ordered), "p10_us": at(0.1), "p90_us": at(0.9),
-            "min_us": ordered[0], "max_us": ordered[-1], "n": len(ordered),
+            "median_us": statistics.median(ordered), "p10_us": at(0.1), "p25_us": at(0.25),
+            "p75_us": at(0.75), "p90_us": at(0.9), "min_us": ordered[0], "max_us": ordered[-1],
+            "n": len(ordered),
         }  # fmt: skip
 
 

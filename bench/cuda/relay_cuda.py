@@ -30,7 +30,7 @@ class Options(Structure):
     _fields_ = fields(c_size_t, "size") + fields(
         c_int32,
         "q_heads kv_heads head_dim q_type kv_type max_requests max_rows max_blocks block_size "
-        "cache_blocks causal window sharing check path reserved",
+        "cache_blocks causal window sharing check path min_shared_slots",
     )
 
 

@@ -49,6 +49,9 @@ struct PlanOptions {
   Sharing sharing = Sharing::kOn;  ///< kOff: the same kernels, each request for itself
   bool check = false;              ///< report bad batches, see check_batch()
   Path path = Path::kAuto;
+  /// Runs of fewer slots are not shared. 0: RELAY_CUDA_MIN_SHARED_SLOTS if set, else as many as
+  /// make sharing faster in a batch of so many requests, at least 64.
+  int32_t min_shared_slots = 0;
 };
 
 inline constexpr int32_t kMaxRequests = 1024;

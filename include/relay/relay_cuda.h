@@ -44,7 +44,9 @@ typedef struct {
   int32_t sharing;      /* 1: on, 0: off (the ablation), -1: as RELAY_SHARING says */
   int32_t check;        /* 1: report bad batches, see relay_cuda_check_batch; 0: do not */
   int32_t path;         /* RELAY_CUDA_PATH_... */
-  int32_t reserved;     /* 0 */
+  /* Runs of fewer slots are not shared. 0: RELAY_CUDA_MIN_SHARED_SLOTS if set, else as many as make
+   * sharing faster in a batch of so many requests, at least 64. */
+  int32_t min_shared_slots;
 } relay_cuda_plan_options;
 
 /* A batch by its block tables. Request i owns the query rows [query_starts[i], query_starts[i +

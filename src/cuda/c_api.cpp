@@ -119,7 +119,6 @@ void require_zero(int32_t reserved, const char* name) {
 
 cuda::PlanOptions convert(const relay_cuda_plan_options* given) {
   const relay_cuda_plan_options in = known_part(given, "relay_cuda_plan_options");
-  require_zero(in.reserved, "relay_cuda_plan_options");
   cuda::PlanOptions out;
   out.shape = {in.q_heads, in.kv_heads, in.head_dim, in.head_dim};
   out.q_type = dtype(in.q_type, "q_type");
@@ -136,6 +135,7 @@ cuda::PlanOptions convert(const relay_cuda_plan_options* given) {
   out.sharing = sharing(in.sharing);
   out.check = flag(in.check, "check");
   out.path = path(in.path);
+  out.min_shared_slots = in.min_shared_slots;
   return out;
 }
 

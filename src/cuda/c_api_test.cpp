@@ -62,7 +62,7 @@ TEST(CudaCApi, LayoutIsTheSameInC) {
 
 TEST(CudaCApi, LayoutOfTheFirstVersion) {
   // Programs that were compiled with it are served for ever: fields are only appended.
-  EXPECT_EQ(offsetof(relay_cuda_plan_options, reserved) + sizeof(int32_t),
+  EXPECT_EQ(offsetof(relay_cuda_plan_options, min_shared_slots) + sizeof(int32_t),
             sizeof(relay_cuda_plan_options));
   EXPECT_EQ(sizeof(relay_cuda_plan_options), 72u);
   EXPECT_EQ(sizeof(relay_cuda_batch), 48u);
@@ -140,7 +140,7 @@ TEST(CudaCApi, ValuesThatNothingMeans) {
   for (const int32_t value : {-1, 3}) {
     expect_options_invalid([&](Options& o) { o.path = value; }, "path");
   }
-  expect_options_invalid([](Options& o) { o.reserved = 1; }, "reserved");
+  expect_options_invalid([](Options& o) { o.min_shared_slots = -1; }, "min_shared_slots");
 }
 
 TEST(CudaCApi, OptionsThatNoKernelServes) {

@@ -520,7 +520,8 @@ cuda::PlanOptions DeviceOperator::options(cuda::Path path, Sharing sharing, bool
           .window = static_cast<int32_t>(window),
           .sharing = sharing,
           .check = config_.check,
-          .path = path};
+          .path = path,
+          .min_shared_slots = 64};  // small as they are, they are to share
 }
 
 cuda::Batch DeviceOperator::batch() const {

@@ -239,7 +239,7 @@ TEST(CudaErrors, Inputs) {
     EXPECT_EQ(attend_with([&](In& x) { x.k = moved(x.k); }), "");
     EXPECT_EQ(attend_with([&](In& x) { x.v = moved(x.v); }), "");
     EXPECT_EQ(attend_with([](In& x) { x.out = static_cast<char*>(x.out) + 8; }), "");
-    for (int64_t In::*stride :
+    for (int64_t In::* stride :
          {&In::q_row_stride, &In::q_head_stride, &In::out_row_stride, &In::out_head_stride,
           &In::k_block_stride, &In::k_slot_stride, &In::k_head_stride, &In::v_block_stride,
           &In::v_slot_stride, &In::v_head_stride}) {

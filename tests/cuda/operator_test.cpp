@@ -471,6 +471,39 @@ TEST(CudaSharing, SharedColumnsBehindPrivateOnes) {
   run_cases(std::move(cases));
 }
 
+TEST(CudaSharing, OnlyWhereItIsFaster) {
+  RELAY_REQUIRE_GPU();
+  const std::lock_guard lock(gpu_mutex());
+  const DeviceStream stream;
+  const auto shared_segments = [&](int32_t requests, int64_t shared_slots, int32_t least) {
+    TableWriter w(16, 4100);
+    const std::vector<int32_t> prompt = w.blocks(shared_slots / 16);
+    for (int32_t i = 0; i < requests; ++i) w.request(prompt, 16);
+    const ForestCase forest = w.finish();
+    const BatchLimits limits = limits_of(forest, 0);
+    DeviceOperator device(config_of(DType::kBF16, 128, 8, 4), limits);
+    device.upload(host_batch(forest, limits, requests, 1));
+    cuda::PlanOptions options = device.options(cuda::Path::kAuto, Sharing::kOn, true, 0);
+    options.min_shared_slots = least;
+    const DevicePlan plan(options, stream);
+    cuda::plan_batch(*plan, device.batch(), stream.get());
+    return cuda::summarize(*plan, stream.get()).shared_segments;
+  };
+  EXPECT_EQ(shared_segments(32, 256, 0), 0);
+  EXPECT_EQ(shared_segments(32, 512, 0), 1);
+  EXPECT_EQ(shared_segments(2, 512, 0), 0);
+  EXPECT_EQ(shared_segments(2, 4096, 0), 1);
+  EXPECT_EQ(shared_segments(2, 512, 64), 1);
+  EXPECT_EQ(shared_segments(32, 256, 272), 0);
+  setenv("RELAY_CUDA_MIN_SHARED_SLOTS", "64", 1);
+  EXPECT_EQ(shared_segments(2, 512, 0), 1);
+  for (const char* wrong : {"0", "-64", "many", "64 "}) {
+    setenv("RELAY_CUDA_MIN_SHARED_SLOTS", wrong, 1);
+    EXPECT_THROW(shared_segments(2, 512, 0), Error) << wrong;
+  }
+  unsetenv("RELAY_CUDA_MIN_SHARED_SLOTS");
+}
+
 // --- Logits --------------------------------------------------------------------------------------
 
 /// A case of crafted tensors.

@@ -2,9 +2,11 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <charconv>
 #include <climits>
 #include <cstdlib>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cuda/kernels/kernels.h"
@@ -17,7 +19,6 @@ namespace relay::cuda {
 namespace {
 
 constexpr int64_t kAlignment = 256;
-/// Slots that sharing must spare for a merge to pay: a partial is written and read in f32.
 constexpr int32_t kMinSharedSlots = 64;
 /// Partial results that are provided for: so many of each query row that may share, and of no more
 /// rows than these in all. A batch that needs more shares in coarser pieces.
@@ -73,6 +74,36 @@ void validate(const PlanOptions& o) {
   if (o.cache_blocks < 1) fail("cache_blocks must be positive");
   if (o.window < 0) fail("window must not be negative");
   if (o.window > 0 && !o.causal) fail("a window needs causal attention");
+  if (o.min_shared_slots < 0) fail("min_shared_slots must not be negative");
+}
+
+/// PlanOptions::min_shared_slots, or the environment's; 0: as the batch makes it.
+int32_t asked_min_shared_slots(const PlanOptions& o) {
+  if (o.min_shared_slots > 0) return o.min_shared_slots;
+  const char* name = std::getenv("RELAY_CUDA_MIN_SHARED_SLOTS");
+  const std::string_view value = name != nullptr ? name : "";
+  if (value.empty()) return 0;
+  int32_t slots = 0;
+  const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), slots);
+  if (error != std::errc() || end != value.data() + value.size() || slots < 1) {
+    fail("RELAY_CUDA_MIN_SHARED_SLOTS=" + std::string(value) + " is no positive number");
+  }
+  return slots;
+}
+
+/// The length from which on sharing a run is faster. Reading it once saves what the other requests
+/// would read, from the L2 cache mostly; a second partial result costs each row, and merging costs
+/// a step some time. The constants are those that lose least over 144 batches of 2 to 64 requests
+/// on an H200 (bench/cuda, set `paper`, prefixes of up to 2048 tokens).
+int32_t min_shared_slots(const PlanOptions& o, int32_t requests) {
+  constexpr double kMergeNs = 1000;
+  constexpr double kNsPerElement = 0.04;  // of a request's row in all heads
+  constexpr double kBytesPerNs = 6667;
+  const double kv_bytes = 2.0 * o.shape.kv_heads * o.shape.qk_dim * (o.kv_type == o.q_type ? 2 : 1);
+  const double row = static_cast<double>(o.shape.q_heads) * o.shape.qk_dim;
+  const double costs = kMergeNs + kNsPerElement * row * requests;
+  const double saved = kv_bytes * std::max(1, requests - 1) / kBytesPerNs;  // for each slot
+  return static_cast<int32_t>(std::clamp(costs / saved, double{kMinSharedSlots}, 1e9));
 }
 
 Path choose_path(const PlanOptions& o) {
@@ -121,7 +152,6 @@ PlanShape shape_of(const PlanOptions& o, const PathShape& path, int32_t multipro
   s.max_row_index = static_cast<int32_t>(sharing_rows * kMaxParts);
   s.partial_capacity = static_cast<int32_t>(std::min(sharing_rows * kPartialsPerRow, kMaxPartials) *
                                             o.shape.q_heads);
-  s.min_shared_blocks = ceil_div(kMinSharedSlots, o.block_size);
   s.costs = path.costs;
   return s;
 }
@@ -139,12 +169,14 @@ class Plan {
   float* partial_out = nullptr;
   float2* partial_state = nullptr;
   int64_t partial_rows = 0;
+  int32_t asked_min_shared_slots = 0;
   mutable PlanBatch batch{};  ///< planned last
   mutable int32_t batch_rows = 0;
 
   explicit Plan(const PlanOptions& o) : options(o) {
     validate(o);
     path = choose_path(o);
+    asked_min_shared_slots = cuda::asked_min_shared_slots(o);
     const PathShape p =
         path == Path::kWgmma ? wgmma_shape(o.shape.qk_dim, o.kv_type) : mma_shape(o.shape.qk_dim);
     multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
@@ -240,6 +272,9 @@ void plan_batch(const Plan& plan, const Batch& batch, Stream stream) {
   plan.batch_rows = batch.rows > 0 ? batch.rows : o.max_rows;
   PlanShape shape = plan.shape;
   shape.max_rows = plan.batch_rows;  // query starts beyond it plan nothing
+  const int32_t asked = plan.asked_min_shared_slots;
+  shape.min_shared_blocks =
+      ceil_div(asked > 0 ? asked : min_shared_slots(o, batch.requests), o.block_size);
   check(launch_plan(shape, plan.batch, plan.view, plan.memory, o.sharing == Sharing::kOn, o.check,
                     static_cast<cudaStream_t>(stream)),
         "planning");

@@ -16,8 +16,9 @@
 // that requests have for themselves) these would be 56 empty rows of 64: there the products are
 // transposed, K Q^T and V^T P^T, so that slots and head size are what a product has 64 of.
 //
-// KV in fp8 (e4m3) is copied to a ring of its own, half as large a tile. A fourth warpgroup widens K
-// to the queries' type and V to f16, both exactly, and fills the ring that the others compute from.
+// KV in fp8 (e4m3) is copied to a ring of its own, half as large a tile. A fourth warpgroup widens
+// K to the queries' type and V to f16, both exactly, and fills the ring that the others compute
+// from.
 #pragma once
 
 #include <cfloat>

@@ -23,7 +23,7 @@ class GpuMeasure : public testing::Test {
 OpProblem problem(DType kv_type) {
   return {.shape = {.q_heads = 8, .kv_heads = 2, .qk_dim = 128, .v_dim = 128},
           .kv_type = kv_type,
-          .prefix = 1030,
+          .prefix = 4102,  // long enough for sharing to pay
           .context = 50,
           .batch = 8};
 }
@@ -50,9 +50,9 @@ TEST_F(GpuMeasure, RunsWithSharingAndWithout) {
     EXPECT_GT(result.on.plan_time.best, 0);
     // Everything but rounding is the same: outputs are bf16 or f16.
     EXPECT_LT(result.difference, 0.05) << to_string(result.problem);
-    // 64 whole blocks are shared, and 56 tokens are each request's own.
-    EXPECT_EQ(result.on.plan.kv_slots_read, 1024 + 8 * 56);
-    EXPECT_EQ(result.off.plan.kv_slots_read, 8 * 1080);
+    // 256 whole blocks are shared, and 56 tokens are each request's own.
+    EXPECT_EQ(result.on.plan.kv_slots_read, 4096 + 8 * 56);
+    EXPECT_EQ(result.off.plan.kv_slots_read, 8 * 4152);
     EXPECT_DOUBLE_EQ(result.ideal_bytes, result.on.bytes_read);
     EXPECT_EQ(result.off.plan.shared_segments, 0);
   }
@@ -62,8 +62,8 @@ TEST_F(GpuMeasure, ExplainsThePlan) {
   const ExplainProblem p{.name = "", .op = problem(DType::kBF16), .layers = 3};
   const GpuExplanation e = explain_on_gpu(p, 2);
   EXPECT_EQ(e.on.plan.shared_segments, 1);
-  EXPECT_EQ(e.on.plan.kv_slots_attended, 8 * 1080);
-  EXPECT_DOUBLE_EQ(e.off.bytes_read, 3.0 * 8 * 1080 * 2 * 256 * 2);
+  EXPECT_EQ(e.on.plan.kv_slots_attended, 8 * 4152);
+  EXPECT_DOUBLE_EQ(e.off.bytes_read, 3.0 * 8 * 4152 * 2 * 256 * 2);
   EXPECT_GT(*e.on.measured, 0);
   EXPECT_FALSE(explain_on_gpu(p, 0).measured_speedup());
 }

@@ -36,7 +36,7 @@ class PlanOptions(Sized):
         ("sharing", c_int32),
         ("check", c_int32),
         ("path", c_int32),
-        ("reserved", c_int32),
+        ("min_shared_slots", c_int32),
     ]
 
 

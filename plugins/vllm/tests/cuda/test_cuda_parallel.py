@@ -13,6 +13,8 @@ pytestmark = [
 ]
 
 
+# As vLLM runs by default: an engine process whose workers are its own.
+OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 # Without vLLM's fusion of all-reduce and norm, which FlashInfer would compile for minutes.
 UNFUSED = dict(GRAPHS["compilation_config"], pass_config=dict(fuse_allreduce_rms=False))
 
@@ -23,7 +25,10 @@ UNFUSED = dict(GRAPHS["compilation_config"], pass_config=dict(fuse_allreduce_rms
 def test_as_near_to_float32_as_flash_attention(options, model_folder):
     model = tiny_models.write("llama", model_folder)
     options = options | dict(tensor_parallel_size=2, distributed_executor_backend="mp")
-    own, relay = (remote.run(model, CALLS, relay=relay, **options) for relay in (False, True))
+    own, relay = (
+        remote.run(model, CALLS, relay=relay, environment=OWN_PROCESS, **options)
+        for relay in (False, True)
+    )
     assert relay.plans > 0 and len(relay.served) == 2
     truth = remote.Truth(model)
     asked = CALLS[1][0]

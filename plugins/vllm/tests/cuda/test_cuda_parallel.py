@@ -15,13 +15,15 @@ pytestmark = [
 
 # As vLLM runs by default: an engine process whose workers are its own.
 OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-# Without vLLM's fusion of all-reduce and norm, which FlashInfer would compile for minutes.
-UNFUSED = dict(GRAPHS["compilation_config"], pass_config=dict(fuse_allreduce_rms=False))
+# Without vLLM's fusion of all-reduce and norm, which FlashInfer compiles for minutes, eager or not.
+UNFUSED = dict(pass_config=dict(fuse_allreduce_rms=False))
+OPTIONS = {
+    "eager": dict(compilation_config=UNFUSED),
+    "graphs": GRAPHS | dict(compilation_config=GRAPHS["compilation_config"] | UNFUSED),
+}
 
 
-@pytest.mark.parametrize(
-    "options", [{}, GRAPHS | dict(compilation_config=UNFUSED)], ids=["eager", "graphs"]
-)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_as_near_to_float32_as_flash_attention(options, model_folder):
     model = tiny_models.write("llama", model_folder)
     options = options | dict(tensor_parallel_size=2, distributed_executor_backend="mp")

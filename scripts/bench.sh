@@ -19,6 +19,8 @@ case "${1:-bench}" in
 esac
 
 set="${1:-bench}"
-"$python" bench/evaluation run --set "$set" "${@:2}"
+status=0  # what failed is in the report as well
+"$python" bench/evaluation run --set "$set" "${@:2}" || status=$?
 out="build/evaluation/$set"
 "$python" bench/evaluation report "$out" --document "$out/evaluation.md" --images "$out"
+exit "$status"

@@ -6,9 +6,10 @@
     .venv/bin/python bench/evaluation report build/evaluation/bench/results.json
     .venv/bin/python bench/evaluation compare before/results.json after/results.json
 
-A run that was stopped, or that had no time for all, goes on when it is started again. Results lie
-in build/evaluation/<set>: results.json, a CSV for each section. `report` draws the plots and writes
-docs/evaluation.md from any number of results.
+A run that was stopped, or that had no time for all, goes on when it is started again. A task that
+fails ends nothing but itself: it is named at the end, with status 1, and the next run tries it
+again after all others. Results lie in build/evaluation/<set>: results.json, a CSV for each section.
+`report` draws the plots and writes docs/evaluation.md from any number of results.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import math
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import compare
@@ -23,7 +25,7 @@ import problems
 import store
 from programs import ROOT, Programs
 from progress import Progress
-from tasks import EvaluationError
+from tasks import EvaluationError, Task
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,14 +48,15 @@ def run(args: argparse.Namespace) -> None:
         "versions": store.versions(args.build / "bin/relay"),
     }
     results = store.Store(out, identity, args.fresh)
-    todo = [task for task in tasks if not results.has(task)]
+    # What has failed before comes last, so that it cannot hold up the others a second time.
+    todo = sorted((t for t in tasks if not results.has(t)), key=lambda t: bool(results.failure(t)))
     done = [task for task in tasks if results.has(task)]
     if done:
         print(f"{len(done)} of {len(tasks)} tasks were done before", file=sys.stderr)
     print_left_out(programs.left_out)
     if (load := os.getloadavg()[0]) > 0.5 and todo:
         print(f"warning: the machine is busy (load {load:.1f}): expect noise", file=sys.stderr)
-    skipped = 0
+    skipped, failed = 0, []
     try:
         with Progress([t.seconds for t in todo], [results.seconds(t) for t in done]) as progress:
             for task in todo:
@@ -62,14 +65,40 @@ def run(args: argparse.Namespace) -> None:
                     skipped += 1
                     continue
                 progress.begin(task.name, task.seconds)
-                programs.notes.clear()
-                rows = task.run()
-                results.put(task, rows, progress.end(), list(programs.notes))
+                programs.begin(task.seconds)
+                if reason := attempt(task, programs, results, progress):
+                    progress.skip(task.seconds)
+                    failed.append(f"  {task.name}: {reason.splitlines()[0]}")
     finally:  # what a run that is stopped has measured can be reported, too
         print(results.write(tasks, programs.left_out))
     if skipped:
         said = f"{skipped} of {len(tasks)} tasks do not fit into {args.budget:g} minutes"
         print(f"{said}; the same command goes on with them", file=sys.stderr)
+    if failed:
+        raise EvaluationError(
+            f"{len(failed)} of {len(tasks)} tasks failed; the same command tries them again, after "
+            "those not yet tried:\n" + "\n".join(failed)
+        )
+
+
+def attempt(task: Task, programs: Programs, results: store.Store, progress: Progress) -> str:
+    """Runs a task and keeps its results; why it failed, or "". Whatever goes wrong in one task, be
+    it an answer of a peer that nobody foresaw, is no reason to lose the others."""
+    try:
+        rows = task.run()
+        if not rows:
+            raise EvaluationError("it measured nothing")
+    except EvaluationError as error:
+        reason = str(error)
+        print(f"\nfailed: {task.name}: {reason}", file=sys.stderr)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        print(f"\nfailed: {task.name}\n{traceback.format_exc()}", file=sys.stderr)
+    else:
+        results.put(task, rows, progress.end(), programs)
+        return ""
+    results.put_failure(task, reason)
+    return reason
 
 
 def print_left_out(reasons: list[str]) -> None:

@@ -5,6 +5,13 @@ import plots
 from plots import choose, name_of, tokens, values
 from tasks import Row
 
+NEAR_TIE = 0.1  # nat: the probabilities of two tokens are within a tenth
+
+
+def either(items: list) -> str:
+    *most, last = map(str, items)
+    return f"{', '.join(most)} or {last}" if most else last
+
 
 def ratio_text(value: float) -> str:
     return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
@@ -33,51 +40,72 @@ def place(case: dict) -> str:
     return f"{model}, {tokens(case['prefix'])} shared tokens, batch {case['batch']}"
 
 
-def against_others(rows: list[Row], metric: str = "latency") -> list[str]:
+def table(head: str, rows: list[list[str]]) -> list[str]:
+    """head: names between bars, as its first line has them; numbers stand right but for the first
+    column."""
+    columns = head.split(" | ")
+    lines = [f"| {head} |", "|---|" + "--:|" * (len(columns) - 1)]
+    return lines + [f"| {' | '.join(cells)} |" for cells in rows]
+
+
+# --- Verdicts -------------------------------------------------------------------------------------
+
+
+def agrees(what: str) -> str:
+    return f"**Agrees**: {what}."
+
+
+def in_direction(what: str) -> str:
+    return f"**Agrees in direction, not in size**: {what}."
+
+
+def differs(what: str) -> str:
+    return f"**Does not agree** here: {what}."
+
+
+def undecided(what: str) -> str:
+    return f"**Undecided**: {what}."
+
+
+# --- The operator ---------------------------------------------------------------------------------
+
+
+def against_others(rows: list[Row]) -> list[str]:
     said = []
-    systems = {r.system for r in choose(rows, metric)}
+    systems = {r.system for r in choose(rows, "latency")} - {"limit"}
     for ours in ("relay", "vllm with Relay"):
         for other in plots.in_order(systems - {"relay", "relay-off", "vllm with Relay"}):
+            found = pairs(rows, "latency", ours, other)
             same_host = (ours == "vllm with Relay") == other.startswith("vllm")
-            found = pairs(rows, metric, ours, other)
             if found and same_host and not other.startswith("cost model"):
                 best = max(found, key=lambda pair: pair[1])
                 said.append(
-                    f"{name_of(ours)} against {name_of(other)}: {span(found)}, most at "
-                    f"{place(best[0]) if 'prefix' in best[0] else best[0]}."
+                    f"{name_of(ours)} against {name_of(other)}: {span(found)} as fast, most at "
+                    f"{place(best[0])}."
                 )
     return said
 
 
+def predicted_gain(rows: list[Row], case: dict) -> float | None:
+    """The cost model's, where there is one."""
+    on = choose(rows, "latency", "cost model", **case)
+    off = choose(rows, "latency", "cost model, off", **case)
+    return off[0].median / on[0].median if on and off else None
+
+
 def operator_latency(rows: list[Row]) -> list[str]:
-    said = []
     gains = plots.gains(rows)
     shared = [r for r in gains if r.case["batch"] > 1 and r.case["prefix"] > 0]
+    said = []
     if shared:
         best = max(shared, key=lambda r: r.median)
-        (formula,) = [r.median for r in choose(rows, "speed-up", "formula", **best.case)][:1]
+        formula = choose(rows, "speed-up", "formula", **best.case)[0].median
         said.append(
             f"Sharing makes attention up to {ratio_text(best.median)} as fast ({place(best.case)}; "
             f"the formula says {ratio_text(formula)} there)."
         )
-        on = choose(rows, "latency", "cost model", **best.case)
-        off = choose(rows, "latency", "cost model, off", **best.case)
-        predicted = off[0].median / on[0].median if on and off else formula
-        share = best.median / formula
-        if share > 0.75:
-            said.append("**Agrees** with the paper: reading is the limit here too.")
-        elif best.median > 0.75 * predicted:
-            said.append(
-                f"**Agrees in direction, not in size**: {share:.0%} of the formula. "
-                f"Our cost model, which counts arithmetic too, says {ratio_text(predicted)}: with "
-                "sharing, arithmetic takes longer than reading here, and sharing saves none of it."
-            )
-        else:
-            said.append(
-                f"**Agrees in direction, not in size**: {share:.0%} of the formula, and less than "
-                f"the {ratio_text(predicted)} of our cost model. What neither counts: KV "
-                "that stays in a cache, and others at work on the machine."
-            )
+        said.append(about_size(rows, best, formula))
+        said += losses(shared) + about_model(rows, shared)
     alone = [r.median for r in gains if r.case["batch"] == 1]
     if alone:
         said.append(
@@ -87,8 +115,61 @@ def operator_latency(rows: list[Row]) -> list[str]:
     return said + against_others(rows)
 
 
+def about_size(rows: list[Row], best: Row, formula: float) -> str:
+    """Whether the largest gain is what the formula promises; if not, what the limit is."""
+    share, predicted = best.median / formula, predicted_gain(rows, best.case)
+    limit = choose(rows, "latency", "limit", **best.case)
+    if share > 0.75:
+        return agrees("reading is the limit here too")
+    if predicted and best.median > 0.75 * predicted:
+        return in_direction(
+            f"{share:.0%} of the formula. Our cost model, which counts arithmetic too, says "
+            f"{ratio_text(predicted)}: with sharing, arithmetic takes longer than reading here, "
+            "and sharing saves none of it"
+        )
+    if predicted:
+        return in_direction(
+            f"{share:.0%} of the formula, and less than the {ratio_text(predicted)} of our cost "
+            "model. What neither counts: KV that stays in a cache, and others at work on the "
+            "machine"
+        )
+    if limit:
+        on = choose(rows, "latency", "relay", **best.case)[0].median
+        return in_direction(
+            f"{share:.0%} of the formula, which counts reading alone. The step takes "
+            f"{1e6 * on:.0f} µs, of which this GPU needs {1e6 * limit[0].median:.0f} to read each "
+            "KV byte once and to multiply, whichever takes longer; the rest is starting, waiting "
+            "and merging, which the formula does not know"
+        )
+    return in_direction(f"{share:.0%} of the formula")
+
+
+def losses(shared: list[Row]) -> list[str]:
+    """Where sharing costs more than its spread."""
+    found = sorted((r for r in shared if r.median < 0.95), key=lambda r: r.median)
+    if not found:
+        return []
+    told = "; ".join(f"{ratio_text(r.median)} at {place(r.case)}" for r in found[:4])
+    more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+    return [
+        f"Where little is shared, sharing costs: in {len(found)} of {len(shared)} cases it is "
+        f"slower by more than 5 %: {told}{more}."
+    ]
+
+
+def about_model(rows: list[Row], shared: list[Row]) -> list[str]:
+    found = [(r, r.median / p) for r in shared if (p := predicted_gain(rows, r.case))]
+    if not found:
+        return []
+    least, most = (pick(found, key=lambda pair: pair[1]) for pick in (min, max))
+    return [
+        f"The gain is {least[1]:.2f} ({place(least[0].case)}) to {most[1]:.2f} times "
+        f"({place(most[0].case)}) what our cost model says."
+    ]
+
+
 def operator_batch(rows: list[Row]) -> list[str]:
-    said = []
+    said, on_and_off = [], []
     for case in plots.panels_of(rows):
         prefix = max(values(choose(rows, **case), "prefix"))
         batches = values(choose(rows, "latency", "relay", **case, prefix=prefix), "batch")
@@ -101,23 +182,33 @@ def operator_batch(rows: list[Row]) -> list[str]:
                 choose(rows, "latency", system, **case, prefix=prefix, batch=b)
                 for b in (first, last)
             ]
-            if all(ends) and not system.startswith("cost model"):
+            if all(ends) and not system.startswith("cost model") and system != "limit":
                 growth[system] = ends[1][0].median / ends[0][0].median
         text = ", ".join(f"{name_of(s)} {ratio_text(g)}" for s, g in growth.items())
         said.append(
             f"- {plots.title_of(case)}, {tokens(prefix)} shared tokens, from {first} to {last} "
             f"requests ({last / first:g}x): {text}."
         )
+        if {"relay", "relay-off"} <= growth.keys():
+            on_and_off.append(growth["relay-off"] / growth["relay"])
     if said:
         said.insert(0, "How much longer a step's attention takes with more requests:\n")
+    if on_and_off:
+        ends = dict.fromkeys(map(ratio_text, (min(on_and_off), max(on_and_off))))
+        text = f"with sharing it grows {' to '.join(ends)} less than without"
+        told = (
+            agrees
+            if min(on_and_off) > 1.25
+            else in_direction
+            if max(on_and_off) > 1.25
+            else differs
+        )
+        said.append("\n" + told(text))
     return said
 
 
 def operator_gain(rows: list[Row]) -> list[str]:
-    lines = [
-        "| shape | shared | batch | measured | formula | cost model |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    lines, shares = [], []
     for case in plots.panels_of(rows):
         found = [r for r in plots.gains(rows, **case) if r.case["batch"] > 1]
         found = [r for r in found if r.case["prefix"] > 0]
@@ -125,18 +216,70 @@ def operator_gain(rows: list[Row]) -> list[str]:
             prefix = max(values(choose(found, batch=batch), "prefix"))
             (gain,) = choose(found, batch=batch, prefix=prefix)
             (formula,) = choose(rows, "speed-up", "formula", **gain.case)
-            on = choose(rows, "latency", "cost model", **gain.case)
-            off = choose(rows, "latency", "cost model, off", **gain.case)
-            cells = [
+            predicted = predicted_gain(rows, gain.case)
+            shares.append(gain.median / formula.median)
+            lines.append([
                 plots.title_of(case),
                 tokens(prefix),
                 str(batch),
                 f"{ratio_text(gain.median)} ({ratio_text(gain.low)} to {ratio_text(gain.high)})",
                 ratio_text(formula.median),
-                ratio_text(off[0].median / on[0].median) if on and off else "",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines if len(lines) > 2 else []
+                *([ratio_text(predicted)] if predicted else []),
+            ])  # fmt: skip
+    if not lines:
+        return []
+    ends = dict.fromkeys(f"{pick(shares):.0%}" for pick in (min, max))
+    text = f"{' to '.join(ends)} of what the formula says"
+    told = agrees if min(shares) > 0.75 else in_direction
+    head = "shape | shared | batch | measured | formula"
+    if any(len(cells) > len(head.split(" | ")) for cells in lines):
+        head += " | cost model"
+    return [*table(head, lines), "", told(text)]
+
+
+def kernels(rows: list[Row]) -> list[str]:
+    """relay-kernel-bench's names are type/d:<head size>/rows:<rows>."""
+    found: dict[tuple, dict[int, Row]] = {}
+    for row in choose(rows, "time"):
+        parts = row.case["kernel"].split("/")
+        if len(parts) == 3 and parts[1].startswith("d:") and parts[2].startswith("rows:"):
+            found.setdefault((parts[0], parts[1][2:]), {})[int(parts[2][5:])] = row
+    counts = sorted({count for times in found.values() for count in times})
+    lines = [
+        [kv_type, head]
+        + [f"{1e6 * times[c].median:.1f}" if c in times else "" for c in counts]
+        for (kv_type, head), times in found.items()
+    ]  # fmt: skip
+    head = " | ".join(["KV", "head size", *(f"{c} rows" for c in counts)])
+    return [*table(head, lines), "", "Microseconds for one tile."] if lines else []
+
+
+# --- Whole engines --------------------------------------------------------------------------------
+
+
+def setting(rows: list[Row]) -> list[str]:
+    """What was served, and to how many."""
+    said = []
+    for name, found in plots.models_of([r for r in rows if "model" in r.case]).items():
+        weights = [f"weights in {w}" for w in values(found, "weights")]
+        parts = [", ".join([name, *weights])]
+        if requests := values(found, "requests"):
+            together = values(found, "parallel") or values(found, "concurrency")
+            at_once = f"at most {either(together)} at once"
+            at_once = "all of them at once" if together == requests else at_once
+            parts.append(f"{either(requests)} requests, {at_once}")
+        means = [choose(found, metric) for metric in ("own prompt, mean", "answer, mean")]
+        if all(means):
+            own, answer = (
+                " to ".join(
+                    dict.fromkeys(f"{pick(r.median for r in m):.1f}" for pick in (min, max))
+                )
+                for m in means
+            )
+            parts.append(f"own prompts of {own} tokens and answers of {answer} in the mean")
+        if len(parts) > 1:
+            said.append("\n" + "; ".join(parts) + ".")
+    return said
 
 
 def decode_steps(rows: list[Row]) -> list[str]:
@@ -145,14 +288,15 @@ def decode_steps(rows: list[Row]) -> list[str]:
         return []
     best = max(found, key=lambda pair: pair[1])
     said = [f"With Relay a step is {span(found)} as fast, most at {place(best[0])}."]
-    return said + [verdict(best[1] > 1.1, "a whole engine gains, and less than attention alone")]
+    gains = best[1] > 1.05
+    text = (
+        "a whole engine gains, and less than attention alone" if gains else "a step gains nothing"
+    )
+    return said + [(agrees if gains else differs)(text)]
 
 
 def llama_cpp(rows: list[Row]) -> list[str]:
-    lines = [
-        "| phase | prompt | batch | llama.cpp | without flash attention | with Relay | gain |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    lines = []
     for row in choose(rows, system="llama.cpp with Relay"):
         phase, case = row.metric, row.case
         others = [
@@ -163,43 +307,47 @@ def llama_cpp(rows: list[Row]) -> list[str]:
         cells = [phase.split()[0], tokens(case["prefix"]), str(case["batch"])]
         cells += [f"{speeds[0]:.1f}" if speeds else "" for speeds in others]
         cells += [f"{row.median:.1f}", ratio_text(row.median / best) if best else ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", "Tokens a second; the gain is over the better of llama.cpp's two ways."]
-
-
-def verdict(agrees: bool, what: str) -> str:
-    return f"**Agrees**: {what}." if agrees else f"**Does not agree** here: not so that {what}."
-
-
-WHY_LESS = (
-    "On a small model and a CPU a layer's KV of the prompt may fit the cache, so that reading it "
-    "once saves less than on the paper's GPUs; the rest of the gain is that of Relay's kernels and "
-    "of the engine."
-)
+        lines.append(cells)
+    head = "phase | prompt | batch | llama.cpp | without flash attention | with Relay | gain"
+    return [*table(head, lines), "", "Tokens a second; the gain is over the better of llama.cpp's "
+            "two ways."]  # fmt: skip
 
 
 def throughput(rows: list[Row]) -> list[str]:
     metric, said = "output throughput", by_field("prompt")(rows)
-    stock = [
-        pair
-        for system in ("llama-server", "llama-server, -fa off")
-        for pair in pairs(rows, metric, "relay", system)
-    ]
-    if stock:
-        best = max(ratio for _, ratio in stock)
-        sharing = [ratio for _, ratio in pairs(rows, metric, "relay", "relay-off")]
-        text = verdict(best > 1.1, f"throughput rises, by up to {ratio_text(best)}")
-        if sharing:
-            text += f" Sharing alone makes up to {ratio_text(max(sharing))} of it. {WHY_LESS}"
-        said.append("\n" + text)
-    prices = sorted(choose(rows, "price", "relay"), key=lambda r: r.case["prompt"])
-    if prices:
-        text = ", ".join(f"{tokens(r.case['prompt'])}: {r.median:.2f}" for r in prices)
+    sharing = pairs(rows, metric, "relay", "relay-off")
+    if sharing:
+        best = max(sharing, key=lambda pair: pair[1])
+        where = f"{plots.model_name(best[0])}, a prompt of {tokens(best[0]['prompt'])} tokens"
+        if best[1] > 1.1:
+            text = in_direction if best[1] < 2 else agrees
+            said.append("\n" + text(
+                f"sharing alone raises throughput by up to {ratio_text(best[1])} ({where})"
+            ))  # fmt: skip
+        else:
+            said.append("\n" + differs(
+                f"with sharing alone, throughput is {span(sharing)} of what it is without. A "
+                "layer's KV of these prompts may fit the cache, where reading it once saves little"
+            ))  # fmt: skip
         said.append(
-            "Dollars per million answered tokens with Relay, by prompt, at the price that the "
-            f"problem file states for this machine: {text}."
+            "What Relay gains over llama-server beyond that is its kernels' and its engine's."
+        )
+    prices = sorted(choose(rows, "price", "relay"), key=lambda r: r.case["prompt"])
+    hours = values_of(choose(rows, "price of an hour"))
+    if prices and hours:
+        text = ", ".join(
+            f"{plots.model_name(r.case)}, {tokens(r.case['prompt'])}: ${r.median:.2f}"
+            for r in prices
+        )
+        said.append(
+            "A million answered tokens with Relay, by model and prompt, at "
+            f"{either([f'${h:g}' for h in hours])} an hour for this machine: {text}."
         )
     return said
+
+
+def values_of(rows: list[Row]) -> list[float]:
+    return sorted({r.median for r in rows})
 
 
 def vllm_throughput(rows: list[Row]) -> list[str]:
@@ -208,19 +356,29 @@ def vllm_throughput(rows: list[Row]) -> list[str]:
         found = pairs(rows, "output throughput", "vllm with Relay", other)
         if found:
             best = max(found, key=lambda pair: pair[1])
+            most = "most " if len(found) > 1 else ""
             said.append(
-                f"vLLM with Relay answers {span(found)} as much as {name_of(other)}, most at "
+                f"vLLM with Relay answers {span(found)} as much as {name_of(other)}, {most}at "
                 f"{tokens(best[0]['prompt'])} tokens of prompt."
             )
     caching = pairs(rows, "output throughput", "vllm with Relay", "vllm")
     if caching:
         best = max(ratio for _, ratio in caching)
-        said.append(verdict(best > 1.1, "it beats prefix caching"))
+        once = max(r.n for r in choose(rows, "output throughput", "vllm with Relay")) == 1
+        if once:
+            said.append(undecided(
+                f"{ratio_text(best)} of what prefix caching reaches, measured once"
+            ))  # fmt: skip
+        elif best > 1.1:
+            told = agrees if best >= 2 else in_direction
+            said.append(told(f"it reaches up to {ratio_text(best)} of what prefix caching does"))
+        else:
+            said.append(differs(f"it reaches {ratio_text(best)} of what prefix caching does"))
     return said
 
 
 def arrivals(rows: list[Row]) -> list[str]:
-    said, held = [], {}
+    said, held, highest = [], {}, {}
     metric = "normalised latency p95"
     for system in plots.in_order({r.system for r in rows}):
         bounds = choose(rows, "bound", system)
@@ -230,41 +388,66 @@ def arrivals(rows: list[Row]) -> list[str]:
         bound = bounds[0].median
         rates = [r.case["rate"] for r in measured if r.median <= bound]
         held[system] = max(rates, default=0.0)
+        highest[system] = max(r.case["rate"] for r in measured)
         said.append(
             f"- {name_of(system)}: holds {held[system]:g} requests/s with the p95 of normalised "
             f"latency under {1e3 * bound:g} ms/token"
-            + (" (the highest rate measured)." if rates and max(rates) == max(
-                r.case["rate"] for r in measured) else ".")
-        )  # fmt: skip
+            + (" (the highest rate measured)." if held[system] == highest[system] else ".")
+        )
     for metric in ("time to first token p50", "normalised latency p95", "inter-token latency p95"):
         for ours, other in (("relay", "llama-server"), ("vllm with Relay", "vllm")):
             found = pairs(rows, metric, ours, other)
             if found:
                 said.append(f"- {metric}, {name_of(other)} over {name_of(ours)}: {span(found)}.")
-    if held.get("relay") and "llama-server" in held:
-        better = held["relay"] > held["llama-server"]
-        equal = held["relay"] == held["llama-server"]
-        text = "a higher rate holds" if not equal else "a higher rate holds (of those measured)"
-        said.append("\n" + verdict(better, text))
+    for ours, other in (("relay", "llama-server"), ("vllm with Relay", "vllm")):
+        if {ours, other} <= {r.system for r in rows}:
+            said.append("\n" + about_rates(ours, other, held, highest))
     return said
 
 
-def by_field(field: str):
-    """Relay's throughput over others', for each value of a field."""
+def about_rates(ours: str, other: str, held: dict, highest: dict) -> str:
+    if ours not in held or other not in held:
+        return undecided("no bound was stated, so that there is no highest rate under it")
+    mine, theirs = held[ours], held[other]
+    if mine > theirs:
+        return agrees(
+            f"a higher rate holds with {name_of(ours)}, {mine:g} requests/s instead of {theirs:g}"
+        )
+    if mine < theirs:
+        return differs(f"{name_of(ours)} holds {mine:g} requests/s, {name_of(other)} {theirs:g}")
+    both = (
+        "the highest rate measured" if mine == highest[ours] else "the same of the rates measured"
+    )
+    return undecided(f"both hold {both}")
+
+
+def by_field(field: str, ours: str = "relay"):
+    """Our throughput over others', for each value of a field."""
 
     def text_of(value) -> str:
-        return f"{value:.0%}" if field == "without" else str(value)
+        if field == "without":
+            return f"{value:.0%}"
+        return tokens(value) if isinstance(value, int | float) else str(value)
+
+    def by_value(item: tuple) -> tuple:
+        return plots.in_a_row(item[0])
 
     def found(rows: list[Row]) -> list[str]:
         said = []
-        for other in plots.in_order({r.system for r in rows} - {"relay"}):
-            ratios = {
-                case[field]: ratio
-                for case, ratio in pairs(rows, "output throughput", "relay", other)
-            }
-            text = ", ".join(f"{text_of(v)}: {ratio_text(r)}" for v, r in sorted(ratios.items()))
-            if text:
-                said.append(f"- Relay's throughput over that of {name_of(other)}: {text}.")
+        models = plots.models_of(rows)
+        for name, shown in models.items():
+            for other in plots.in_order({r.system for r in shown} - {ours}):
+                ratios = {
+                    case[field]: ratio
+                    for case, ratio in pairs(shown, "output throughput", ours, other)
+                }
+                text = ", ".join(
+                    f"{text_of(v)}: {ratio_text(r)}"
+                    for v, r in sorted(ratios.items(), key=by_value)
+                )
+                what = f"{name}: {name_of(ours)}" if len(models) > 1 else name_of(ours)
+                if text:
+                    said.append(f"- {what}'s throughput over that of {name_of(other)}: {text}.")
         return said
 
     return found
@@ -294,38 +477,42 @@ def sharers(rows: list[Row]) -> list[str]:
     return said
 
 
+# --- The trace ------------------------------------------------------------------------------------
+
+
 def trace(rows: list[Row]) -> list[str]:
-    lines = [
-        "| shape | ms a token | places | at once | reads saved | attention saved | shared |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    lines = []
     for row in choose(rows, "read without sharing over with, all steps"):
         case = row.case
         at = dict(model=case["model"], token_ms=case["token_ms"], max_batch=case["max_batch"])
         (busy,) = [r for r in choose(rows, "requests at once", **at) if "time" not in r.case]
         (time,) = choose(rows, "attention without sharing over with, all steps", **at)
         (own,) = choose(rows, "share of KV attended", **at, level="own")
-        cells = [
+        lines.append([
             plots.title_of(case),
             f"{case['token_ms']:g}",
-            str(case["max_batch"] or "any"),
+            str(case["max_batch"] or "none"),
             f"{busy.median:.0f}",
             f"{1 - 1 / row.median:.0%} ({ratio_text(row.median)})",
             f"{1 - 1 / time.median:.0%} ({ratio_text(time.median)})",
             f"{1 - own.median:.0%}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        ])  # fmt: skip
     levels = [
         f"level {depth} {found[0].median:.1%}"
         for depth in range(1, 4)
         if (found := choose(rows, "share of KV attended", level=f"level {depth}"))
     ]
+    head = (
+        "shape | ms a token | batch limit | requests at once | reads saved | attention saved | "
+        "shared"
+    )
     return [
-        *lines,
+        *table(head, lines),
         "",
-        "The last column is the share of the KV attended in decode steps that at least one other "
-        f"request attends at that moment ({', '.join(levels)}). Reads saved are of KV slots; "
-        "attention saved is the cost model's, for this machine.",
+        "Batch limit: how many requests decode at once at most, while others wait. The last column "
+        "is the share of the KV attended in decode steps that at least one other request attends "
+        f"at that moment ({', '.join(levels)}). Reads saved are of KV slots; attention saved is "
+        "the cost model's, for this machine.",
     ]
 
 
@@ -339,54 +526,92 @@ def replay(rows: list[Row]) -> list[str]:
     return said
 
 
+# --- Quality --------------------------------------------------------------------------------------
+
+
 def errors(rows: list[Row]) -> list[str]:
-    said = []
-    for kv_type in values(rows, "kv_type"):
-        ours = choose(rows, "relative rms error", "relay", kv_type=kv_type)
-        ratios = [
-            mine.median / other.median
-            for mine in ours
-            for other in choose(rows, "relative rms error", "ggml", **mine.case)
-            if other.median
-        ]
-        if ratios:
-            said.append(
-                f"- {kv_type}: Relay's error is {min(ratios):.2g} to {max(ratios):.2g} times that "
-                f"of ggml's flash attention, at most {max(r.median for r in ours):.1e}."
-            )
+    rows = plots.shown_errors(rows)
+    systems = plots.in_order(r.system for r in rows)
+    types = [t for t in plots.KV_TYPES if t in values(rows, "kv_type")]
+    lines, worst = [], {}
+    for kv_type in types:
+        for kind in values(rows, "values"):
+            cells = []
+            for system in systems:
+                found = choose(rows, system=system, kv_type=kv_type, values=kind)
+                cells.append(f"{found[0].median:.1e}" if found else "none")
+                if found:
+                    key = kv_type, system
+                    worst[key] = max(worst.get(key, 0.0), found[0].median)
+            lines.append([kv_type, kind, *cells])
+    if not lines:
+        return []
+    said = table(" | ".join(["KV", "values", *map(name_of, systems)]), lines)
+    ratios = {
+        t: worst[t, "relay"] / worst[t, "ggml"]
+        for t in types
+        if (t, "relay") in worst and worst.get((t, "ggml"))
+    }
+    if ratios:
+        text = ", ".join(f"{t} {ratio:.2g}" for t, ratio in ratios.items())
+        told = agrees if max(ratios.values()) < 1.5 else differs
+        said += ["", told(f"Relay's largest error over that of ggml's flash attention: {text}")]
     return said
 
 
 def answers(rows: list[Row]) -> list[str]:
-    lines = [
-        "| model | KV | prompt | Relay against | answers the same | tokens the same | largest "
-        "difference of a log-probability | mean KL | largest KL |",
-        "|---|---|--:|---|--:|--:|--:|--:|--:|",
-    ]
+    lines = []
     for row in choose(rows, "greedy answers the same"):
         case = row.case
-        (same_tokens,) = choose(rows, "greedy tokens the same", **case)
-        numbers = [
-            choose(rows, metric, **case)[0].median
-            for metric in ("largest log-probability difference", "mean KL divergence",
-                           "largest KL divergence")
-        ]  # fmt: skip
+
+        def told(metric: str, style: str, case=case) -> str:
+            found = choose(rows, metric, **case)
+            return format(found[0].median, style) if found else ""
+
         cut = f" of {case['layers']} layers" if case["layers"] else ""
-        model = plots.title_of({"model": case["model"]})
-        against = "sharing off" if case["against"] == "relay-off" else case["against"]
-        text = " | ".join(f"{n:.1e}" for n in numbers)
-        lines.append(
-            f"| {model}{cut}, {case['weights']} | {case['kv_type']} "
-            f"| {tokens(case['prompt'])} | {against} | {row.median:.0%} "
-            f"| {same_tokens.median:.1%} | {text} |"
+        lines.append([
+            f"{plots.title_of({'model': case['model']})}{cut}, {case['weights']}",
+            case["kv_type"],
+            tokens(case["prompt"]),
+            "sharing off" if case["against"] == "relay-off" else case["against"],
+            f"{row.median:.0%}",
+            told("greedy tokens the same", ".1%"),
+            told(MARGIN, ".3f"),
+            told("largest log-probability difference", ".1e"),
+            told("mean KL divergence", ".1e"),
+            told("largest KL divergence", ".1e"),
+        ])  # fmt: skip
+    head = (
+        "model | KV | prompt | Relay against | answers the same | tokens the same | margin where "
+        "they part | largest difference of a log-probability | mean KL | largest KL"
+    )
+    parted = [r for r in choose(rows, "greedy answers the same") if r.median < 1]
+    margins = [r.median for r in choose(rows, MARGIN)]
+    if not parted:
+        text = agrees("all answers stay what they were")
+    elif len(margins) < len(parted):
+        text = undecided("some answers change, and how near a tie that was is not known")
+    elif max(margins) < NEAR_TIE:
+        text = agrees(
+            "answers part only at near ties: the two tokens were at most "
+            f"{max(margins):.3f} nat apart, which is a tenth of their probability or less"
         )
-    worst = min(r.median for r in choose(rows, "greedy tokens the same"))
-    lines += ["", verdict(worst > 0.95, "answers stay what they were, up to near ties")]
-    return lines
+    else:
+        text = differs(f"answers part where two tokens were up to {max(margins):.2f} nat apart")
+    return [*table(head, lines), "", text]
+
+
+MARGIN = "largest margin where answers part"
 
 
 def little_model(rows: list[Row]) -> list[str]:
-    lines = ["| system | answers right |", "|---|--:|"]
-    for row in choose(rows, "answers right"):
-        lines.append(f"| {name_of(row.system)} | {row.median:.1%} |")
-    return lines
+    found = choose(rows, "answers right")
+    lines = [[name_of(r.system), str(r.case["questions"]), f"{r.median:.1%}"] for r in found]
+    said = table("system | questions | right", lines)
+    prompted = [r for r in found if r.system != "relay, tuned prefix"]
+    if len(prompted) > 1:
+        low, high = min(r.median for r in prompted), max(r.median for r in prompted)
+        alike = high - low <= 1.5 / min(r.case["questions"] for r in prompted)
+        said += ["", "With the same prompt all answer alike, within one question." if alike else
+                 f"With the same prompt, {low:.1%} to {high:.1%} are right."]  # fmt: skip
+    return said

@@ -1,5 +1,6 @@
 """The figures. Systems keep their colour (Okabe and Ito's, told apart by the colour-blind), marker
-and dash everywhere; bands and bars go from quartile to quartile."""
+and dash everywhere; bands and whiskers go from quartile to quartile. Where a field has fewer than
+three values, bars stand in the place of a line."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 from shapes import SHAPES
 from tasks import Row
 
@@ -24,12 +25,13 @@ LOOKS = {  # colour, marker, dash
     "llama-server, -fa off": ("#E69F00", "<", "--"),
     "vllm": ("#009E73", "D", "-"),
     "vllm, no prefix caching": ("#8A8A00", "P", ":"),
-    "vllm with Relay": ("#0072B2", "X", "-"),
+    "vllm with Relay": ("#CC79A7", "X", "--"),
     "fa3": ("#009E73", "D", "-"),
     "fi": ("#D55E00", "^", "-"),
     "fi-cascade": ("#E69F00", "<", "--"),
     "fi-cascade-fa2": ("#CC79A7", "v", "-."),
     "cost model": ("#000000", "", ":"),
+    "limit": ("#000000", "", ":"),
 }
 NAMES = {
     "relay": "Relay",
@@ -45,6 +47,8 @@ NAMES = {
     "fi-cascade": "FlashInfer cascade",
     "fi-cascade-fa2": "FlashInfer cascade (FA2)",
     "cost model": "cost model (predicted)",
+    "limit": "the hardware's limit",
+    "relay, tuned prefix": "Relay, a tuned prefix in place of the prompt",
 }
 OTHER = ("#666666", "x", "-")
 GREY = "#555555"
@@ -88,11 +92,21 @@ def powers(axis, values, label=tokens) -> None:
 
 
 def log_y(axis, base: int = 10) -> None:
+    """A logarithmic y axis that has enough ticks with labels, however little it spans."""
     axis.set_yscale("log", base=base)
+    low, high = axis.get_ylim()
+    few = base == 10 and high / low < 3000
+    axis.yaxis.set_major_locator(LogLocator(base, subs=(1, 2, 5) if few else (1,)))
     axis.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
     )
     axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+
+
+def from_zero(axis, rows: list[Row], scale: float = 1.0, more: float = 1.12) -> None:
+    """Room above the highest for its marker, or its label."""
+    highest = max((scale * max(r.median, r.high) for r in rows), default=0.0)
+    axis.set_ylim(0, more * highest or 1)
 
 
 def line(axis, rows: list[Row], x: str, system: str, scale: float = 1.0, **look) -> None:
@@ -114,8 +128,40 @@ def key_of(system: str) -> Line2D:
                   label=name_of(system))  # fmt: skip
 
 
+def bars(axis, rows: list[Row], x: str | None, systems: list[str], scale: float, ticks) -> None:
+    """A group of bars for each value of the case's field, or one group; each with its number."""
+    groups = values(rows, x) if x else [None]
+    width = 0.8 / len(systems)
+    for row in rows:
+        group = groups.index(row.case[x]) if x else 0
+        at = group - 0.4 + (systems.index(row.system) + 0.5) * width
+        height, top, look = scale * row.median, scale * row.median, LOOKS.get(row.system, OTHER)
+        axis.bar(at, height, 0.92 * width, color=look[0], hatch="" if look[2] == "-" else "///",
+                 edgecolor="white", linewidth=0)  # fmt: skip
+        if row.n > 1:
+            low, top = scale * row.low, scale * row.high
+            axis.errorbar(at, height, [[height - low], [top - height]], capsize=2, color="black",
+                          linewidth=0.9)  # fmt: skip
+        number = f"{height:.3g}" if height < 1000 else f"{height:,.0f}"
+        axis.annotate(number, (at, top), (0, 2), textcoords="offset points", ha="center",
+                      fontsize=7)  # fmt: skip
+    axis.set_xticks(range(len(groups)) if x else [], [ticks(v) for v in groups] if x else [])
+    axis.grid(False, axis="x")
+    axis.set_axisbelow(True)
+
+
+def patch_of(system: str):
+    colour, _, dash = LOOKS.get(system, OTHER)
+    return plt.Rectangle((0, 0), 1, 1, label=name_of(system), facecolor=colour,
+                         hatch="" if dash == "-" else "///", edgecolor="white")  # fmt: skip
+
+
 def grid(count: int, columns: int, width: float = 4.1, height: float = 3.2):
-    columns = min(columns, count)
+    """Four panels are two by two."""
+    return panel_grid(count, min(columns, 2 if count == 4 else count), width, height)
+
+
+def panel_grid(count: int, columns: int, width: float = 4.1, height: float = 3.2):
     rows = -(-count // columns)
     wide = max(width * columns, 7.2)  # room for the title
     figure, axes = plt.subplots(rows, columns, figsize=(wide, height * rows + 1.0), squeeze=False)
@@ -130,7 +176,7 @@ def finish(figure, title: str, handles: list, note: str, path: Path) -> Path:
     columns = max(1, int(width / 2.4))
     lines = -(-len(handles) // columns)
     bottom = (0.30 + 0.22 * lines) / height
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    figure.suptitle(title, x=0.01, y=1 - 0.1 / height, ha="left", va="top", fontsize=12)
     if handles:
         figure.legend(handles=handles, loc="lower left", ncols=columns, fontsize=8, frameon=False,
                       bbox_to_anchor=(0.005, 0.17 / height))  # fmt: skip
@@ -157,7 +203,12 @@ def choose(rows: list[Row], /, metric: str | None = None, system: str | None = N
 
 def values(rows: list[Row], name: str) -> list:
     found = {json.dumps(r.case[name]): r.case[name] for r in rows if name in r.case}
-    return sorted(found.values(), key=lambda v: (isinstance(v, str), v))
+    return sorted(found.values(), key=in_a_row)
+
+
+def in_a_row(value) -> tuple:
+    """Numbers first; of levels those with fewer."""
+    return (1, value.count("+"), value) if isinstance(value, str) else (0, 0, value)
 
 
 def at_most(items: list, count: int) -> list:
@@ -171,7 +222,7 @@ def panels_of(rows: list[Row]) -> list[dict]:
     """The models of an operator, each with each KV type and number of own tokens."""
     names = [n for n in ("model", "kv_type", "context") if any(n in r.case for r in rows)]
     found = {json.dumps([r.case[n] for n in names]): {n: r.case[n] for n in names} for r in rows}
-    order = list(SHAPES)
+    order = [name for key, shape in SHAPES.items() for name in (key, shape.title)]
     return sorted(
         found.values(),
         key=lambda c: (order.index(c["model"]) if c["model"] in order else 99, str(c)),
@@ -199,10 +250,18 @@ def latency_over(rows: list[Row], x: str, fixed: str, note: str, path: Path) -> 
     rows = [r for r in rows if r.system != "cost model, off"]
     if len(values(rows, x)) < 2:
         return None
-    cases = panels_of(rows)
-    panels = [(case, v) for case in cases for v in at_most(values(choose(rows, **case), fixed), 3)]
-    figure, axes = grid(len(panels), 3)
-    for axis, (case, value) in zip(axes, panels, strict=True):
+    # A row of panels for each model.
+    columns = min(3, len(values(rows, fixed)))
+    panels = []
+    for case in panels_of(rows):
+        shown = at_most(values(choose(rows, **case), fixed), columns)
+        panels += [(case, value) for value in shown] + [None] * (columns - len(shown))
+    figure, axes = panel_grid(len(panels), columns)
+    for axis, panel in zip(axes, panels, strict=True):
+        if panel is None:
+            axis.set_visible(False)
+            continue
+        case, value = panel
         shown = choose(rows, **case, **{fixed: value})
         for system in in_order(r.system for r in shown):
             line(axis, choose(shown, system=system), x, system, 1e6)
@@ -252,252 +311,287 @@ def operator_gain(rows: list[Row], note: str, path: Path) -> Path | None:
             line(axis, predicted, "prefix", "", color=colour, marker="", linestyle="--")
         axis.axhline(1, color="#888888", linewidth=0.8)
         plain(axis, title_of(case), "shared prefix, tokens", "sharing off / on")
-        powers(axis, values(found, "prefix"))
+        powers(axis, values(choose(found, **case), "prefix"))
         log_y(axis, 2)
     handles = [
         Line2D([], [], color=colours(0.85 * i / max(1, len(batches) - 1)), marker="osD^vP"[i],
                markersize=4.5, label=f"{b} requests")
         for i, b in enumerate(batches)
     ]  # fmt: skip
-    handles += [
-        Line2D([], [], color="#333333", linestyle=dash, label=text)
-        for text, dash in
-        (("measured", "-"), ("the paper's b(s+c)/(s+bc)", ":"), ("our cost model", "--"))
-    ]  # fmt: skip
+    dashes = [("measured", "-"), ("the paper's b(s+c)/(s+bc)", ":")]
+    if choose(rows, "latency", "cost model"):
+        dashes.append(("our cost model", "--"))
+    handles += [Line2D([], [], color="#333333", linestyle=d, label=text) for text, d in dashes]
     return finish(figure, "How often faster attention is with sharing", handles, note, path)
 
 
 def decode_steps(rows: list[Row], note: str, path: Path) -> Path | None:
-    if len(values(rows, "prefix")) < 2:
-        return None
-    batches = at_most(values(rows, "batch"), 3)
-    figure, axes = grid(len(batches), 3)
-    for axis, batch in zip(axes, batches, strict=True):
-        shown = choose(rows, batch=batch)
-        for system in in_order(r.system for r in shown):
-            line(axis, choose(shown, system=system), "prefix", system, 1e3)
-        plain(axis, f"batch {batch}", "shared prompt, tokens", "decode step, ms")
-        powers(axis, values(shown, "prefix"))
-        axis.set_ylim(bottom=0)
-    handles = [key_of(s) for s in in_order(r.system for r in rows)]
-    model = ", ".join(map(str, values(rows, "model")))
-    return finish(figure, f"A whole vLLM's decode step, {model}", handles, note, path)
+    """Over the prompt, a panel for each of three batches; over the batch, where it varies more."""
+    x, fixed = "prefix", "batch"
+    if len(values(rows, x)) < len(values(rows, fixed)):
+        x, fixed = fixed, x
+    text = "{} shared tokens" if fixed == "prefix" else "batch {}"
+    panels = [
+        (f"{text.format(tokens(v))}, a step in ms", "decode step", 1e3, choose(rows, **{fixed: v}))
+        for v in at_most(values(rows, fixed), 3)
+    ]
+    model = ", ".join(title_of({"model": m}) for m in values(rows, "model"))
+    label = "shared prompt, tokens" if x == "prefix" else "requests"
+    title = f"A whole vLLM's decode step, {model}"
+    return draw(x, label, panels, title, note, path)
 
 
 # --- Serving ------------------------------------------------------------------------------------
 
+# Metric, title, scale.
+THROUGHPUT = ("output throughput", "answered, tokens/s", 1)
+INTER_TOKEN = ("inter-token latency p50", "inter-token latency p50, ms", 1e3)
+KV_HELD = ("KV held", "KV held, MiB", 2**-20)
+MEMORY = ("resident memory", "resident memory, MiB", 2**-20)
+
 
 def over(
-    rows: list[Row], x: str, label: str, panels: list, title: str, note: str, path: Path,
+    rows: list[Row], x: str, label: str, metrics: list, title: str, note: str, path: Path,
     ticks: Callable = tokens,
 ) -> Path | None:  # fmt: skip
-    """Panels (metric, label, scale) of lines over a field of the case."""
-    rows = [r for r in rows if isinstance(r.case.get(x), int | float)]
-    panels = [panel for panel in panels if choose(rows, panel[0])]
-    if not panels or len(values(rows, x)) < 2:
+    """A panel for each metric, and for each model, over a field of the case."""
+    models = models_of(rows)
+    panels = [
+        (text if len(models) == 1 else f"{name}\n{text}", metric, scale, shown)
+        for name, shown in models.items()
+        for metric, text, scale in metrics
+        if choose(shown, metric)
+    ]
+    return draw(x, label, panels, title, note, path, ticks)
+
+
+def draw(
+    x: str | None, label: str, panels: list, title: str, note: str, path: Path,
+    ticks: Callable = tokens,
+) -> Path | None:  # fmt: skip
+    """Panels (title, metric, scale, rows): lines over x; bars, where it has one value or two."""
+    if not panels:
         return None
+    systems = in_order(r.system for _, metric, _, shown in panels for r in choose(shown, metric))
     figure, axes = grid(len(panels), 3)
-    for axis, (metric, text, scale) in zip(axes, panels, strict=True):
-        shown = choose(rows, metric)
-        for system in in_order(r.system for r in shown):
-            line(axis, choose(shown, system=system), x, system, scale)
+    lines = False
+    for axis, (text, metric, scale, shown) in zip(axes, panels, strict=True):
+        found = choose(shown, metric)
         plain(axis, text, label, "")
-        powers(axis, values(shown, x), ticks)
-        axis.set_ylim(bottom=0)
-    handles = [key_of(s) for s in in_order(r.system for r in rows)]
+        bounds = choose(shown, "bound")[:1] if metric == "normalised latency p95" else []
+        if x and len(values(found, x)) >= 3:
+            lines = True
+            for system in systems:
+                line(axis, choose(found, system=system), x, system, scale)
+            powers(axis, values(found, x), ticks)
+            from_zero(axis, found + bounds, scale)
+        else:
+            bars(axis, found, x, systems, scale, ticks)
+            from_zero(axis, found + bounds, scale, 1.2)
+        for bound in (scale * row.median for row in bounds):
+            axis.axhline(bound, color="#444444", linewidth=1, linestyle=(0, (1, 1)))
+            axis.annotate("the bound", (0.01, bound), (0, 2), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", fontsize=7, color=GREY)  # fmt: skip
+    handles = [(key_of if lines else patch_of)(s) for s in systems]
     return finish(figure, title, handles, note, path)
 
 
+def models_of(rows: list[Row]) -> dict[str, list[Row]]:
+    """By model, as it was cut."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(model_name(row.case), []).append(row)
+    return found
+
+
+def model_name(case: dict) -> str:
+    name, shape = title_of({"model": case["model"]}), SHAPES.get(case["model"])
+    layers = case.get("layers")
+    return f"{name}, {layers} layers" if shape and layers and layers != shape.layers else name
+
+
 def throughput(rows: list[Row], note: str, path: Path) -> Path | None:
-    panels = [
-        ("output throughput", "answered, tokens/s", 1),
+    metrics = [
+        THROUGHPUT,
         ("normalised latency p50", "normalised latency p50, ms/token", 1e3),
         ("price", "dollars per million tokens", 1),
     ]
     title = "All requests at once, over the length of the system prompt"
-    return over(rows, "prompt", "system prompt, tokens", panels, title, note, path)
+    return over(rows, "prompt", "system prompt, tokens", metrics, title, note, path)
 
 
 def arrivals(rows: list[Row], note: str, path: Path) -> Path | None:
-    panels = [
-        ("normalised latency p50", "normalised latency p50, ms/token", 1e3),
-        ("normalised latency p95", "normalised latency p95, ms/token", 1e3),
-        ("normalised latency p99", "normalised latency p99, ms/token", 1e3),
-        ("time to first token p50", "time to first token p50, s", 1),
-        ("time to first token p95", "time to first token p95, s", 1),
-        ("inter-token latency p95", "inter-token latency p95, ms", 1e3),
-    ]
-    title = "Poisson arrivals at rising rates"
-    return over(rows, "rate", "requests/s", panels, title, note, path, lambda v: f"{v:g}")
+    metrics = [
+        (f"{metric} p{p}", f"{metric} p{p}, {unit}", scale)
+        for metric, unit, scale in (("normalised latency", "ms/token", 1e3),
+                                    ("time to first token", "s", 1),
+                                    ("inter-token latency", "ms", 1e3))
+        for p in (50, 95, 99)
+    ]  # fmt: skip
+    rows = [r for r in rows if isinstance(r.case.get("rate"), int | float)]
+    title = "Poisson arrivals"
+    return over(rows, "rate", "requests/s", metrics, title, note, path, lambda v: f"{v:g}")
 
 
 def prompts(rows: list[Row], note: str, path: Path) -> Path | None:
-    panels = [
-        ("output throughput", "answered, tokens/s", 1),
-        ("inter-token latency p50", "inter-token latency p50, ms", 1e3),
-        ("resident memory", "resident memory, MiB", 2**-20),
-    ]
+    metrics = [THROUGHPUT, INTER_TOKEN, MEMORY]
     title = "Several system prompts at once"
-    return over(rows, "prompts", "system prompts", panels, title, note, path)
+    return over(rows, "prompts", "system prompts", metrics, title, note, path)
 
 
 def without(rows: list[Row], note: str, path: Path) -> Path | None:
-    panels = [
-        ("output throughput", "answered, tokens/s", 1),
-        ("inter-token latency p50", "inter-token latency p50, ms", 1e3),
-    ]
-    title = "A share of the requests without the system prompt"
-    return over(rows, "without", "share without", panels, title, note, path, lambda v: f"{v:.0%}")
+    title, label = "A share of the requests without the system prompt", "share without"
+    metrics = [THROUGHPUT, INTER_TOKEN]
+    return over(rows, "without", label, metrics, title, note, path, lambda v: f"{v:.0%}")
 
 
 def sharers(rows: list[Row], note: str, path: Path) -> Path | None:
-    panels = [
-        ("output throughput", "answered, tokens/s", 1),
-        ("inter-token latency p50", "inter-token latency p50, ms", 1e3),
-        ("KV held", "KV held, MiB", 2**-20),
-        ("resident memory", "resident memory, MiB", 2**-20),
-    ]
+    metrics = [THROUGHPUT, INTER_TOKEN, KV_HELD, MEMORY]
     title = "Cost and memory against the number that share one prompt"
-    return over(rows, "requests", "requests at once", panels, title, note, path)
-
-
-def bars(rows: list[Row], group: str | None, panels: list, title: str, note: str, path: Path):
-    panels = [panel for panel in panels if choose(rows, panel[0])]
-    if not panels:
-        return None
-    systems = in_order(r.system for r in rows)
-    groups = values(rows, group) if group else [None]
-    figure, axes = grid(len(panels), 3)
-    for axis, (metric, text, scale) in zip(axes, panels, strict=True):
-        for i, system in enumerate(systems):
-            found = [
-                (g, row)
-                for g, value in enumerate(groups)
-                for row in choose(rows, metric, system, **({group: value} if group else {}))
-            ]
-            width = 0.8 / len(systems)
-            at = [g - 0.4 + (i + 0.5) * width for g, _ in found]
-            heights = [scale * row.median for _, row in found]
-            error = [
-                [scale * max(0, row.median - row.low) for _, row in found],
-                [scale * max(0, row.high - row.median) for _, row in found],
-            ]
-            if all(row.n == 1 for _, row in found):
-                error = None
-            colour, _, dash = LOOKS.get(system, OTHER)
-            axis.bar(at, heights, 0.92 * width, yerr=error, color=colour, capsize=2,
-                     hatch="" if dash == "-" else "///", edgecolor="white", linewidth=0,
-                     error_kw=dict(linewidth=0.9))  # fmt: skip
-        labels = [str(v) for v in groups] if group else [""]
-        axis.set_xticks(range(len(groups)), labels)
-        plain(axis, text, "", "")
-        axis.grid(False, axis="x")
-        axis.set_axisbelow(True)
-    handles = [
-        plt.Rectangle((0, 0), 1, 1, label=name_of(s), facecolor=LOOKS.get(s, OTHER)[0],
-                      hatch="" if LOOKS.get(s, OTHER)[2] == "-" else "///", edgecolor="white")
-        for s in systems
-    ]  # fmt: skip
-    return finish(figure, title, handles, note, path)
+    return over(rows, "requests", "requests at once", metrics, title, note, path)
 
 
 def levels(rows: list[Row], note: str, path: Path) -> Path | None:
-    panels = [
-        ("output throughput", "answered, tokens/s", 1),
-        ("inter-token latency p50", "inter-token latency p50, ms", 1e3),
-        ("KV held", "KV held, MiB", 2**-20),
-    ]
-    title = "Two and three levels of prompts (groups x tokens)"
-    return bars(rows, "levels", panels, title, note, path)
+    metrics = [THROUGHPUT, INTER_TOKEN, KV_HELD]
+    title, label = "Levels of prompts", "groups x tokens of each level"
+    return over(rows, "levels", label, metrics, title, note, path,
+                lambda v: v.replace("x", "×").replace("+", " +\n"))  # fmt: skip
 
 
 def replay(rows: list[Row], note: str, path: Path) -> Path | None:
-    panels = [
+    metrics = [
         ("time to first token p50", "time to first token p50, s", 1),
         ("time to first token p95", "time to first token p95, s", 1),
         ("normalised latency p50", "normalised latency p50, ms/token", 1e3),
         ("normalised latency p95", "normalised latency p95, ms/token", 1e3),
         ("inter-token latency p95", "inter-token latency p95, ms", 1e3),
-        ("cached share of prompts", "prompt tokens found cached, share", 1),
+        ("cached share of prompts", "prompt tokens found cached, %", 100),
     ]
-    return bars(rows, None, panels, "The trace, scaled and replayed", note, path)
+    panels = [
+        (text, metric, scale, rows) for metric, text, scale in metrics if choose(rows, metric)
+    ]
+    return draw(None, "", panels, "The trace, scaled and replayed", note, path)
 
 
 # --- The trace on paper ---------------------------------------------------------------------------
 
+# What few requests share, many levels deep, is one colour: the legend has to stay readable.
+LEVEL_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"]
+PER_STEP = "share of KV attended, step"
+
+
+def depth_of(level: str) -> int:
+    return min(int(level.split()[-1]), len(LEVEL_COLOURS)) - 1
+
+
+def by_depth(rows: list[Row]) -> dict[int, float]:
+    """Percent of each colour's levels together."""
+    found: dict[int, float] = {}
+    for row in rows:
+        if row.case["level"] != "own":
+            depth = depth_of(row.case["level"])
+            found[depth] = found.get(depth, 0.0) + 100 * row.median
+    return found
+
 
 def trace_levels(rows: list[Row], note: str, path: Path) -> Path | None:
-    found = [r for r in rows if "level" in r.case]
-    timed = [r for r in rows if "time" in r.case]
-    if not found:
+    means = choose(rows, "share of KV attended")
+    if not means:
         return None
-    first = {k: v for k, v in found[0].case.items() if k != "level"}
+    first = {k: v for k, v in means[0].case.items() if k != "level"}
     figure, axes = grid(2, 2, 6.2, 3.4)
-    names = [r.case["level"] for r in choose(found, "share of KV attended", **first)]
-    # What few requests share many levels deep is one colour: the legend has to stay readable.
-    most = 5
-    depth = {n: min(i, most - 1) for i, n in enumerate(n for n in names if n != "own")}
-    colours = plt.get_cmap("viridis")
-    left = [0.0, 0.0]
+    attended = by_depth(choose(means, **first))
     total = choose(rows, "read without sharing over with, all steps", **first)[0].median
-    for name in names:
-        shares = [
-            choose(found, "share of KV attended", **first, level=name)[0].median,
-            choose(found, "share of KV read", **first, level=name)[0].median / total,
-        ]
-        colour = "#bbbbbb" if name == "own" else colours(0.9 * depth[name] / (most - 1))
-        axes[0].barh([1, 0], shares, left=left, color=colour, edgecolor="white", linewidth=0.4)
-        left = [a + b for a, b in zip(left, shares, strict=True)]
-    axes[0].set_yticks([1, 0], ["without sharing", "with sharing"])
-    plain(axes[0], "KV read in decode steps, mean", "share of what is read without sharing", "")
-    case = {k: v for k, v in first.items()}
-    for metric, label, colour, dash in (
-        ("attended, shared share", "of the KV attended, shared", "#0072B2", "-"),
-        ("saved share of attention", "of attention's time saved (cost model)", "#D55E00", "--"),
-    ):
-        shown = sorted(choose(timed, metric, **case), key=lambda r: r.case["time"])
-        axes[1].plot([r.case["time"] / 60 for r in shown], [r.median for r in shown], dash,
-                     color=colour, linewidth=1.2, label=label)  # fmt: skip
-    plain(axes[1], "step by step", "minutes of the trace", "share")
-    axes[1].set_ylim(0, 1)
-    axes[1].legend(fontsize=8, frameon=False)
-    shown = list(dict.fromkeys(depth.values()))
-    handles = [
-        plt.Rectangle((0, 0), 1, 1, facecolor=colours(0.9 * d / (most - 1)),
-                      label=f"level {d + 1}" + (" and deeper" if d == most - 1 else ""))
-        for d in shown
-    ]  # fmt: skip
-    handles.append(plt.Rectangle((0, 0), 1, 1, facecolor="#bbbbbb", label="own"))
+    reads = by_depth(choose(rows, "share of KV read", **first))
+    for depth, share in attended.items():
+        for offset, height, hatch in ((-0.2, share, ""), (0.2, reads[depth] / total, "////")):
+            axes[0].bar(depth + offset, height, 0.37, color=LEVEL_COLOURS[depth], hatch=hatch,
+                        edgecolor="white", linewidth=0)  # fmt: skip
+            axes[0].annotate(f"{height:.2g}", (depth + offset, height), (0, 2), fontsize=7,
+                             textcoords="offset points", ha="center")  # fmt: skip
+    own = choose(means, level="own", **first)[0].median
+    plain(axes[0], f"KV that requests share, mean; the other {own:.1%} is each one's own", "",
+          "% of the KV attended")  # fmt: skip
+    deepest = len(LEVEL_COLOURS) - 1
+    names = {d: f"level {d + 1}" + (" and deeper" if d == deepest else "") for d in attended}
+    axes[0].set_xticks(list(names), list(names.values()))
+    axes[0].grid(False, axis="x")
+    axes[0].set_axisbelow(True)
+    axes[0].set_ylim(0, 1.15 * max(attended.values(), default=0) or 1)
+    trace_steps(axes[1], choose(rows, **first))
+    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=LEVEL_COLOURS[d], label=name)
+               for d, name in names.items()]  # fmt: skip
+    handles += [
+        plt.Rectangle((0, 0), 1, 1, facecolor="#777777", hatch=hatch, edgecolor="white", label=text)
+        for text, hatch in (("attended", ""), ("read, with sharing", "////"))
+    ]
+    handles.append(Line2D([], [], color="#000000", linewidth=1, linestyle="--",
+                          label="saved of attention's time (cost model)"))  # fmt: skip
     title = f"A chat service's hour on paper, {title_of(first)}"
     return finish(figure, title, handles, note, path)
 
 
+def trace_steps(axis, rows: list[Row]) -> None:
+    """Level upon level, step by step."""
+    steps: dict[float, dict[int, float]] = {r.case["time"]: {} for r in rows if "time" in r.case}
+    for time in steps:
+        steps[time] = by_depth(choose(rows, PER_STEP, time=time))
+    times = sorted(steps)
+    depths = sorted({depth for shares in steps.values() for depth in shares})
+    minutes = [time / 60 for time in times]
+    if depths:
+        axis.stackplot(minutes, [[steps[t].get(d, 0.0) for t in times] for d in depths],
+                       colors=[LEVEL_COLOURS[d] for d in depths], linewidth=0)  # fmt: skip
+    saved = sorted(choose(rows, "saved share of attention"), key=lambda r: r.case["time"])
+    axis.plot([r.case["time"] / 60 for r in saved], [100 * r.median for r in saved], "--",
+              color="#000000", linewidth=1)  # fmt: skip
+    plain(axis, "step by step", "minutes of the trace", "%")
+    axis.set_axisbelow(True)
+    highest = [sum(shares.values()) for shares in steps.values()]
+    highest += [100 * r.median for r in saved]
+    axis.set_ylim(0, 1.1 * max(highest, default=0) or 1)
+
+
 # --- Quality --------------------------------------------------------------------------------------
+
+KV_TYPES = ["f32", "f16", "bf16", "q8_0"]
+
+
+def shown_errors(rows: list[Row]) -> list[Row]:
+    """Of decoding, the longest and widest case."""
+    rows = choose(rows, "relative rms error", phase="decode")
+    for name in ("slots", "rows", "head_dim"):
+        rows = [r for r in rows if r.case[name] == max(values(rows, name))]
+    return rows
 
 
 def errors(rows: list[Row], note: str, path: Path) -> Path | None:
-    rows = choose(rows, "relative rms error")
+    rows = shown_errors(rows)
     if not rows:
         return None
-    slots = max(values(rows, "slots"))
-    rows = [r for r in rows if r.case["slots"] == slots and r.case["phase"] == "decode"]
-    rows = [r for r in rows if r.case["rows"] == max(values(rows, "rows"))]
-    rows = [r for r in rows if r.case["head_dim"] == max(values(rows, "head_dim"))]
+    slots = values(rows, "slots")[0]
     panels = values(rows, "values")
     figure, axes = grid(len(panels), 3)
     systems = in_order(r.system for r in rows)
+    types = sorted(values(rows, "kv_type"), key=KV_TYPES.index)
+    lowest = min(r.median for r in rows if r.median > 0)
+    highest = max(r.median for r in rows)
     for axis, kind in zip(axes, panels, strict=True):
-        types = values(rows, "kv_type")
         for i, system in enumerate(systems):
             colour, marker, _ = LOOKS.get(system, OTHER)
-            found = choose(rows, system=system, values=kind)
-            at = [types.index(r.case["kv_type"]) + 0.15 * (i - (len(systems) - 1) / 2)
-                  for r in found]  # fmt: skip
-            axis.plot(at, [r.median for r in found], marker, color=colour, markersize=7)
+            for t, kv_type in enumerate(types):
+                at = t + 0.22 * (i - (len(systems) - 1) / 2)
+                found = choose(rows, system=system, values=kind, kv_type=kv_type)
+                axis.plot([at] * len(found), [r.median for r in found], marker, color=colour,
+                          markersize=7, linestyle="")  # fmt: skip
+                if not found:
+                    axis.annotate("none", (at, 0.02), xycoords=("data", "axes fraction"),
+                                  rotation=90, fontsize=7, color=colour, ha="center")  # fmt: skip
         axis.set_xticks(range(len(types)), types)
         axis.set_xlim(-0.5, len(types) - 0.5)
         plain(axis, f"{kind} values, {tokens(slots)} slots", "KV", "relative rms error")
         axis.set_yscale("log")
+        axis.set_ylim(0.2 * lowest, 5 * highest)
     handles = [
         Line2D([], [], color=LOOKS.get(s, OTHER)[0], marker=LOOKS.get(s, OTHER)[1], linestyle="",
                label=name_of(s))

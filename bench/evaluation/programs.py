@@ -1,5 +1,7 @@
 """The programs that measure, and the peers: where they are, what they need, how they are run."""
 
+import contextlib
+import http.client
 import json
 import os
 import subprocess
@@ -20,6 +22,7 @@ TRACE_SOURCE = (
     "the trace is Mooncake's (github.com/kvcache-ai/Mooncake, Apache-2.0): "
     "FAST25-release/traces/conversation_trace.jsonl; name your copy by --trace FILE or RELAY_TRACE"
 )
+PATIENCE = 1200.0  # seconds that no program is ended before, however short its task was guessed
 # What a problem says of the model that a server gets.
 MODEL_FIELDS = {
     "shape": Field(str, default="llama-3.2-1b", choices=tuple(SHAPES)),
@@ -30,15 +33,36 @@ MODEL_FIELDS = {
 }
 
 
+@contextlib.contextmanager
+def servers_errors():
+    """What a server does wrong, no answer in time among it, as an error of the evaluation."""
+    from console import DemoError
+
+    try:
+        yield
+    except DemoError as error:
+        raise EvaluationError(str(error)) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise EvaluationError(f"a server did not answer: {error!r}") from error
+
+
 class Programs:
     """left_out: what an optional peer is missing for, each reason once. notes: what the task that
-    is running left out."""
+    is running left out. versions: of what it ran, where the program told. limit: seconds after
+    which a program hangs."""
 
     def __init__(self, build: Path, device: str, trace: str | None, out: Path) -> None:
         self.build, self.device, self.out = build, device, out
         self.trace_file = trace
         self.left_out: list[str] = []
         self.notes: list[str] = []
+        self.versions: dict[str, str] = {}
+        self.limit = PATIENCE
+
+    def begin(self, seconds: float) -> None:
+        """A task that is guessed to take so long."""
+        self.notes, self.versions = [], {}
+        self.limit = max(PATIENCE, 10 * seconds)
 
     # --- Where they are
 
@@ -90,6 +114,20 @@ class Programs:
                 self.left_out.append(reason)
             return None
 
+    def note_versions(self, python: Path, *packages: str) -> None:
+        """Of those packages that this Python has."""
+        code = """
+import importlib.metadata as metadata, json, sys
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
+        self.versions |= self.run_json([python, "-c", code, *packages])
+
     # --- How they are run
 
     def run(self, command: list, environment: dict | None = None) -> str:
@@ -97,21 +135,30 @@ class Programs:
         from servers import die_with_parent
 
         command = [str(part) for part in command]
-        done = subprocess.run(
+        name = Path(next((p for p in command[1:2] if p.endswith(".py")), command[0])).name
+        process = subprocess.Popen(
             command,
             env=clean_environment(**(environment or {})),
-            capture_output=True,
-            text=True,
-            check=False,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
             preexec_fn=die_with_parent,
         )
-        if done.returncode != 0:
+        try:
+            out, errors = process.communicate(timeout=self.limit)
+        except subprocess.TimeoutExpired as error:
             raise EvaluationError(
-                f"{' '.join(command)}\n{done.stdout[-1500:]}{done.stderr[-3000:]}\n"
-                f"ended with status {done.returncode}"
+                f"{name} was ended after {self.limit:.0f} s:\n{' '.join(command)}"
+            ) from error
+        finally:
+            end(process)
+        if process.returncode != 0:
+            raise EvaluationError(
+                f"{name} ended with status {process.returncode}:\n{' '.join(command)}\n"
+                f"{out[-1500:]}{errors[-3000:]}"
             )
-        return done.stdout
+        return out
 
     def run_json(self, command: list, environment: dict | None = None) -> dict:
         text = self.run(command, environment)
@@ -140,6 +187,17 @@ class Programs:
             more += ["--vocab", vocabulary] * (vocabulary != "")
             self.run([self.binary("relay"), "synth", shape, path, "--type", weights, *more])
         return path
+
+
+def end(process: subprocess.Popen) -> None:
+    """Gives a program that still runs the time to end what it started."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def clean_environment(**more: str) -> dict[str, str]:

@@ -42,7 +42,9 @@ class Progress:
         return time.monotonic() - self._begin + self.pace() * guess <= budget
 
     def skip(self, guess: float) -> None:
+        """Of a task that is not begun, or that failed: how long that took tells nothing."""
         self._left -= guess
+        self._task = ("", 0.0, time.monotonic())
 
     def line(self) -> str:
         filled = WIDTH * self._count // max(1, self._total)

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from programs import ROOT
+from programs import ROOT, Programs
 from tasks import EvaluationError, Row, Task, to_json
 
 RESULT_COLUMNS = ["system", "metric", "unit", "better", "median", "low", "high", "n"]
@@ -51,12 +51,14 @@ def system() -> str:
 def versions(relay: Path) -> dict[str, str]:
     pin = (ROOT / "cmake/llama-cpp.requirements.txt").read_text()
     llama = re.search(r"^llama-cpp-python==(\S+)", pin, re.M)
-    return {
+    found = {
         "relay": output_of(str(relay), "--version").removeprefix("relay "),
         "llama-cpp-python": llama[1] if llama else "unknown",
         "python": platform.python_version(),
         "system": system(),
     }
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found | ({"driver": driver.splitlines()[0]} if driver else {})
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -91,17 +93,30 @@ class Store:
     def has(self, task: Task) -> bool:
         return self._file(task).is_file()
 
-    def put(self, task: Task, rows: list[Row], seconds: float, notes: list[str]) -> None:
+    def _failed(self, task: Task) -> Path:
+        return self._tasks / f"{task.key}.failed"
+
+    def failure(self, task: Task) -> str:
+        """Why it failed when it was last tried; "" if it did not."""
+        file = self._failed(task)
+        return file.read_text() if file.is_file() and not self.has(task) else ""
+
+    def put_failure(self, task: Task, reason: str) -> None:
+        write_whole(self._failed(task), reason)
+
+    def put(self, task: Task, rows: list[Row], seconds: float, programs: Programs) -> None:
         made = {
             "task": task.name,
             "parameters": task.parameters,
             "seconds": seconds,
             "finished": datetime.datetime.now().isoformat(timespec="seconds"),
             "load": os.getloadavg()[0],
-            "left_out": notes,
+            "left_out": programs.notes,
+            "versions": programs.versions,
             "rows": [to_json(row) for row in rows],
         }
         write_whole(self._file(task), json.dumps(made, indent=1))
+        self._failed(task).unlink(missing_ok=True)
 
     def seconds(self, task: Task) -> float:
         return json.loads(self._file(task).read_text())["seconds"]
@@ -110,25 +125,31 @@ class Store:
         """results.json and the CSV files, of the tasks that are finished."""
         done = [json.loads(self._file(t).read_text()) for t in tasks if self.has(t)]
         rows = [row for task in done for row in task["rows"]]
+        versions = dict(self.identity["versions"])
+        for task in done:
+            versions |= task.get("versions", {})
         results = {
             **self.identity,
+            "versions": versions,
             "finished": max((t["finished"] for t in done), default=None),
             "seconds": sum(t["seconds"] for t in done),
             "most_load": max((t["load"] for t in done), default=0),
             "tasks": len(tasks),
             "tasks_done": len(done),
             "missing": [t.name for t in tasks if not self.has(t)],
+            "failed": {t.name: reason for t in tasks if (reason := self.failure(t))},
             "left_out": left_out + [note for t in done for note in t["left_out"]],
             "rows": rows,
         }
         path = self.folder / "results.json"
         write_whole(path, json.dumps(results, indent=1) + "\n")
         for section in {row["section"] for row in rows}:
-            self._write_csv(section, [row for row in rows if row["section"] == section])
+            self._write_csv(section, [row for row in rows if row["section"] == section], versions)
         return path
 
-    def _write_csv(self, section: str, rows: list[dict]) -> None:
+    def _write_csv(self, section: str, rows: list[dict], versions: dict[str, str]) -> None:
         identity = {k: v for k, v in self.identity.items() if isinstance(v, str)}
+        identity["versions"] = ", ".join(f"{k} {v}" for k, v in versions.items())
         columns = list(dict.fromkeys(name for row in rows for name in row["case"]))
         with (self.folder / f"{section}.csv").open("w", newline="") as file:
             out = csv.DictWriter(file, [*identity, *columns, *RESULT_COLUMNS], restval="")

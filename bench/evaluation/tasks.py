@@ -56,7 +56,7 @@ class Task:
     @property
     def name(self) -> str:
         told = [v for v in self.parameters.values() if isinstance(v, str) and v]
-        numbers = ("prefix", "prompt", "without", "requests")
+        numbers = ("prefix", "prompt", "without", "requests", "layers", "token_ms", "max_batch")
         told += [f"{k} {v}" for k, v in self.parameters.items() if k in numbers and v]
         return f"{self.section}: {', '.join(told)}"
 

@@ -94,12 +94,29 @@ def generate(
     return Workload(prefixes, requests)
 
 
+def own_means(work: Workload, without: float = 0.0) -> dict[str, float]:
+    """Mean lengths of what the requests ask below their system prompt, and of the answers."""
+    count = len(work.requests)
+    shared = (count - round(without * count)) * len(work.prefixes[0]) if work.prefixes else 0
+    return {
+        "own prompt, mean": (sum(len(r.prompt) for r in work.requests) - shared) / count,
+        "answer, mean": sum(r.output for r in work.requests) / count,
+    }
+
+
 def replay(
-    file: Path, count: int, *, time_scale: float, block_tokens: int, max_prompt: int
+    file: Path,
+    count: int,
+    round_number: int,
+    *,
+    time_scale: float,
+    block_tokens: int,
+    max_prompt: int,
 ) -> Workload:
     """The first requests of a trace, shrunk: `block_tokens` tokens for each block of 512, answers
-    alike, times by `time_scale`. Equal block ids are equal text. Requests whose prompt is then
-    longer than `max_prompt` are left out."""
+    alike, times by `time_scale`. Equal block ids are equal text, another one in each round, so that
+    no round finds what the one before has left in a cache. Requests whose prompt is then longer
+    than `max_prompt` are left out."""
     scale = block_tokens / 512
     requests = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
@@ -108,7 +125,8 @@ def replay(
         try:
             found = json.loads(line)
             size = max(1, round(found["input_length"] * scale))
-            prompt = [t for id_ in found["hash_ids"] for t in words(block_tokens, "block", id_)]
+            blocks = (words(block_tokens, "block", round_number, i) for i in found["hash_ids"])
+            prompt = [token for block in blocks for token in block]
             output = max(1, round(found["output_length"] * scale))
             arrival = found["timestamp"] / 1000 * time_scale
         except (ValueError, KeyError, TypeError) as error:

@@ -174,6 +174,52 @@ def test_a_bench_that_fails_is_shown(evaluation):
     assert "Traceback" not in done.err
 
 
+# Fails for this prefix, in a way of its own, as long as the file `broken` is there.
+BROKEN = """#!/bin/sh
+case "$*" in *"--prefix 128 "*) echo 128 >> {calls}; [ -e {broken} ] && {{ {fail}; }} ;; esac
+exec {relay} "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    "fail, reason, traceback",
+    [
+        ("echo no memory >&2; exit 3", "relay ended with status 3", False),
+        ("kill -9 $$", "relay ended with status -9", False),
+        ("echo {}; exit 0", "KeyError: 'results'", True),
+        ("echo '{\"results\": []}'; exit 0", "it measured nothing", False),
+    ],
+)
+def test_a_task_that_fails_does_not_end_the_others(evaluation, fail, reason, traceback):
+    problems = evaluation.problems(OPERATOR)
+    relay, real = evaluation.bin / "relay", evaluation.bin / "real"
+    relay.rename(real)
+    broken = evaluation.folder / "broken"
+    broken.touch()
+    calls = evaluation.bin / "calls"
+    relay.write_text(BROKEN.format(calls=calls, broken=broken, fail=fail, relay=real))
+    relay.chmod(0o755)
+    done = evaluation.run(problems)
+    name = "operator: relay, llama-2-7b, f16, rows, prefix 128"
+    assert done.returncode == 1
+    assert "1 of 3 tasks failed" in done.err and f"  {name}: {reason}" in done.err
+    assert ("Traceback" in done.err) == traceback
+    found = evaluation.results()
+    assert found["tasks_done"] == 2 and found["missing"] == [name]
+    assert found["failed"][name].startswith(reason)
+    assert {row["case"]["prefix"] for row in found["rows"]} == {64, 256}
+
+    # It is tried again after those that were not tried yet, and then is as any other.
+    calls.unlink()
+    broken.unlink()
+    more = evaluation.problems(OPERATOR.replace("[64, 128, 256]", "[64, 128, 256, 512]"))
+    done = evaluation.run(more)
+    assert done.returncode == 0, done.err
+    assert evaluation.calls() == [512, 128, 128]
+    found = evaluation.results()
+    assert found["tasks_done"] == 4 and not found["missing"] and not found["failed"]
+
+
 def test_only_one_section(evaluation):
     problems = evaluation.problems(OPERATOR + '[[trace]]\nshapes = ["tiny"]\n')
     assert evaluation.run(problems, "--only", "operator").returncode == 0
@@ -201,21 +247,34 @@ def test_without_a_gpu_it_says_so(evaluation):
 OP_BENCH = """#!/bin/sh
 [ "$1" = -c ] && exit 0
 while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; shift; done
-echo "left out: fa3: no module"; {say}
-echo "model,q_heads,kv_heads,dim,levels,prefix,own,batch,competitor,mode,median_us,p10_us,p90_us,n
-Llama,32,8,128,[],64,128,8,relay,plain,20,19,21,9" > $out/paper.csv
+echo "left out: fa3: no module"; echo "B64: needs 9 GB, left out"; {say}
+echo '{{"about": {{"torch": "2", "sources": {{"flashinfer": "flashinfer-0.9", "fa3": null}}}}}}' \\
+    > $out/paper.json
+columns=model,q_heads,kv_heads,dim,levels,prefix,own,batch,competitor,mode,median_us,p25_us,p75_us
+echo "$columns,n,bytes_us,flops_us
+Llama,32,8,128,[],64,128,8,relay,plain,20,19,21,9,5,6" > $out/paper.csv
 """
 
 
-@pytest.mark.parametrize("say, code", [("true", 0), ("echo out of time: 3 cases left out", 1)])
-def test_op_bench_on_a_gpu(evaluation, say, code):
+@pytest.mark.parametrize(
+    "say, reason",
+    [
+        ("true", ""),
+        ("echo out of time: 3 cases left out", "ran out of time"),
+        ("echo op_bench: paper, after 3 cases: an error >&2; exit 1", "paper, after 3 cases"),
+    ],
+)
+def test_op_bench_on_a_gpu(evaluation, say, reason):
     problems = evaluation.problems('[[cuda_operator]]\nsets = ["paper"]\n')
     python = evaluation.bin / "python"
     python.write_text(OP_BENCH.format(say=say))
     python.chmod(0o755)
     done = evaluation.run(problems, "--device", "cuda", RELAY_CUDA_PYTHON=str(python))
-    assert done.returncode == code, done.err
-    if code:
-        assert "ran out of time" in done.err
-    else:
-        assert evaluation.results()["left_out"] == ["cuda_operator, fa3: no module"]
+    assert done.returncode == bool(reason) and reason in done.err, done.err
+    found = evaluation.results()
+    assert found["tasks_done"] == (not reason)
+    if not reason:
+        assert found["left_out"] == ["cuda_operator, fa3: no module", "cuda_operator, B64: needs 9"
+                                     " GB, left out"]  # fmt: skip
+        assert found["versions"]["flashinfer"] == "0.9" and found["versions"]["torch"] == "2"
+        assert "flashinfer 0.9" in (evaluation.out / "cuda_operator.csv").read_text()

@@ -10,7 +10,7 @@ import problems
 import progress
 import pytest
 import workload
-from programs import Programs
+from programs import Programs, servers_errors
 from sections import cuda, little_model, quality, trace, vllm
 from tasks import EvaluationError, Row
 
@@ -76,13 +76,15 @@ def test_a_replayed_trace_keeps_its_sharing(tmp_path):
     names = ("timestamp", "input_length", "output_length", "hash_ids")
     file.write_text("\n".join(json.dumps(dict(zip(names, x, strict=True))) for x in lines))
     options = dict(time_scale=0.5, block_tokens=32, max_prompt=500)
-    a, b = workload.replay(file, 9, **options).requests
+    a, b = workload.replay(file, 9, 0, **options).requests
+    again, _ = workload.replay(file, 9, 1, **options).requests
+    assert len(again.prompt) == len(a.prompt) and again.prompt[:32] != a.prompt[:32]
     assert a.prompt[:32] == b.prompt[:32] and a.prompt[32:62] != b.prompt[32:62]
     assert (len(a.prompt), len(b.prompt)) == (62, 96)
     assert (a.arrival, b.arrival, a.output) == (0, 1, 6)
     file.write_text('{"timestamp": 0}\n')
     with pytest.raises(EvaluationError, match="line 1"):
-        workload.replay(file, 9, **options)
+        workload.replay(file, 9, 0, **options)
 
 
 def test_clients_measure_what_they_see():
@@ -120,10 +122,23 @@ def test_a_model_is_made_once_as_the_problem_has_it(tmp_path, monkeypatch):
     assert commands[1][4:] == [*commands[0][4:], "--vocab", "llama-spm"]
 
 
+def test_a_program_that_hangs_is_ended(tmp_path):
+    programs = Programs(tmp_path, "cpu", None, tmp_path)
+    programs.limit = 0.2
+    with pytest.raises(EvaluationError, match="sleep was ended after 0 s"):
+        programs.run(["sleep", 60])
+
+
+def test_a_server_that_does_not_answer_is_no_traceback():
+    with pytest.raises(EvaluationError, match="did not answer"), servers_errors():
+        raise TimeoutError("timed out")
+
+
 @pytest.fixture
 def bench(little, monkeypatch):
     """The tasks of `make bench`, in its order, with a trace and with vLLM."""
-    for name in ("llama-server", "relay-ggml-op-bench", "relay-accuracy-bench"):
+    programs = ("llama-server", "llama-batched-bench", "relay-ggml-op-bench")
+    for name in (*programs, "relay-accuracy-bench"):
         (little.folder / "bin" / name).touch()
     (little.folder / "bin/python").touch()
     monkeypatch.setenv("RELAY_VLLM_VENV", str(little.folder))
@@ -151,7 +166,6 @@ def test_make_bench_has_a_first_result_of_every_figure_in_nine_minutes(bench):
 def test_make_bench_measures_often_enough_to_be_compared(bench):
     for task in bench:
         once = task.section in ("trace", "quality", "little_model")
-        once |= task.parameters.get("experiment") in ("arrivals", "trace")
         assert once or task.parameters["rounds"] >= compare.LEAST_N, task.name
 
 
@@ -228,6 +242,8 @@ def test_answers_are_compared_up_to_the_first_difference():
     rows = quality.compare({}, [answer("aab", 0.01), answer("ab")], [answer("abb"), answer("ab")])
     found = {r.metric: r.median for r in rows}
     assert found["greedy answers the same"] == 0.5
+    # Theirs, b, was in their own eyes less likely than ours: by nothing more than a.
+    assert found["largest margin where answers part"] == pytest.approx(0.0)
     assert found["greedy tokens the same"] == pytest.approx(3 / 5)
     assert found["largest log-probability difference"] == pytest.approx(0.01)
 
@@ -235,25 +251,29 @@ def test_answers_are_compared_up_to_the_first_difference():
 def test_levels_of_a_trace_are_shares_of_all():
     step = dict(time=0, batch=2, kv_slots_attended=100, kv_slots_read=60, seconds_on=1,
                 seconds_off=2, levels=[dict(kv_slots_attended=80, kv_slots_read=40)])  # fmt: skip
-    rows = trace.rows_of(dict(model="m"), dict(steps=[step], mean=step))
+    second = step | dict(time=60, levels=[dict(kv_slots_attended=40, kv_slots_read=40)])
+    rows = trace.rows_of(dict(model="m"), dict(steps=[step, second], mean=step))
     share = {r.case["level"]: r.median for r in rows if r.metric == "share of KV attended"}
     assert share == {"level 1": 0.8, "own": 0.2}
-    (shared,) = [r.median for r in rows if r.metric == "attended, shared share"]
-    assert shared == pytest.approx(0.8)
+    levels = [r for r in rows if r.metric == "share of KV attended, step"]
+    assert [(r.case["time"], r.case["level"], r.median) for r in levels] == [
+        (0, "level 1", 0.8), (60, "level 1", 0.4)
+    ]  # fmt: skip
 
 
 def test_op_benchs_csv_is_read(tmp_path):
     file = tmp_path / "paper.csv"
     names = "model,q_heads,kv_heads,dim,levels,prefix,own,batch,competitor,mode,"
-    names += "median_us,p10_us,p90_us,n"
+    names += "median_us,p25_us,p75_us,n,bytes_us,flops_us"
     file.write_text(
         names + "\n"
-        'Llama,32,8,128,"[[64, 1]]",64,128,8,relay,plain,20,19,21,9\n'
-        'Llama,32,8,128,"[[64, 1]]",64,128,8,relay,graph,10,9,11,9\n'
-        'Llama,32,8,128,"[[64, 1]]",64,128,8,relay-plan,graph,5,5,5,9\n'
-        'Llama,32,8,128,"[[64, 1]]",64,128,8,fa3,plain,,,,9\n'
+        'Llama,32,8,128,"[[64, 1]]",64,128,8,relay,plain,20,19,21,9,6,7\n'
+        'Llama,32,8,128,"[[64, 1]]",64,128,8,relay,graph,10,9,11,9,6,7\n'
+        'Llama,32,8,128,"[[64, 1]]",64,128,8,relay-plan,graph,5,5,5,9,,\n'
+        'Llama,32,8,128,"[[64, 1]]",64,128,8,fa3,plain,,,,9,6,7\n'
     )
-    relay, paper = sorted(cuda.rows_of(file), key=lambda r: r.system, reverse=True)
+    relay, limit, paper = sorted(cuda.rows_of(file), key=lambda r: r.system, reverse=True)
+    assert (limit.system, limit.median) == ("limit", pytest.approx(7e-6)), "the longer of the two"
     assert (relay.system, relay.n) == ("relay", 9)
     assert (relay.median, relay.low) == pytest.approx((1e-5, 9e-6))
     assert paper.system == "formula" and paper.median == pytest.approx(8 * 192 / (64 + 1024))
@@ -266,8 +286,7 @@ def test_vllms_serving_results_are_read():
         name: {"serve": [[{k: speed * (i + 1) for k in keys} for i in range(2)]] * 3}
         for name, speed in (("vLLM", 10.0), ("Relay", 20.0), ("no caching", 5.0))
     }
-    problem = dict(shape="llama-1b", prefixes=[1], input_mean=8, output_mean=4)
-    rows = vllm.serving_rows(problem, 512, [2.0, math.inf], report)
+    rows = vllm.serving_rows(VLLM, 512, report)
     found = {(r.system, r.case["rate"]): r for r in rows if r.metric == "output throughput"}
     assert found["vllm with Relay", "all at once"].median == 40
     assert found["vllm, no prefix caching", 2.0].median == 5
@@ -275,6 +294,72 @@ def test_vllms_serving_results_are_read():
     (first,) = [r for r in rows if r.metric == "time to first token p95"
                 and (r.system, r.case["rate"]) == ("vllm", 2.0)]  # fmt: skip
     assert first.median == pytest.approx(0.010)
+
+
+VLLM = dict(shape="llama-1b", prefixes=[1], rates=[2.0, math.inf], input_mean=8.0, output_mean=4.0,
+            requests=16, seconds=10.0, concurrency=8, bound=0.0, rounds=2)  # fmt: skip
+
+
+def test_what_a_bound_left_out_in_one_round_is_no_result():
+    keys = ["output_throughput", "request_throughput"]
+    keys += [f"p{p}_{m}_ms" for p in (50, 95, 99) for m in ("ttft", "itl", "normalised")]
+    result = dict.fromkeys(keys, 10.0)
+    report = {"Relay": {"serve": [[result, result], [result, None]]}}
+    rows = vllm.serving_rows(VLLM | dict(rates=[2.0, 4.0], bound=0.02), 512, report)
+    assert {r.case["rate"] for r in rows} == {2.0}
+    assert {r.case["requests"] for r in rows} == {20}, "as many as arrive in 10 seconds"
+    assert [r.median for r in rows if r.metric == "bound"] == [0.02]
+
+
+@pytest.fixture
+def vllm_programs(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").touch()
+    monkeypatch.setenv("RELAY_VLLM_VENV", str(tmp_path))
+
+    def programs(device: str) -> Programs:
+        made = Programs(tmp_path, device, None, tmp_path)
+        monkeypatch.setattr(made, "note_versions", lambda *_: None)
+        return made
+
+    return programs
+
+
+def test_each_variant_of_vllm_is_a_task(vllm_programs, monkeypatch):
+    programs = vllm_programs("cuda")
+    commands = []
+    monkeypatch.setattr(programs, "run_into_json", lambda command: commands.append(command) or {})
+    problem = VLLM | dict(variants=["vllm", "relay"], prefix=[64, 2048], rates=[2.0], bound=0.02,
+                          if_installed=False)  # fmt: skip
+    points = vllm.serving(problem, programs)
+    assert [len(point) for point in points] == [2, 2]
+    assert len({task.key for point in points for task in point}) == 4
+    points[1][0].run()
+    (command,) = commands
+    words = [str(part) for part in command]
+    for option, value in (("--variants", "vllm"), ("--prefix", "2048"), ("--rates", "2.0"),
+                          ("--seconds", "10.0"), ("--bound", "20.0")):  # fmt: skip
+        assert words[words.index(option) + 1] == value
+    with pytest.raises(EvaluationError, match="measure all at once"):
+        vllm.serving(problem | dict(rates=[2.0, math.inf]), programs)
+
+
+def test_vllms_throughput_on_a_gpu_is_read(vllm_programs, tmp_path):
+    file = tmp_path / "rounds.csv"
+    file.write_text(
+        "variant,turn,prompt,requests,seconds,tokens_per_s,requests_per_s\n"
+        "relay,0,64,16,1,100,2\nrelay,1,64,16,1,120,2\nrelay,0,512,16,1,80,2\n"
+    )
+    problem = dict(shape="llama-2-7b", variants=["relay"], prefix=[64, 512], requests=16,
+                   concurrency=16, rounds=2, if_installed=False)  # fmt: skip
+    rows = vllm.throughput_rows(problem, file)
+    found = {r.case["prompt"]: r for r in rows if r.metric == "output throughput"}
+    assert (found[64].median, found[64].n, found[512].median) == (110, 2, 80)
+    assert found[64].system == "vllm with Relay" and found[64].case["rate"] == "all at once"
+    (point,) = vllm.throughput(problem, vllm_programs("cuda"))
+    assert len(point) == 1
+    with pytest.raises(EvaluationError, match="on GPUs only"):
+        vllm.throughput(problem, vllm_programs("cpu"))
 
 
 @pytest.fixture

@@ -1,43 +1,13 @@
 """The report from made-up results: each figure is drawn, each section says what was found."""
 
 import document
+import findings
+import made_up
+import plots
 import pytest
 import store
+from made_up import operator, row
 from tasks import EvaluationError, Row
-
-
-def row(section, case, system, metric, value, better="lower", n=5):
-    return Row(section, case, system, metric, "", better, value, 0.95 * value, 1.05 * value, n)
-
-
-def operator(gain: float) -> list[Row]:
-    """Sharing makes batch b `gain` times the formula's speed-up as fast."""
-    rows = []
-    for prefix in (64, 16384):
-        for batch in (1, 32):
-            case = dict(model="llama-2-7b", kv_type="f16", prefix=prefix, context=128, batch=batch)
-            formula = batch * (prefix + 128) / (prefix + batch * 128)
-            on = 1e-6 * prefix
-            off = on * (formula * gain if batch > 1 else 1)
-            rows += [
-                row("operator", case, "relay", "latency", on),
-                row("operator", case, "relay-off", "latency", off),
-                row("operator", case, "ggml", "latency", 2 * off),
-                row("operator", case, "cost model", "latency", on, "", 1),
-                row("operator", case, "cost model, off", "latency", off, "", 1),
-                row("operator", case, "formula", "speed-up", formula, "", 1),
-            ]
-    return rows
-
-
-def serving(experiment: str, **more) -> list[Row]:
-    rows = []
-    for prompt in (64, 2048):
-        case = dict(experiment=experiment, model="tiny", prompt=prompt, input=16, output=32) | more
-        for system, speed in (("relay", 100.0), ("relay-off", 80.0), ("llama-server", 50.0)):
-            rows.append(row("serving", case, system, "output throughput", speed, "higher"))
-            rows.append(row("serving", case, system, "normalised latency p95", 1 / speed))
-    return rows
 
 
 def results(rows: list[Row]) -> dict:
@@ -55,7 +25,7 @@ def report(tmp_path, rows: list[Row]) -> str:
 
 
 def test_figures_are_drawn_and_linked(tmp_path):
-    text = report(tmp_path, operator(1.0) + serving("throughput"))
+    text = report(tmp_path, operator(1.0) + made_up.throughput())
     for name in ("operator-latency", "operator-batch", "operator-gain", "throughput"):
         image = f"images/evaluation-made-up-{name}.png"
         assert f"]({image})" in text
@@ -70,7 +40,7 @@ def test_figures_are_drawn_and_linked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "gain, said", [(1.0, "**Agrees** with"), (0.3, "in direction, not in size")]
+    "gain, said", [(1.0, "**Agrees**: reading is the limit"), (0.3, "in direction, not in size")]
 )
 def test_the_verdict_follows_the_numbers(tmp_path, gain, said):
     text = report(tmp_path, operator(gain))
@@ -80,17 +50,113 @@ def test_the_verdict_follows_the_numbers(tmp_path, gain, said):
 
 
 def test_the_highest_rate_that_holds(tmp_path):
-    rows = []
-    for system, latencies in (("relay", (0.1, 0.15, 0.9)), ("llama-server", (0.1, 0.5, 0.9))):
-        for rate, latency in zip((1.0, 2.0, 4.0), latencies, strict=True):
-            case = dict(
-                experiment="arrivals", model="tiny", prompt=64, rate=rate, input=1, output=1
-            )
-            rows.append(row("serving", case, system, "normalised latency p95", latency))
-            rows.append(row("serving", case, system, "bound", 0.2, "", 1))
-    text = report(tmp_path, rows)
+    seconds = {"relay": (0.1, 0.15, 0.9), "llama-server": (0.1, 0.5, 0.9)}
+    text = report(tmp_path, made_up.arrivals(seconds))
     assert "Relay: holds 2 requests/s" in text and "llama-server: holds 1 requests/s" in text
-    assert "**Agrees**: a higher rate holds" in text
+    assert "**Agrees**: a higher rate holds with Relay, 2 requests/s instead of 1" in text
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, said",
+    [
+        ((0.1, 0.1, 0.1), (0.1, 0.1, 0.1), "**Undecided**: both hold the highest rate measured"),
+        ((0.1, 0.9, 0.9), (0.1, 0.9, 0.9), "**Undecided**: both hold the same of the rates"),
+        ((0.1, 0.9, 0.9), (0.1, 0.1, 0.9), "**Does not agree** here: vLLM with Relay holds 1"),
+        # What was not tried, as a lower rate broke the bound, holds not.
+        ((0.1, 0.1, 0.9), (0.1, 0.9), "**Agrees**: a higher rate holds with vLLM with Relay"),
+    ],
+)
+def test_rates_of_vllm_are_judged(ours, theirs, said):
+    rows = made_up.arrivals({"vllm with Relay": ours, "vllm": theirs}, "vllm_serving")
+    assert said in "\n".join(findings.arrivals(rows))
+
+
+def test_without_a_bound_nothing_is_decided():
+    rows = made_up.arrivals({"relay": (0.1, 0.1), "llama-server": (0.1, 0.2)}, bound=0)
+    assert "**Undecided**: no bound was stated" in "\n".join(findings.arrivals(rows))
+
+
+def part(name: str) -> document.Part:
+    (found,) = [part for part in document.PARTS if part.name == name]
+    return found
+
+
+VLLM_RATES = (2.0, 4.0, 8.0, "all at once")
+# A part, rows for it, and what its text says. Each is drawn that has a figure.
+SECTIONS = [
+    ("operator-latency", made_up.operator(0.3), "slower by more than 5 %"),
+    ("operator-latency", made_up.cuda(), "which counts reading alone. The step takes"),
+    ("operator-batch", made_up.operator(0.3), "**Agrees**: with sharing it grows"),
+    ("operator-batch", made_up.cuda(), "FlashInfer decode"),
+    ("operator-gain", made_up.operator(0.3), "| cost model |"),
+    ("operator-gain", made_up.cuda(), "50% of what the formula says"),
+    ("kernels", made_up.kernels(), "| f16 | 64 | 1.0 | 32.0 |"),
+    ("llama-cpp", made_up.llama_cpp(), "| decode | 1k | 32 | 320.0 | 256.0 | 480.0 | 1.50x |"),
+    ("vllm-steps", made_up.vllm_steps(), "With Relay a step is 1.11x as fast"),
+    ("vllm-steps", made_up.vllm_steps((64, 1024, 4096, 8192)), "**Agrees**"),
+    ("throughput", made_up.throughput(1.5), "sharing alone raises throughput by up to 1.50x"),
+    ("throughput", made_up.throughput(1.0), "**Does not agree** here: with sharing alone"),
+    ("throughput", made_up.throughput(), "at $0.09 an hour for this machine: Llama-3.2-1B, 4"),
+    ("throughput", made_up.throughput(), "Llama-2-7B, 2 layers, weights in q4_0; 16 requests"),
+    ("vllm-throughput", made_up.vllm(), "it reaches up to 1.25x of what prefix caching does"),
+    ("vllm-throughput", made_up.vllm(n=1), "**Undecided**: 1.25x of what prefix caching"),
+    ("arrivals", made_up.arrivals({"relay": (0.1, 0.3, 0.9)}), "Relay: holds 1 requests/s"),
+    ("vllm-arrivals", made_up.vllm(rates=VLLM_RATES), "vLLM over vLLM with Relay: 1.25x"),
+    ("prompts", made_up.over("prompts", "prompts", [1, 4, 8, 16]), "1: 2.00x, 4: 2.00x, 8:"),
+    ("vllm-prompts", made_up.vllm((1, 4, 16)), "vLLM with Relay's throughput over that of vLLM: 1"),
+    ("without", made_up.over("without", "without", [0.0, 0.5, 1.0]), "0%: 2.00x, 50%: 2.00x"),
+    ("levels", made_up.over("levels", "levels", ["1x64+2x32+4x8", "1x64+4x32"]),
+     "1x64+4x32: 2.00x, 1x64+2x32+4x8: 2.00x"),
+    ("sharers", made_up.over("sharers", "requests", [1, 4, 8, 16]), "a step takes 4.0 times"),
+    ("trace", made_up.trace(), "| Mistral-7B, f16 | 50 | none | 50 | 12% (1.13x) |"),
+    ("replay", made_up.over("trace", "prompt", [0]), "time to first token p50: Relay 2.00x"),
+    ("errors", made_up.errors(), "| q8_0 | realistic | 5.0e-03 | 1.0e-02 | none |"),
+    ("answers", made_up.answers(1.0, None), "**Agrees**: all answers stay"),
+    ("answers", made_up.answers(0.9, 0.03), "**Agrees**: answers part only at near ties"),
+    ("answers", made_up.answers(0.9, 0.5), "**Does not agree** here: answers part where"),
+    ("answers", made_up.answers(0.9, None), "**Undecided**"),
+    ("little-model", made_up.little_model(), "| Relay, a tuned prefix in place of the prompt | 24"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, rows, said", SECTIONS)
+def test_every_section_is_drawn_and_worded(tmp_path, name, rows, said):
+    found = document.paragraph(part(name), results(rows), tmp_path / "e.md", tmp_path)
+    assert said in found
+    assert "nan" not in found and "inf" not in found
+    if part(name).draw is not None:
+        (image,) = tmp_path.glob("*.png")
+        assert f"]({image.name})" in found and image.stat().st_size > 10000
+
+
+def test_every_section_is_among_them():
+    assert {name for name, _, _ in SECTIONS} == {part.name for part in document.PARTS}
+
+
+def test_a_gpus_results_are_not_held_against_a_cpus_model():
+    text = "\n".join(findings.operator_latency(document.operator_rows(made_up.cuda())))
+    assert "cost model" not in text and "others at work" not in text
+
+
+def test_only_the_papers_models_are_drawn():
+    shown = document.operator_rows(made_up.cuda())
+    assert {row.case["model"] for row in shown} == {
+        "Llama-2-7B", "Llama-2-13B", "Mistral-7B", "phi-2", "Llama-3.2-1B"
+    }  # fmt: skip
+    titles = [case["model"] for case in plots.panels_of(shown)]
+    assert titles[0] == "Llama-2-7B" and titles[-1] == "Llama-3.2-1B", "in the paper's order"
+
+
+def test_systems_of_one_figure_can_be_told_apart():
+    figures = [
+        ["relay", "relay-off", "ggml", "vllm", "vllm with Relay", "cost model"],
+        ["relay", "relay-off", "fa3", "fi", "fi-cascade", "fi-cascade-fa2", "limit"],
+        ["relay", "relay-off", "relay, llama.cpp's attention", "llama-server"],
+        ["vllm", "vllm, no prefix caching", "vllm with Relay"],
+    ]
+    for systems in figures:
+        colours, markers, _ = zip(*(plots.LOOKS[s] for s in systems), strict=True)
+        assert len(set(colours)) == len(set(markers)) == len(systems)
 
 
 def test_what_there_was_no_time_for_is_named(tmp_path):
@@ -98,6 +164,17 @@ def test_what_there_was_no_time_for_is_named(tmp_path):
     document.write([found], tmp_path / "docs/evaluation.md", tmp_path / "docs/images")
     text = (tmp_path / "docs/evaluation.md").read_text()
     assert "Not measured: serving: relay, levels; trace: tiny.\n" in text
+
+
+def test_what_failed_is_named_with_its_reason(tmp_path):
+    failed = {
+        "serving: relay": "relay ended with status 1; its log (/a/b) ends with\n    no memory"
+    }
+    found = results(operator(1.0)) | {"missing": ["serving: relay", "trace: t"], "failed": failed}
+    document.write([found], tmp_path / "docs/evaluation.md", tmp_path / "docs/images")
+    text = (tmp_path / "docs/evaluation.md").read_text()
+    assert "Not measured: trace: t.\n" in text
+    assert "Failed: serving: relay (relay ended with status 1).\n" in text
 
 
 def test_how_many_were_measured_is_told(tmp_path):

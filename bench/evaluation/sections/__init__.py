@@ -12,6 +12,7 @@ ALL = {
     "trace": trace,
     "serving": serving,
     "vllm_serving": vllm.SERVING,
+    "vllm_throughput": vllm.THROUGHPUT,
     "quality": quality,
     "little_model": little_model,
 }

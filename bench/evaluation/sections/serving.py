@@ -10,7 +10,7 @@ from pathlib import Path
 import load
 import workload
 from fields import Field, Levels
-from programs import MODEL_FIELDS, Programs, clean_environment
+from programs import MODEL_FIELDS, Programs, clean_environment, servers_errors
 from shapes import SHAPES
 from tasks import EvaluationError, Row, Task
 
@@ -48,7 +48,6 @@ FIELDS = {
     "seconds": Field(float, default=60.0, least=1, about="a guess, of one task"),
     "if_installed": Field(bool, default=False, about="without a trace, leave a replay out"),
 }
-OF_A_CASE = ("prompt", "prompts", "levels", "without", "requests")
 
 
 def points(problem: dict, programs: Programs) -> list[list[Task]]:
@@ -80,6 +79,8 @@ def cases_of(problem: dict) -> list[dict]:
             dict(
                 experiment=problem["experiment"],
                 model=problem["shape"],
+                layers=problem["layers"] or SHAPES[problem["shape"]].layers,
+                weights=problem["weights"],
                 kv_type=problem["kv_type"],
                 prompt=sum(level[0] for level in levels),
                 prompts=levels[-1][1] if levels else 0,
@@ -108,6 +109,7 @@ def workload_of(problem: dict, case: dict, file, round_number: int, rate=None):
         return workload.replay(
             file,
             case["requests"],
+            round_number,
             **{k: problem[k] for k in ("time_scale", "block_tokens", "max_prompt")},
         )
     return workload.generate(
@@ -122,10 +124,8 @@ def workload_of(problem: dict, case: dict, file, round_number: int, rate=None):
 
 def task_of(problem: dict, programs: Programs, case: dict, system: str, file) -> Task:
     same = (
-        "layers",
         "ffn",
         "vocabulary",
-        "weights",
         "sigma",
         "rates",
         "rounds",
@@ -157,20 +157,17 @@ class Run:
         self.made.append(Row.of(SECTION, case, self.system, metric, unit, better, values))
 
     def rows(self) -> list[Row]:
-        from console import DemoError
-
-        first = workload_of(self.problem, self.case, self.file, 0)
-        with tempfile.TemporaryDirectory(prefix="relay-slots-") as saves:
-            try:
-                with self.server(first, saves) as server:
-                    server.wait_ready(600)
-                    prime = self.prime(server, first)
-                    if first.prefixes:
-                        self.add(self.case, "prompts computed", "s", "lower", [prime])
-                    for rate in self.problem["rates"] or [None]:
-                        self.measure(server, rate)
-            except DemoError as error:
-                raise EvaluationError(str(error)) from error
+        first = workload_of(self.problem, self.case, self.file, 0)  # all rounds have its lengths
+        with tempfile.TemporaryDirectory(prefix="relay-slots-") as saves, servers_errors():
+            with self.server(first, saves) as server:
+                server.wait_ready(600)
+                for what, mean in workload.own_means(first, self.case["without"]).items():
+                    self.add(self.case, what, "tokens", "", [mean])
+                prime = self.prime(server, first)
+                if first.prefixes:
+                    self.add(self.case, "prompts computed", "s", "lower", [prime])
+                for rate in self.problem["rates"] or [None]:
+                    self.measure(server, rate)
         return self.made
 
     def measure(self, server, rate: float | None) -> None:
@@ -179,6 +176,7 @@ class Run:
         memory = []
         for number in range(self.problem["rounds"]):
             work = workload_of(self.problem, self.case, self.file, number, rate)
+            self.restore(server, work)
             answers = load.send(server, work.requests)
             for metric, (unit, better, value) in load.measures(work.requests, answers).items():
                 found.setdefault(metric, [unit, better]).append(value)
@@ -192,6 +190,8 @@ class Run:
             price = self.problem["price_per_hour"] / 3600 * 1e6
             dollars = [price / value for value in found["output throughput"][2:]]
             self.add(case, "price", "$/1M tokens", "lower", dollars)
+            hour = self.problem["price_per_hour"]
+            self.add(case, "price of an hour", "$/h", "", [hour])
         if rate is not None and self.problem["bound"] > 0:
             self.add(case, "bound", "s/token", "", [self.problem["bound"]])
 
@@ -235,18 +235,20 @@ class Run:
             else:
                 (answer,) = load.send(server, [request])
             seconds += answer.last
+        return seconds
+
+    def restore(self, server, work: workload.Workload) -> None:
+        """Before each round, as requests that begin with no prompt or another one overwrite it."""
         if self.system in STOCK and work.prefixes:
-            for slot in range(parallel):
+            for slot in range(self.case["parallel"]):
                 name = {"filename": f"prompt-{slot % len(work.prefixes)}"}
                 server.json("POST", f"/slots/{slot}?action=restore", name)
-        return seconds
 
     def kv_bytes(self, server, answers: list) -> float:
         if self.system in STOCK:
             shape = SHAPES[self.case["model"]]
-            layers = self.problem["layers"] or shape.layers
             element = {"f16": 2, "bf16": 2, "q8_0": 34 / 32}[self.case["kv_type"]]
-            token = shape.kv_bytes_per_token(1) / shape.layers * layers * element
+            token = shape.kv_bytes_per_token(1) / shape.layers * self.case["layers"] * element
             return token * sum(a.prompt_tokens + a.completion_tokens for a in answers)
         text = server.request("GET", "/metrics", timeout=10)[1].decode()
         found = re.search(r"^relay:kv_bytes_used(?:\{.*\})? (\S+)$", text, re.M)

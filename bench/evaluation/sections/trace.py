@@ -74,8 +74,9 @@ def rows_of(case: dict, report: dict) -> list[Row]:
     add_level(once, case, "own", rest, mean)
     for step in steps:
         at = case | {"time": step["time"]}
-        own = step["kv_slots_attended"] - sum(x["kv_slots_attended"] for x in step["levels"])
-        once(at, "attended, shared share", "", 1 - own / step["kv_slots_attended"])
+        for number, level in enumerate(step["levels"], 1):
+            share = level["kv_slots_attended"] / step["kv_slots_attended"]
+            once(at | {"level": f"level {number}"}, "share of KV attended, step", "", share)
         once(at, "saved share of attention", "", 1 - step["seconds_on"] / step["seconds_off"])
         once(at, "requests at once", "", step["batch"])
     return rows

@@ -362,6 +362,32 @@ def test_vllms_throughput_on_a_gpu_is_read(vllm_programs, tmp_path):
         vllm.throughput(problem, vllm_programs("cpu"))
 
 
+def test_what_vllm_answers_is_compared(vllm_programs, monkeypatch):
+    programs = vllm_programs("cpu")
+    answer = dict(tokens=[7, 8], top_logprobs=[{"7": -0.1, "9": -3.0}, {"8": -0.5, "6": -0.6}])
+    other = dict(tokens=[7, 6], top_logprobs=[{"7": -0.2, "9": -3.0}, {"8": -0.6, "6": -0.5}])
+    commands = []
+
+    def measure(command):
+        commands.append([str(part) for part in command])
+        return {"relay": [answer, answer], "vllm": [dict(answer), other]}
+
+    monkeypatch.setattr(programs, "run_into_json", measure)
+    monkeypatch.setattr(programs, "note_versions", lambda *_: None)
+    problem = dict(what="vllm", shape="llama-3.2-1b", ffn=0, layers=4, vocabulary="", weights="",
+                   kv_types=["bf16"], prompt=[512], requests=2, own=8, tokens=2,
+                   if_installed=False)  # fmt: skip
+    ((task,),) = quality.points(problem, programs)
+    rows = {r.metric: r.median for r in task.run()}
+    assert rows["greedy answers the same"] == 0.5 and rows["greedy tokens the same"] == 0.75
+    assert rows["largest margin where answers part"] == pytest.approx(0.1)
+    assert rows["largest log-probability difference"] == pytest.approx(0.1)
+    assert commands[0][commands[0].index("--dtype") + 1] == "bfloat16"
+    assert commands[0][commands[0].index("--shape") + 1] == "llama-1b"
+    with pytest.raises(EvaluationError, match="not q8_0"):
+        quality.points(problem | dict(kv_types=["q8_0"]), programs)
+
+
 @pytest.fixture
 def little(tmp_path, monkeypatch):
     """The little model's section, with engines that answer every second question right."""

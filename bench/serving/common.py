@@ -18,8 +18,9 @@ def relay_server(args, log: Path, *more: str) -> Server:
 
 
 def words(tokens: int) -> str:
-    """A text of about so many tokens: a short word and a number of three digits are two."""
-    return " ".join(f"word {i % 900 + 100}" for i in range(tokens // 2))
+    """A text of about so many tokens: each of these words is one, in any vocabulary."""
+    some = "time year people way day man thing life world school state family group".split()
+    return " ".join(some[i * i // 7 % len(some)] for i in range(tokens))
 
 
 def chat(content: str, tokens: int, system: str | None = None) -> dict:
@@ -35,6 +36,12 @@ def chat(content: str, tokens: int, system: str | None = None) -> dict:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+def require(**targets: bool) -> None:
+    """Ends with an error that names the targets that are missed."""
+    if missed := [name.replace("_", " ") for name, met in targets.items() if not met]:
+        raise DemoError("missed: " + ", ".join(missed))
 
 
 def metric(server: Server, name: str) -> float:

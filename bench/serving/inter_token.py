@@ -5,7 +5,7 @@ import threading
 import time
 from pathlib import Path
 
-from common import chat, relay_server, words
+from common import chat, relay_server, require, words
 from console import DemoError, say
 from results import percentile
 from users import Answer, ask
@@ -44,10 +44,13 @@ def run(args) -> None:
                 result += [b - a for a, b in zip(times, times[1:], strict=False)]
             return result
 
+        ratios = {}
         for name, percent in (("p50", 50), ("p99", 99)):
             without = percentile(sorted(gaps(begin, middle)), percent)
             beside = percentile(sorted(gaps(middle, end)), percent)
+            ratios[name] = beside / without
             say(
                 f"between tokens, {name}: {1000 * without:.0f} ms, beside the long prompt "
-                f"{1000 * beside:.0f} ms: {beside / without:.2f}x"
+                f"{1000 * beside:.0f} ms: {ratios[name]:.2f}x"
             )
+        require(**{f"at_most_twice_at_{name}": ratio <= 2 for name, ratio in ratios.items()})

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import chat, relay_server, wait_idle, wait_running
+from common import chat, relay_server, require, wait_idle, wait_running
 from console import DemoError, say
 from results import percentile
 from servers import Server
@@ -126,6 +126,13 @@ def run(args) -> None:
                 f"a refusal takes the server {percentile(took, 50):.1f} ms, p99 "
                 f"{percentile(took, 99):.1f} ms"
             )
-            say(f"{args.users} clients left: idle after {leave_at_once(server, args.users):.2f} s")
+            idle = leave_at_once(server, args.users)
+            say(f"{args.users} clients left: idle after {idle:.2f} s")
             status, seconds = end_under_load(server, args.users)
             say(f"SIGTERM under load: status {status} after {seconds:.2f} s")
+            require(
+                goodput_of_95_percent=goodput >= 0.95 * peak,
+                refusals_within_50_ms=percentile(took, 99) <= 50,
+                idle_within_a_second=idle <= 1,
+                status_0=status == 0,
+            )

@@ -4,7 +4,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from common import chat, relay_server, words
+from common import chat, relay_server, require, words
 from console import say
 from users import run_round
 
@@ -41,3 +41,4 @@ def run(args) -> None:
         f"{args.users} users, prompts of {args.prompt_tokens} tokens: {one:.1f} tokens/s over one, "
         f"{two:.1f} over two mixed: {two / one:.2f}x ({spread} in {args.rounds} rounds)"
     )
+    require(nine_tenths_of_one_prompt=two >= 0.9 * one)

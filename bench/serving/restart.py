@@ -5,7 +5,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import relay_server, words
+from common import relay_server, require, words
 from console import DemoError, say
 
 
@@ -33,3 +33,4 @@ def run(args) -> None:
             say(f"{name}: {pinned[1]} tokens, {seconds[name]:.2f} s")
         ratio = seconds["computed"] / max(seconds["restored"], 0.01)
         say(f"the prompt is there {ratio:.0f} times sooner than by prefill")
+        require(ten_times_sooner=ratio >= 10)

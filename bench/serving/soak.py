@@ -1,6 +1,5 @@
 """Half an hour of users of all kinds: whether memory grows, and whether anything is stuck."""
 
-import contextlib
 import http.client
 import json
 import random
@@ -12,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common import chat, relay_server, wait_idle, words
+from common import chat, relay_server, require, wait_idle, words
 from console import DemoError, Ticker, say
 from servers import Server
 from users import CHAT, Answer, ask
@@ -151,5 +150,6 @@ def run(args) -> None:
         f"resident after {WARM_UP} minutes {first:.1f} MiB, at the end {last:.1f} MiB: "
         f"{100 * (last / first - 1):+.2f} %"
     )
-    with contextlib.suppress(IndexError):
+    if problems:
         raise DemoError(f"{len(problems)} requests went wrong, the first: {problems[0]}")
+    require(memory_grows_under_1_percent=last < 1.01 * first)

@@ -259,6 +259,7 @@ class Runner {
   struct Job {
     std::string custom_id;
     std::unique_ptr<server::Generation> generation;
+    server::ErrorForm error_form;
   };
 
   /// False: that was the last line.
@@ -270,8 +271,10 @@ class Runner {
       } while (output_.has(line.custom_id));
       pending_ = std::move(line);
     }
+    server::ErrorForm error_form = server::ErrorForm::kOpenAi;
     try {
       const server::Route route = server::find_route("POST", pending_->url);
+      error_form = route.error_form;
       if (route.work != server::Work::kGeneration) {
         throw server::invalid_request(
             "url", "relay batch runs what generates, not " + pending_->url + ".");
@@ -281,13 +284,13 @@ class Runner {
       if (generation->stream()) {
         throw server::unsupported("stream", "A batch has whole answers only.");
       }
-      jobs_.push_back({pending_->custom_id, std::move(generation)});
+      jobs_.push_back({pending_->custom_id, std::move(generation), error_form});
     } catch (const server::ApiError& error) {
       if (error.status() == 429 && !jobs_.empty()) {
         held_ = true;  // until one of those that run is done
         return true;
       }
-      fail(pending_->custom_id, error);
+      fail(pending_->custom_id, error, error_form);
     }
     pending_.reset();
     return true;
@@ -302,7 +305,7 @@ class Runner {
         continue;
       }
       if (state == server::Generation::State::kFailed) {
-        fail(job->custom_id, job->generation->error());
+        fail(job->custom_id, job->generation->error(), job->error_form);
       } else {
         tokens_ += job->generation->usage().completion_tokens;
         output_.write(job->custom_id, 200, Json::parse(job->generation->body()));
@@ -312,9 +315,11 @@ class Runner {
     }
   }
 
-  void fail(const std::string& custom_id, const server::ApiError& error) {
+  void fail(const std::string& custom_id, const server::ApiError& error,
+            server::ErrorForm error_form) {
     ++failures_;
-    output_.write(custom_id, error.status(), Json::parse(error.body()));
+    output_.write(custom_id, error.status(),
+                  Json::parse(server::answer_error(error, error_form).body));
   }
 
   server::Service& service_;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <sstream>
 
 #include "relay/types.h"
 #include "server/errors.h"
@@ -12,9 +13,25 @@ namespace relay::cli {
 
 namespace {
 
-/// [NAME=]FILE of --lora.
+bool is_file(const std::string& path) {
+  std::error_code error;
+  return std::filesystem::is_regular_file(path, error);
+}
+
+/// [NAME=]FILE,... of --lora. A file that is there may have commas in its path.
+std::vector<std::string> split_adapters(const std::string& text) {
+  if (is_file(text) || is_file(text.substr(text.find('=') + 1))) return {text};
+  std::vector<std::string> parts;
+  std::stringstream stream(text);
+  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  if (parts.empty()) parts.push_back(text);
+  return parts;
+}
+
+/// [NAME=]FILE. Where both have a '=', a name has no '/'.
 engine::Adapter parse_adapter(const std::string& text) {
-  const size_t equals = text.find('=');
+  size_t equals = text.find('=');
+  if (is_file(text) || text.find('/') < equals) equals = std::string::npos;
   engine::Adapter adapter;
   adapter.path = equals == std::string::npos ? text : text.substr(equals + 1);
   adapter.name = equals == std::string::npos ? std::filesystem::path(text).stem().string()
@@ -29,7 +46,11 @@ void prepare_adapters(ServeOptions& o) {
   if (names.empty()) {
     names.push_back(std::filesystem::path(o.engine.model_path).stem().string());
   }
+  std::vector<std::string> modules;
   for (const std::string& text : o.lora_modules) {
+    for (std::string& module : split_adapters(text)) modules.push_back(std::move(module));
+  }
+  for (const std::string& text : modules) {
     engine::Adapter adapter = parse_adapter(text);
     if (std::find(names.begin(), names.end(), adapter.name) != names.end()) {
       throw Error("--lora " + text + ": the name " + adapter.name +
@@ -75,7 +96,6 @@ void add_model_options(CLI::App& app, ServeOptions& o) {
                  "model of its own: by this name, or the file's. The base model answers without "
                  "them. Nothing of the KV cache is shared between adapters")
       ->envname("RELAY_LORA")
-      ->delimiter(',')
       ->option_text("[NAME=]FILE,...")
       ->group(kGroup);
   app.add_option("--kv-prefix", o.engine.kv_prefix,
@@ -203,7 +223,7 @@ void add_computing_options(CLI::App& app, ServeOptions& o) {
   app.add_option("--prompt-cache-dir", e.prompt_cache_dir,
                  "Folder in which pinned prompts, and prefixes that many requests share, outlive "
                  "this process; at the next start they need not be computed. It holds the prompts "
-                 "in readable form")
+                 "in readable form. Not for models with sliding windows, nor with --kv-prefix")
       ->envname("RELAY_PROMPT_CACHE_DIR")
       ->option_text("DIR")
       ->group(kGroup);

@@ -94,6 +94,7 @@ class ThreadedEngine : public Engine {
         core_(*model_, *model_, core_options(options, *model_), prompt_cache_.get()) {
     ModelInfo& info = model_->info();
     info.chat_template = templates_.source();
+    model_->identify(options);
     info.prefix_caching = options.prefix_caching;
     info.max_queue = options.max_queue;
     info.relay_active = backend.relay_active;
@@ -124,8 +125,14 @@ class ThreadedEngine : public Engine {
   }
   ChatMessage parse_message(const OutputFormatPtr& format, const std::string& text,
                             bool is_partial) const override {
-    // The parser recurses as deep as what was generated is nested.
-    constexpr size_t kShallow = 2048;
+    // The parser recurses as deep as what was generated is nested, with up to 3 KB of stack each.
+    constexpr size_t kShallow = 512;
+    constexpr size_t kDeepest = kLargeStackBytes / (size_t{6} << 10);
+    const auto opens = [](char c) { return c == '[' || c == '{'; };
+    if (text.size() > kDeepest &&
+        static_cast<size_t>(std::count_if(text.begin(), text.end(), opens)) > kDeepest) {
+      throw EngineError(ErrorKind::kInternal, "The answer has too many brackets to be parsed.");
+    }
     if (text.size() <= kShallow) return templates_.parse(format, text, is_partial);
     return on_large_stack([&] { return templates_.parse(format, text, is_partial); });
   }
@@ -354,6 +361,7 @@ SubmitResult ThreadedEngine::submit(GenerateRequest request, std::shared_ptr<Sin
   r->sink = std::move(sink);
   r->adapter = request.adapter;
   r->cache_salt = std::move(request.cache_salt);
+  r->pin_salt = std::move(request.pin_salt);
   r->priority = request.priority;
   r->prompt = std::move(request.prompt);
   r->max_tokens_may_shrink = request.max_tokens < 0;
@@ -552,7 +560,13 @@ void ThreadedEngine::run() {
 
 std::unique_ptr<Engine> Engine::load(const EngineOptions& options, const ProgressFn& progress) {
   const BackendReport backend = load_backends(options.relay, options.relay_module);
-  std::unique_ptr<LlamaModel> model = LlamaModel::load(options, backend.relay_active, progress);
+  // Which also computes, and so on a thread that ends: OpenMP keeps a team of threads for each that
+  // has computed. Beside the engine thread's there would be more of them than processors, and then
+  // none spins for long at a barrier, of which a token has hundreds.
+  std::unique_ptr<LlamaModel> model =
+      std::async(std::launch::async, [&] {
+        return LlamaModel::load(options, backend.relay_active, progress);
+      }).get();
   return std::make_unique<ThreadedEngine>(options, std::move(model), backend, progress);
 }
 

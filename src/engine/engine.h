@@ -97,7 +97,7 @@ struct EngineOptions {
 };
 
 /// Called with a share done (0 to 1) and what is being done ("loading model", "warming up", …),
-/// from the thread that called load() or pin_prompt().
+/// from the thread that called load() or pin_prompt(), or one that it waits for.
 using ProgressFn = std::function<void(double fraction, const std::string& what)>;
 
 /// What was loaded; constant for the engine's life.
@@ -105,13 +105,16 @@ struct ModelInfo {
   std::string name;               ///< the alias
   std::string path;               ///< the GGUF file
   std::vector<Adapter> adapters;  ///< as in EngineOptions
-  std::string description;        ///< architecture, size and weight type, as llama.cpp prints it
-  std::string chat_template;      ///< the template in use (Jinja source)
-  int64_t created = 0;            ///< Unix seconds of the load
-  int64_t size_bytes = 0;         ///< of all weights
-  int64_t parameters = 0;         ///< number of weights
-  int32_t context_length = 0;     ///< most tokens of one request, prompt and completion together
-  int32_t train_context = 0;      ///< the context the model was trained for
+  /// By adapter: 64 hex digits that differ where the same request may be answered otherwise, for
+  /// its weights, KV types, learned prefix, template or llama.cpp are others; not with the names.
+  std::vector<std::string> identities;
+  std::string description;     ///< architecture, size and weight type, as llama.cpp prints it
+  std::string chat_template;   ///< the template in use (Jinja source)
+  int64_t created = 0;         ///< Unix seconds of the load
+  int64_t size_bytes = 0;      ///< of all weights
+  int64_t parameters = 0;      ///< number of weights
+  int32_t context_length = 0;  ///< most tokens of one request, prompt and completion together
+  int32_t train_context = 0;   ///< the context the model was trained for
   int32_t vocab_size = 0;
   int32_t kv_cells = 0;            ///< token positions of the KV cache
   int32_t kv_prefix = 0;           ///< positions of the learned prefix beside them
@@ -202,6 +205,7 @@ struct GenerateRequest {
   int32_t n = 1;           ///< choices; they share the prompt
   int32_t adapter = 0;     ///< to be computed with; see Adapter. KV is shared within one alone
   std::string cache_salt;  ///< only requests with equal salts share KV (pinned: all)
+  std::string pin_salt;    ///< what is pinned for this salt may be shared, too; empty: none is
   int32_t priority = 0;    ///< lower is served earlier; equal ones in order of arrival
 };
 
@@ -286,7 +290,8 @@ using SubmitResult = std::variant<RequestId, Refusal>;
 struct PinRequest {
   std::string name;
   std::vector<Token> tokens;  ///< of render_chat_prefix() or tokenize()
-  std::string cache_salt;     ///< empty: requests of every salt may share it; else only of this one
+  std::string cache_salt;     ///< empty: all requests may share it; else those whose cache_salt or
+                              ///< pin_salt this is
   int64_t ttl_seconds = 0;    ///< 0: until unpinned
   int32_t adapter = 0;        ///< as in GenerateRequest
 };
@@ -347,7 +352,8 @@ struct PrefixNode {
   int32_t tokens = 0;
   int32_t running = 0;  ///< sequences that share it now
   bool pinned = false;
-  int64_t hits = 0;  ///< sequences that found it in the cache so far
+  int64_t hits = 0;     ///< sequences that found it in the cache so far
+  int32_t adapter = 0;  ///< as in GenerateRequest
 };
 
 class Engine {

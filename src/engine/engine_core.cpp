@@ -21,6 +21,13 @@ int32_t most_pins(const Model& model, int32_t parallel) {
   return std::max(ids - parallel, std::min(kLeast, ids / 2));
 }
 
+SchedulerOptions scheduler_options(const Model& model, const CoreOptions& options) {
+  SchedulerOptions scheduler = options.scheduler;
+  // Each running sequence may want the logits of one row.
+  scheduler.scored_rows = std::max(1, model.max_logits() - scheduler.parallel);
+  return scheduler;
+}
+
 }  // namespace
 
 EngineCore::EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOptions& options,
@@ -29,7 +36,7 @@ EngineCore::EngineCore(Model& model, const Vocabulary& vocabulary, const CoreOpt
       vocabulary_(vocabulary),
       options_(options),
       kv_(model, options.prefix_caching),
-      scheduler_(kv_, options.scheduler),
+      scheduler_(kv_, scheduler_options(model, options)),
       pins_(kv_, scheduler_,
             {.budget = options.pin_budget,
              .prompts = most_pins(model, options.scheduler.parallel),
@@ -47,7 +54,8 @@ int32_t EngineCore::cells_for(const Scope& scope, std::span<const Token> tokens)
 
 void EngineCore::submit(std::unique_ptr<Request> request) {
   Request& r = *request;
-  const Scope scope{r.adapter, kv_.salt(r.cache_salt)};
+  const Salt pinned_for = r.pin_salt.empty() ? nullptr : kv_.salt(r.pin_salt);
+  const Scope scope{r.adapter, kv_.salt(r.cache_salt, pinned_for)};
   const auto prompt = static_cast<int32_t>(r.prompt.size());
   // The last token of a completion is never stored.
   const std::span<const Token> shareable = r.prompt_logprobs ? std::span<const Token>() : r.prompt;
@@ -146,19 +154,7 @@ PrefillBudget EngineCore::prefill_budget(int32_t adapter) const {
     const auto adapters = Scheduler::adapters_of(scheduler_.running_sequences());
     turns = std::max(1, static_cast<int32_t>(adapters.size()));
   }
-  PrefillBudget budget =
-      pacers_[static_cast<size_t>(adapter)].budget(scheduler_.decoding(adapter), turns);
-  const bool scoring = std::any_of(requests_.begin(), requests_.end(),
-                                   [](const auto& r) { return r.second->prompt_logprobs; });
-  if (scoring) {
-    // Every row of a scored prompt needs its logits, and a model makes room for those of as many
-    // rows as it has sequences; each running one may need one.
-    const int32_t most = std::max(1, model_.max_sequences() - options_.scheduler.parallel);
-    budget.beside = std::min(budget.beside, most);
-    budget.alone = std::min(budget.alone, most);
-    budget.short_prompts = std::min(budget.short_prompts, most);
-  }
-  return budget;
+  return pacers_[static_cast<size_t>(adapter)].budget(scheduler_.decoding(adapter), turns);
 }
 
 bool EngineCore::step() {

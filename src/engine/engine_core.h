@@ -42,6 +42,7 @@ struct Request {
   std::shared_ptr<Sink> sink;
   Clock::time_point submitted = Clock::now();
   std::string cache_salt;
+  std::string pin_salt;
   int32_t priority = 0;
   std::vector<Token> prompt;
   int32_t max_tokens = 1;              ///< of each choice; 0: compute the prompt alone

@@ -216,6 +216,29 @@ TEST(EngineCore, PromptLogprobsAloneGenerateNothing) {
   bench.expect_no_leak();
 }
 
+TEST(EngineCore, AScoredPromptHoldsUpNoOther) {
+  Bench bench(4096, small_steps(64, 128), 64);
+  const Tokens scored_prompt = sequence_of(400, 1);
+  const auto scored = bench.submit(scored_prompt, 100, 1, {}, {}, true);
+  const auto steps_of = [&](int32_t seed) {
+    std::vector<std::shared_ptr<Outcome>> others;
+    for (int32_t i = 0; i < 3; ++i) others.push_back(bench.submit(sequence_of(300, seed + i), 1));
+    int steps = 0;
+    while (std::any_of(others.begin(), others.end(), [](const auto& o) { return !o->done; })) {
+      EXPECT_LT(++steps, 1000);
+      bench.step();
+    }
+    return steps;
+  };
+  // 900 tokens in steps of 128, of which the scored prompt may have 8.
+  EXPECT_LE(steps_of(2), 8);
+  while (!scored->tokens.contains(0)) bench.step();
+  EXPECT_LE(steps_of(5), 8) << "beside its completion";
+  bench.run();
+  expect_scored(bench, *scored, 0, scored_prompt);
+  bench.expect_no_leak();
+}
+
 TEST(EngineCore, APreemptedPromptIsScoredOnce) {
   Bench bench(400);
   const Tokens a = sequence_of(150, 1);
@@ -795,6 +818,10 @@ TEST(EngineCore, AdaptersAnswerForThemselvesAndShareNothing) {
     EXPECT_EQ(out.usage.cached_tokens, i == 2 ? 0 : i % 3 == 2 ? 102 : 100) << i;
   }
   EXPECT_NE(outs[0]->tokens, outs[1]->tokens);
+  std::vector<PrefixNode> nodes = bench.core.kv().nodes();
+  std::erase_if(nodes, [](const PrefixNode& node) { return node.parent >= 0; });
+  ASSERT_EQ(nodes.size(), 3u);
+  for (int32_t i = 0; i < 3; ++i) EXPECT_EQ(nodes[static_cast<size_t>(i)].adapter, i);
   for (const PinnedPrompt& prompt : pinned) bench.core.unpin(prompt.id);
   bench.expect_no_leak();
 }

@@ -153,8 +153,12 @@ class Books {
   };
 
   Scope any_scope() {
-    const int32_t which = random_.below(3);
-    return {random_.below(2), kv_.salt(which == 0 ? "" : which == 1 ? "a" : "b")};
+    const int32_t which = random_.below(4);
+    const Salt group = kv_.salt("group");
+    const Salt salt = which == 0   ? kv_.salt("")
+                      : which == 1 ? group
+                                   : kv_.salt(which == 2 ? "a" : "b", group);
+    return {random_.below(2), salt};
   }
 
   /// The longest prefix of these tokens that somebody holds who may share: by looking at everyone.
@@ -169,7 +173,8 @@ class Books {
       }
       for (const PrefixTree::Node* n : path) {
         if (n->scope.adapter != scope.adapter) break;
-        if (n->scope.salt && n->scope != scope) break;
+        const Salt& salt = n->scope.salt;
+        if (salt && salt != scope.salt && salt != scope.salt->within) break;
         open = n->end();
       }
       const Tokens held = model_.tokens_of(s);

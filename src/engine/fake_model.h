@@ -3,6 +3,7 @@
 // cell of another adapter is an error.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <stdexcept>
@@ -39,12 +40,16 @@ class FakeModel : public Model, public Vocabulary {
 
   int32_t cells() const override { return static_cast<int32_t>(cells_.size()); }
   int32_t max_sequences() const override { return max_sequences_; }
+  int32_t max_logits() const override { return max_sequences_ + 8; }
   int32_t vocab_size() const override { return vocab_; }
 
   DecodeStatus decode(const Batch& batch) override {
     const DecodeStatus forced = on_decode ? on_decode(batch) : DecodeStatus::kOk;
     if (forced == DecodeStatus::kNoCells || batch.size() > cells() - used()) {
       return DecodeStatus::kNoCells;
+    }
+    if (std::count(batch.wants_logits.begin(), batch.wants_logits.end(), 1) > max_logits()) {
+      throw std::logic_error("fake model: too many rows want logits");
     }
     size_t at = 0;
     logits_.assign(static_cast<size_t>(batch.size()), {});

@@ -6,6 +6,7 @@
 // The language is llama.cpp's (its grammars/README.md).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -51,11 +52,44 @@ class GrammarTooCostly : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// Thrown where all grammars together hold too much memory, and this one a good part of it.
+class GrammarMemoryFull : public GrammarTooCostly {
+ public:
+  using GrammarTooCostly::GrammarTooCostly;
+};
+
+/// A share of the memory that the grammars of this process may hold: a line of text can become some
+/// 10 MB, and hundreds of requests may wait with one each. Whoever holds kFree or less always gets
+/// more.
+class GrammarMemory {
+ public:
+  static constexpr int64_t kFree = int64_t{2} << 20;
+
+  GrammarMemory() = default;
+  ~GrammarMemory() { total_ -= bytes_; }
+  GrammarMemory(const GrammarMemory&) = delete;
+  GrammarMemory& operator=(const GrammarMemory&) = delete;
+
+  /// Throws GrammarMemoryFull; then the share is as it was.
+  void grow_to(int64_t bytes);
+  int64_t bytes() const { return bytes_; }
+
+  static int64_t total() { return total_; }
+  /// For tests; returns what it was.
+  static int64_t set_limit(int64_t bytes) { return limit_.exchange(bytes); }
+
+ private:
+  static inline std::atomic<int64_t> total_ = 0;
+  static inline std::atomic<int64_t> limit_ = int64_t{512} << 20;
+  int64_t bytes_ = 0;
+};
+
 /// A compiled grammar. Immutable.
 class Grammar {
  public:
   /// `tokens` finds tokens that the grammar names (<|name|>). Throws std::runtime_error that says
-  /// what is wrong and at which byte, GrammarTooCostly for one that is too large.
+  /// what is wrong and at which byte, GrammarTooCostly for one that is too large, GrammarMemoryFull
+  /// for one that is so beside all others.
   static std::shared_ptr<const Grammar> compile(std::string_view text, const TokenTexts& tokens);
 
  private:
@@ -77,10 +111,17 @@ class Grammar {
     bool meets(uint32_t low, uint32_t high) const;
   };
 
+  /// Where the alternatives of a rule begin in elements_.
+  std::span<const uint32_t> alternatives(uint32_t rule) const {
+    return std::span(begins_).subspan(rules_[rule], rules_[rule + 1] - rules_[rule]);
+  }
+
   std::vector<Element> elements_;
   std::vector<Set> sets_;
-  std::vector<std::vector<uint32_t>> rules_;  ///< where the alternatives of each begin in elements_
+  std::vector<uint32_t> begins_;  ///< of all alternatives, rule by rule
+  std::vector<uint32_t> rules_;   ///< where those of each begin in begins_, and where the last end
   uint32_t root_ = 0;
+  GrammarMemory memory_;
 };
 
 /// Follows texts through a grammar and remembers what it finds: shared by the choices of a request,
@@ -144,6 +185,7 @@ class GrammarMatcher {
     if (budget_ < 0) throw_too_costly();
   }
   [[noreturn]] static void throw_too_costly();
+  void count_memory();
   int32_t push(uint32_t element, int32_t below);
   /// Adds the nodes of a state that `node` leads to.
   void expand(int32_t node, std::vector<int32_t>& out);
@@ -164,6 +206,7 @@ class GrammarMatcher {
   std::vector<State> states_;
   std::unordered_multimap<uint64_t, int32_t> state_ids_;  ///< by hash
   size_t state_entries_ = 0;
+  GrammarMemory memory_;  ///< of nodes and states; the rest is small, and bounded
   std::vector<AsciiRow> ascii_;
   std::unordered_map<uint64_t, int32_t> others_;  ///< state and character -> state
   std::vector<std::vector<uint64_t>> masks_;

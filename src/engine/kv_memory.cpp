@@ -248,6 +248,7 @@ std::vector<PrefixNode> KvMemory::nodes() const {
       shown.running = static_cast<int32_t>((child->members & running_).count());
       shown.pinned = (child->members & pinned_).any();
       shown.hits = child->hits;
+      shown.adapter = child->scope.adapter;
       nodes.push_back(shown);
       self(self, *child, static_cast<int32_t>(nodes.size()) - 1);
     }

@@ -25,7 +25,9 @@ class KvMemory {
   /// prefix_caching false: no lookups, nothing published or kept.
   KvMemory(Model& model, bool prefix_caching);
 
-  Salt salt(const std::string& text) { return salts_.intern(text); }
+  Salt salt(const std::string& text, const Salt& within = nullptr) {
+    return salts_.intern(text, within);
+  }
   Salt salt_of_digest(const std::string& digest) { return salts_.intern_digest(digest); }
   bool prefix_caching() const { return prefix_caching_; }
 

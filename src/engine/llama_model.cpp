@@ -56,27 +56,36 @@ void check(const EngineOptions& o) {
   require(o.threads >= 0, "threads must not be negative.");
 }
 
-// Size, time of change and samples of a file. To read all of it would take as long as computing
-// the prompts that are kept.
-void append_identity(const std::string& path, std::string& text) {
+std::string digest_of(const std::string& text) {
+  return sha256_hex({reinterpret_cast<const uint8_t*>(text.data()), text.size()});
+}
+
+// Size and samples of a file. To read all of it would take as long as computing the prompts that
+// are kept.
+void append_contents(const std::string& path, std::string& text) {
   constexpr uint64_t kSample = 64 << 10;
   constexpr uint64_t kSamples = 64;
   std::error_code error;
   const uint64_t size = fs::file_size(path, error);
-  const auto changed = fs::last_write_time(path, error).time_since_epoch().count();
   std::ifstream file(path, std::ios::binary);
   if (error || !file) {
     throw EngineError(ErrorKind::kModel, path + " cannot be read.");
   }
-  text += std::to_string(size) + '\n' + std::to_string(changed) + '\n';
+  text += std::to_string(size) + '\n';
   const uint64_t last = size > kSample ? size - kSample : 0;
   std::string sample(kSample, '\0');
   for (uint64_t i = 0; i < kSamples && i * kSample < size; ++i) {
-    file.seekg(static_cast<std::streamoff>(std::max(i * kSample, last / (kSamples - 1) * i)));
+    file.seekg(static_cast<std::streamoff>(std::max(i * kSample, last * i / (kSamples - 1))));
     file.read(sample.data(), static_cast<std::streamsize>(kSample));
     text.append(sample, 0, static_cast<size_t>(file.gcount()));
     file.clear();
   }
+}
+
+// The same, and when it was last changed.
+void append_identity(const std::string& path, std::string& text) {
+  append_contents(path, text);
+  text += std::to_string(fs::last_write_time(path).time_since_epoch().count()) + '\n';
 }
 
 }  // namespace
@@ -192,6 +201,8 @@ void LlamaModel::create_context(const EngineOptions& options, bool relay_active)
   }
   shadow_ = window ? max_sequences_ : 0;
   const int32_t ids = window ? 2 * max_sequences_ : max_sequences_;
+  constexpr int32_t kScored = 64;  // rows of scored prompts, whatever else runs
+  max_logits_ = ids + kScored;
 
   llama_context_params params = llama_context_default_params();
   const int32_t cells = options.kv_cells > 0 ? options.kv_cells : info_.train_context;
@@ -200,7 +211,7 @@ void LlamaModel::create_context(const EngineOptions& options, bool relay_active)
   params.n_batch = static_cast<uint32_t>(rows);
   params.n_ubatch = static_cast<uint32_t>(std::min(options.ubatch_tokens, rows));
   params.n_seq_max = static_cast<uint32_t>(ids);
-  params.n_outputs_max = static_cast<uint32_t>(ids);
+  params.n_outputs_max = static_cast<uint32_t>(max_logits_);
   params.kv_unified = true;
   params.swa_full = true;  // else a prefix is there only as far back as the window
   params.flash_attn_type =
@@ -342,7 +353,23 @@ std::string LlamaModel::kv_key(int32_t adapter) const {
     text += "adapter\n";
     append_identity(info_.adapters[static_cast<size_t>(adapter) - 1].path, text);
   }
-  return sha256_hex({reinterpret_cast<const uint8_t*>(text.data()), text.size()});
+  return digest_of(text);
+}
+
+void LlamaModel::identify(const EngineOptions& options) {
+  std::string text = std::string(llama_commit()) + '\n' + options.cache_type_k + '\n' +
+                     options.cache_type_v + '\n' + options.template_kwargs_json + '\n';
+  for (const std::string& path : files()) append_contents(path, text);
+  for (const std::string& path : {options.kv_prefix, options.chat_template_file}) {
+    if (!path.empty()) append_contents(path, text);
+    text += '\n';
+  }
+  info_.identities = {digest_of(text)};
+  for (const Adapter& adapter : info_.adapters) {
+    text = info_.identities.front();
+    append_contents(adapter.path, text);
+    info_.identities.push_back(digest_of(text));
+  }
 }
 
 std::vector<uint8_t> LlamaModel::save(SeqId seq, int32_t begin, int32_t end, SeqId unused) {

@@ -33,6 +33,7 @@ class LlamaModel : public Model, public Vocabulary {
   /// Most rows of one decode().
   int32_t max_rows() const { return max_rows_; }
   int32_t max_sequences() const override { return max_sequences_; }
+  int32_t max_logits() const override { return max_logits_; }
   int32_t vocab_size() const override { return info_.vocab_size; }
   DecodeStatus decode(const Batch& batch) override;
   std::span<const float> logits(int32_t row) override;
@@ -46,6 +47,8 @@ class LlamaModel : public Model, public Vocabulary {
   /// 64 hex digits that differ where saved KV means something else: another model, adapter, KV type
   /// or version. Files are known by their size, their time of change and samples of their contents.
   std::string kv_key(int32_t adapter) const;
+  /// Fills in ModelInfo::identities, from all files that the options name.
+  void identify(const EngineOptions& options);
 
   std::string piece(Token token, bool special) const override;
   bool is_end(Token token) const override;
@@ -89,6 +92,7 @@ class LlamaModel : public Model, public Vocabulary {
   std::vector<llama_adapter_lora*> adapters_;  // the model's
   int32_t adapter_ = 0;                        // the context computes with
   int32_t max_sequences_ = 0;
+  int32_t max_logits_ = 0;
   int32_t max_rows_ = 0;
   // A sliding-window cache reuses cells that lie outside the window and belong to one sequence
   // only, and would so take apart prefixes that are kept. There, each sequence is two of

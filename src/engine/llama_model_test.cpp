@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <fstream>
 #include <random>
+#include <set>
 
 #include "engine/backend.h"
 #include "engine/engine_core.h"
@@ -488,6 +489,59 @@ TEST(LlamaModelAdapters, SavedKvIsKnownByTheAdaptersFile) {
   EXPECT_NE(after[1], before[2]);
 }
 
+TEST(LlamaModelAdapters, IdentitiesDifferWithWhateverMayChangeAnAnswer) {
+  const Adapters adapters("tiny");
+  const std::string copy = adapters.path("copy");
+  std::filesystem::copy_file(test_model("tiny"), copy);
+  std::filesystem::last_write_time(
+      copy, std::filesystem::file_time_type::clock::now() - std::chrono::hours(1));
+  EngineOptions options = small_options("tiny", 256);
+  options.model_path = copy;
+  options.adapters = adapters.files;
+  const auto identities = [&] {
+    const BackendReport backend = load_backends(options.relay, options.relay_module);
+    const auto model = LlamaModel::load(options, backend.relay_active, {});
+    model->identify(options);
+    return model->info().identities;
+  };
+  const std::vector<std::string> first = identities();
+  ASSERT_EQ(first.size(), 3u);
+  EXPECT_EQ(std::set<std::string>(first.begin(), first.end()).size(), 3u);
+  options.model_path = test_model("tiny");
+  options.model_alias = "other";
+  EXPECT_EQ(identities(), first) << "the same files under other names";
+  options.model_path = copy;
+  std::swap(options.adapters[0], options.adapters[1]);
+  EXPECT_EQ(identities(), (std::vector<std::string>{first[0], first[2], first[1]}));
+  std::swap(options.adapters[0], options.adapters[1]);
+
+  const auto expect_others = [&](const char* what) {
+    const std::vector<std::string> now = identities();
+    for (size_t i = 0; i < 3; ++i) EXPECT_NE(now[i], first[i]) << what;
+  };
+  options.cache_type_v = "q8_0";
+  expect_others("KV types");
+  options.cache_type_v = EngineOptions().cache_type_v;
+  options.template_kwargs_json = R"({"date_string":"today"})";
+  expect_others("what templates are given");
+  options.template_kwargs_json.clear();
+  options.chat_template_file = adapters.path("template");
+  std::ofstream(options.chat_template_file) << "{{ messages[0].content }}";
+  expect_others("template");
+  options.chat_template_file.clear();
+  write_test_adapter("tiny", 3, options.adapters[0].path);
+  std::vector<std::string> now = identities();
+  EXPECT_EQ(now[0], first[0]);
+  EXPECT_NE(now[1], first[1]);
+  EXPECT_EQ(now[2], first[2]);
+  {  // a fine-tune: the same shapes, other weights
+    std::fstream file(copy, std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(-16, std::ios::end);
+    file.write("\1\2\1\2", 4);
+  }
+  expect_others("weights");
+}
+
 TEST(LlamaModelAdapters, RefusalsSayWhatIsWrong) {
   const Adapters adapters("tiny");
   const std::string path = adapters.path("bad");
@@ -558,10 +612,27 @@ TEST(LlamaModelAdapters, RefusalsSayWhatIsWrong) {
     f.add_zeros("blk.1.attn_q.weight.lora_b", GGML_TYPE_F32, {0, 128});
   });
   expect_refusal("blk.1.attn_q.weight.lora_b is empty");
+  // Of Q and K no logit shows it: the attention may take such scores for none.
+  for (const char* weight : {"attn_q", "attn_k", "attn_v", "ffn_down"}) {
+    for (const float bad : {NAN, INFINITY}) {
+      const std::string name = std::string("blk.1.") + weight + ".weight";
+      const bool down = weight == std::string("ffn_down");
+      const bool wide = down || weight == std::string("attn_q");
+      write([&](AdapterFile& f) {
+        f.add_zeros(name + ".lora_a", GGML_TYPE_F32, {down ? 384 : 128, 4});
+        const ggml_tensor* b = f.add_zeros(name + ".lora_b", GGML_TYPE_F32, {4, wide ? 128 : 64});
+        static_cast<float*>(b->data)[5] = bad;
+      });
+      expect_refusal(name + ".lora_b has values that are not finite");
+    }
+  }
   write([](AdapterFile& f) {
-    const ggml_tensor* a = f.add_zeros("blk.1.ffn_down.weight.lora_a", GGML_TYPE_F32, {384, 4});
-    f.add_zeros("blk.1.ffn_down.weight.lora_b", GGML_TYPE_F32, {4, 128});
-    *static_cast<float*>(a->data) = NAN;
+    for (const auto& [part, shape] : {std::pair("a", std::vector<int64_t>{384, 4}),
+                                      std::pair("b", std::vector<int64_t>{4, 128})}) {
+      const ggml_tensor* t =
+          f.add_zeros(std::string("blk.1.ffn_down.weight.lora_") + part, GGML_TYPE_F32, shape);
+      std::fill_n(static_cast<float*>(t->data), ggml_nelements(t), 3e38f);
+    }
   });
   expect_refusal("compute is not finite");
   write([&](AdapterFile& f) { f.add("blk.7.attn_q.weight", 128, 128, random); });
@@ -571,7 +642,7 @@ TEST(LlamaModelAdapters, RefusalsSayWhatIsWrong) {
   write([](AdapterFile&) {});
   expect_refusal("arch mismatch", "tiny-gemma2");
   std::filesystem::resize_file(path, std::filesystem::file_size(path) - 100);
-  expect_refusal("llama.cpp says");
+  expect_refusal("it is cut short");
   AdapterFile embedding("gemma2");
   embedding.add_tensor("token_embd.weight.lora_a", 4, 32064, random);
   embedding.add_tensor("token_embd.weight.lora_b", 4, 128, random);

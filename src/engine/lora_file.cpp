@@ -4,6 +4,8 @@
 #include <gguf.h>
 
 #include <cmath>
+#include <filesystem>
+#include <fstream>
 #include <memory>
 #include <stdexcept>
 #include <string_view>
@@ -104,6 +106,28 @@ void check_matrix(const ggml_tensor& t, const Shapes& model) {
   }
 }
 
+/// An attention may swallow what is not finite in its scores: the answers are then wrong and look
+/// like others.
+void check_values(const std::string& path, const gguf_context& keys) {
+  const uint64_t size = std::filesystem::file_size(path);
+  std::ifstream file(path, std::ios::binary);
+  std::vector<char> values;
+  for (int64_t i = 0; i < gguf_get_n_tensors(&keys); ++i) {
+    const uint64_t begin = gguf_get_data_offset(&keys) + gguf_get_tensor_offset(&keys, i);
+    const uint64_t bytes = gguf_get_tensor_size(&keys, i);
+    if (begin > size || bytes > size - begin) refuse("it is cut short");
+    values.resize(bytes);
+    file.seekg(static_cast<std::streamoff>(begin));
+    if (!file.read(values.data(), static_cast<std::streamsize>(bytes))) {
+      refuse("it cannot be read");
+    }
+    if (!ggml_validate_row_data(gguf_get_tensor_type(&keys, i), values.data(), bytes)) {
+      refuse(std::string("its tensor ") + gguf_get_tensor_name(&keys, i) +
+             " has values that are not finite");
+    }
+  }
+}
+
 }  // namespace
 
 void check_lora_file(const std::string& path, const std::vector<std::string>& model) {
@@ -127,6 +151,7 @@ void check_lora_file(const std::string& path, const std::vector<std::string>& mo
        t = ggml_get_next_tensor(header.tensors.get(), t)) {
     check_matrix(*t, shapes);
   }
+  check_values(path, *header.keys);
   const ggml_tensor* a = ggml_get_tensor(header.tensors.get(), "token_embd.weight.lora_a");
   const ggml_tensor* b = ggml_get_tensor(header.tensors.get(), "token_embd.weight.lora_b");
   if (a == nullptr || b == nullptr) return;

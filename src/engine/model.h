@@ -56,6 +56,7 @@ class Model {
 
   virtual int32_t cells() const = 0;          ///< KV positions in total
   virtual int32_t max_sequences() const = 0;  ///< SeqIds are 0 to this - 1; at most kMaxSequences
+  virtual int32_t max_logits() const = 0;     ///< rows of a batch that may want theirs
   virtual int32_t vocab_size() const = 0;
 
   /// Computes the rows and stores their KV, one cell each.

@@ -9,8 +9,17 @@ namespace relay::engine {
 
 namespace {
 
+PrefixTree::ChildKey key_of(int32_t adapter, const SaltEntry* salt, Token first) {
+  return {adapter, salt != nullptr ? salt->id : 0, first};
+}
+
 PrefixTree::ChildKey key_of(const Scope& scope, Token first) {
-  return {scope.adapter, scope.salt ? scope.salt->id : 0, first};
+  return key_of(scope.adapter, scope.salt.get(), first);
+}
+
+bool is_within(const SaltEntry* salt, const SaltEntry* other) {
+  while (salt != nullptr && salt != other) salt = salt->within.get();
+  return salt == other;
 }
 
 int32_t common_prefix(std::span<const Token> a, std::span<const Token> b) {
@@ -35,19 +44,23 @@ void for_each_node(const PrefixTree::Node* node, const Visit& visit) {
 
 }  // namespace
 
-Salt SaltTable::intern(const std::string& text) {
-  return intern_digest(sha256_hex({reinterpret_cast<const uint8_t*>(text.data()), text.size()}));
+Salt SaltTable::intern(const std::string& text, const Salt& within) {
+  const auto entry =
+      entry_of(sha256_hex({reinterpret_cast<const uint8_t*>(text.data()), text.size()}));
+  // Where it came back from disk by its digest, that was not known. Never in a circle.
+  if (within && !is_within(within.get(), entry.get())) entry->within = within;
+  return entry;
 }
 
-Salt SaltTable::intern_digest(const std::string& digest) {
+std::shared_ptr<SaltEntry> SaltTable::entry_of(const std::string& digest) {
   if (entries_.size() >= sweep_at_) {
     std::erase_if(entries_, [](const auto& entry) { return entry.second.expired(); });
     sweep_at_ = std::max<size_t>(64, 2 * entries_.size());
   }
   auto& slot = entries_[digest];
-  Salt salt = slot.lock();
+  std::shared_ptr<SaltEntry> salt = slot.lock();
   if (!salt) {
-    salt = std::make_shared<const SaltEntry>(SaltEntry{next_id_++, digest});
+    salt = std::make_shared<SaltEntry>(SaltEntry{next_id_++, digest, nullptr});
     slot = salt;
   }
   return salt;
@@ -62,8 +75,8 @@ PrefixTree::Match PrefixTree::walk(Node* node, int32_t skip, const Scope& scope,
   Match best{node, node->size(), skip};
   if (skip >= limit) return best;
   const Token first = tokens[static_cast<size_t>(skip)];
-  const auto try_child = [&](const Scope& childs) {
-    const auto it = node->children.find(key_of(childs, first));
+  const auto try_child = [&](const SaltEntry* salt) {
+    const auto it = node->children.find(key_of(scope.adapter, salt, first));
     if (it == node->children.end()) return;
     Node* child = it->second.get();
     const int32_t same =
@@ -73,8 +86,10 @@ PrefixTree::Match PrefixTree::walk(Node* node, int32_t skip, const Scope& scope,
                                               : Match{child, same, skip + same};
     if (found.length > best.length) best = found;
   };
-  try_child(scope.everyones());
-  if (scope.salt) try_child(scope);
+  try_child(nullptr);
+  for (const SaltEntry* salt = scope.salt.get(); salt != nullptr; salt = salt->within.get()) {
+    try_child(salt);
+  }
   return best;
 }
 
@@ -307,8 +322,8 @@ void PrefixTree::validate() const {
       check(child->parent == node, "wrong parent");
       check(key == key_of(child->scope, child->tokens.front()), "wrong key");
       check((child->members & ~node->members).none(), "child with a member of its own");
-      check(node->scope.salt == nullptr || child->scope.salt == node->scope.salt,
-            "salt changes below a salted node");
+      check(is_within(child->scope.salt.get(), node->scope.salt.get()),
+            "below a salted node one of another salt");
       check(child->scope.adapter == node->scope.adapter, "adapter changes on a path");
     }
   });

@@ -22,20 +22,21 @@
 namespace relay::engine {
 
 /// Separates tenants. Compared by pointer; see SaltTable.
+struct SaltEntry;
+using Salt = std::shared_ptr<const SaltEntry>;  ///< null: public
 struct SaltEntry {
   uint64_t id;  ///< > 0, never used again
   std::string digest;
+  Salt within;  ///< paths may enter this one's nodes, too, and so on; null: only what is public
 };
-using Salt = std::shared_ptr<const SaltEntry>;  ///< null: public
 
 /// Whoever may share with whom: paths of one scope share their nodes; nodes without a salt (pinned
-/// for all) may be entered by paths of every salt. Nothing crosses adapters: the same tokens have
-/// other keys and values there.
+/// for all) may be entered by paths of every salt, those of a salt by paths of the salts within it.
+/// Nothing crosses adapters: the same tokens have other keys and values there.
 struct Scope {
   int32_t adapter = 0;  ///< 0: the base model; i: the i-th adapter
   Salt salt;
 
-  Scope everyones() const { return {adapter, nullptr}; }
   bool operator==(const Scope&) const = default;
 };
 
@@ -43,12 +44,14 @@ struct Scope {
 class SaltTable {
  public:
   /// Salts are known by the SHA-256 of their texts: what is kept on disk does not show these.
-  Salt intern(const std::string& text);
-  Salt intern_digest(const std::string& digest);
+  Salt intern(const std::string& text, const Salt& within = nullptr);
+  Salt intern_digest(const std::string& digest) { return entry_of(digest); }
   size_t size() const { return entries_.size(); }
 
  private:
-  std::unordered_map<std::string, std::weak_ptr<const SaltEntry>> entries_;
+  std::shared_ptr<SaltEntry> entry_of(const std::string& digest);
+
+  std::unordered_map<std::string, std::weak_ptr<SaltEntry>> entries_;
   size_t sweep_at_ = 64;
   uint64_t next_id_ = 1;
 };
@@ -84,7 +87,8 @@ class PrefixTree {
 
   PrefixTree();
 
-  /// At most `limit` tokens are matched. Public and own nodes alike; the longer match wins.
+  /// At most `limit` tokens are matched. All nodes that may be entered alike; the longest match
+  /// wins.
   Match match(const Scope& scope, std::span<const Token> tokens, int32_t limit) const;
   /// The same for tokens that follow the end of seq's path. length counts from there.
   Match match_below(SeqId seq, const Scope& scope, std::span<const Token> tokens) const;

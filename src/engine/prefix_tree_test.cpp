@@ -69,6 +69,41 @@ TEST(PrefixTree, SaltsDoNotSeeEachOtherButAllSeeThePublic) {
   tree.validate();
 }
 
+TEST(PrefixTree, SaltsWithinOneSeeWhatIsItsButNotEachOther) {
+  PrefixTree tree;
+  SaltTable salts;
+  const Scope group{0, salts.intern("group")};
+  const Scope a{0, salts.intern("a", group.salt)};
+  const Scope b{0, salts.intern("b", group.salt)};
+  const Scope other{0, salts.intern("other")};
+  insert(tree, 0, {}, {1});
+  insert(tree, 1, group, {1, 2, 3});
+  for (const Scope& scope : {group, a, b}) {
+    EXPECT_EQ(tree.match(scope, Tokens{1, 2, 3, 4}, 4).length, 3);
+  }
+  EXPECT_EQ(tree.match(other, Tokens{1, 2, 3, 4}, 4).length, 1);
+  EXPECT_EQ(tree.match({}, Tokens{1, 2, 3, 4}, 4).length, 1);
+  insert(tree, 2, a, {1, 2, 3, 4});
+  EXPECT_EQ(tree.tokens(), 4);
+  EXPECT_EQ(tree.match(a, Tokens{1, 2, 3, 4}, 4).length, 4);
+  for (const Scope& scope : {group, b}) {
+    EXPECT_EQ(tree.match(scope, Tokens{1, 2, 3, 4}, 4).length, 3);
+  }
+  tree.validate();
+}
+
+TEST(PrefixTree, ASaltKnownByItsDigestAloneLearnsWhatItIsWithin) {
+  PrefixTree tree;
+  SaltTable salts;
+  const Salt group = salts.intern("group");
+  const Salt restored = salts.intern_digest(SaltTable().intern("a")->digest);
+  insert(tree, 0, {0, group}, {1, 2, 3});
+  EXPECT_EQ(tree.match({0, restored}, Tokens{1, 2, 3}, 3).length, 0);
+  EXPECT_EQ(salts.intern("a", group), restored);
+  EXPECT_EQ(salts.intern("group", restored)->within, nullptr) << "no circle";
+  EXPECT_EQ(tree.match({0, restored}, Tokens{1, 2, 3}, 3).length, 3);
+}
+
 TEST(PrefixTree, NothingCrossesAdapters) {
   PrefixTree tree;
   SaltTable salts;

@@ -1,6 +1,7 @@
 #include "engine/prompt_cache.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -9,6 +10,7 @@
 #include <cerrno>
 #include <csignal>
 #include <cstring>
+#include <random>
 #include <system_error>
 
 #include "engine/sha256.h"
@@ -22,8 +24,7 @@ namespace {
 constexpr const char* kSuffix = ".kv";
 constexpr const char* kTemporary = ".kv.tmp";
 constexpr size_t kMostTasks = 4;
-constexpr auto kPause = std::chrono::minutes(5);    // after a failure of the disk
-constexpr auto kAbandoned = std::chrono::hours(1);  // a temporary file so old is nobody's
+constexpr auto kPause = std::chrono::minutes(5);  // after a failure of the disk
 
 std::string error_text() { return std::system_category().message(errno); }
 
@@ -89,6 +90,32 @@ KvFileSource open_source(const fs::path& path, std::optional<Descriptor>& holder
           }};
 }
 
+/// Processes share a folder, and in containers each may have the same number.
+std::string random_name() {
+  std::random_device source;
+  char text[17];
+  std::snprintf(text, sizeof(text), "%08x%08x", source(), source());
+  return text;
+}
+
+/// A file that was not there, locked as long as it is open: whose lock can be had, nobody writes.
+/// -1: see errno.
+int create_locked(const fs::path& path) {
+  for (;;) {
+    const int fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
+    struct stat info{};
+    if (fd < 0 || ::flock(fd, LOCK_EX) != 0 || ::fstat(fd, &info) != 0 || info.st_nlink > 0) {
+      return fd;
+    }
+    ::close(fd);  // before it was locked, another process took it for abandoned
+  }
+}
+
+void remove_abandoned(const fs::path& path) {
+  const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));
+  if (file.get() >= 0 && ::flock(file.get(), LOCK_EX | LOCK_NB) == 0) ::unlink(path.c_str());
+}
+
 bool begins_with(const std::vector<Token>& tokens, const std::vector<Token>& prefix) {
   return prefix.size() <= tokens.size() && std::equal(prefix.begin(), prefix.end(), tokens.begin());
 }
@@ -121,11 +148,7 @@ PromptCache::PromptCache(PromptCacheOptions options) : options_(std::move(option
   if (!fs::is_directory(folder, error)) refuse("it is no folder");
   if (::access(folder.c_str(), R_OK | W_OK | X_OK) != 0) refuse(error_text());
   for (const fs::directory_entry& entry : fs::directory_iterator(folder, error)) {
-    if (!entry.path().string().ends_with(kTemporary)) continue;
-    const auto written = entry.last_write_time(error);
-    if (!error && fs::file_time_type::clock::now() - written > kAbandoned) {
-      fs::remove(entry.path(), error);
-    }
+    if (entry.path().string().ends_with(kTemporary)) remove_abandoned(entry.path());
   }
   if (error) refuse(error.message());
   thread_ = std::thread([this] { run(); });
@@ -159,11 +182,16 @@ std::vector<PromptCache::Stored> PromptCache::list() {
   std::vector<Stored> stored;
   std::error_code error;
   const auto adapters = static_cast<int32_t>(options_.adapter_keys.size());
+  int foreign = 0;
   for (const fs::directory_entry& entry : fs::directory_iterator(options_.folder, error)) {
     const std::string name = entry.path().filename().string();
     int32_t adapter = 0;
     while (adapter <= adapters && !name.starts_with(name_of(key_of(adapter)))) ++adapter;
-    if (!name.ends_with(kSuffix) || adapter > adapters) continue;
+    if (!name.ends_with(kSuffix)) continue;
+    if (adapter > adapters) {
+      ++foreign;
+      continue;
+    }
     try {
       std::optional<Descriptor> holder;
       const KvFileSource source = open_source(entry.path(), holder);
@@ -180,6 +208,10 @@ std::vector<PromptCache::Stored> PromptCache::list() {
     }
   }
   if (error) tell("the folder cannot be read: " + error.message());
+  if (foreign > 0) {
+    tell(std::to_string(foreign) + (foreign == 1 ? " file is" : " files are") +
+         " of other models, KV types or versions, and not used.");
+  }
   std::sort(stored.begin(), stored.end(),
             [](const Stored& a, const Stored& b) { return a.used > b.used; });
   const std::lock_guard lock(mutex_);
@@ -242,7 +274,7 @@ void PromptCache::begin(int32_t adapter, const std::string& salt,
       std::max<uint64_t>(1, options_.piece_bytes / std::max<uint64_t>(1, header.token_bytes));
   header.piece_tokens = static_cast<uint32_t>(std::min<uint64_t>(piece, tokens.size()));
   current_->path = path_of(header.key, salt, tokens);
-  current_->temporary = current_->path.string() + '.' + std::to_string(::getpid()) + kTemporary;
+  current_->temporary = current_->path.string() + '.' + random_name() + kTemporary;
   added_ = 0;
 }
 
@@ -344,8 +376,7 @@ void PromptCache::write(const Task& task) {
       return;
     }
     make_room(size, file.path);
-    file.fd =
-        ::open(file.temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
+    file.fd = create_locked(file.temporary);
     if (file.fd < 0) return fail(file, error_text());
   }
   const auto piece = static_cast<uint32_t>(header.digests.size());
@@ -382,11 +413,14 @@ void PromptCache::make_room(uint64_t bytes, const fs::path& replaced) {
   uint64_t total = bytes;
   std::error_code error;
   for (const fs::directory_entry& entry : fs::directory_iterator(options_.folder, error)) {
-    if (!entry.path().string().ends_with(kSuffix) || entry.path() == replaced) continue;
-    const uint64_t size = entry.file_size(error);
+    const std::string name = entry.path().filename().string();
+    const bool temporary = name.ends_with(kTemporary);
+    if (temporary) remove_abandoned(entry.path());
+    if ((!temporary && !name.ends_with(kSuffix)) || entry.path() == replaced) continue;
+    const uint64_t size = fs::file_size(entry.path(), error);
     if (error) continue;
-    entries.push_back({entry.path(), size, entry.last_write_time(error)});
     total += size;
+    if (!temporary) entries.push_back({entry.path(), size, entry.last_write_time(error)});
   }
   std::sort(entries.begin(), entries.end(),
             [](const Entry& a, const Entry& b) { return a.used < b.used; });

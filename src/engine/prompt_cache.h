@@ -46,7 +46,8 @@ class PromptCache {
     int32_t adapter = 0;
     std::filesystem::file_time_type used;
   };
-  /// The files for this model, the last used first. Those that cannot be used are told and left.
+  /// The files for this model, the last used first. Those that cannot be used are told and left,
+  /// and so is how many are for others.
   std::vector<Stored> list();
   /// Each call hands over the next piece of a file; nothing, told, if it is broken.
   std::function<std::optional<std::vector<uint8_t>>()> read(const Stored& stored);

@@ -86,7 +86,8 @@ class PromptCacheTest : public testing::Test {
     }
     EXPECT_TRUE(pinned);
   }
-  static void ask(EngineCore& core, RequestId id, const Tokens& prompt, const std::string& salt) {
+  static void submit(EngineCore& core, RequestId id, const Tokens& prompt,
+                     const std::string& salt) {
     class Quiet : public Sink {
       void on_tokens(int32_t, TokensDelta) override {}
       void on_choice_finish(int32_t, FinishReason, const std::string&) override {}
@@ -101,6 +102,9 @@ class PromptCacheTest : public testing::Test {
     r->max_tokens = 3;
     r->samplers.push_back(std::make_unique<GreedySampler>());
     core.submit(std::move(r));
+  }
+  static void ask(EngineCore& core, RequestId id, const Tokens& prompt, const std::string& salt) {
+    submit(core, id, prompt, salt);
     while (!core.idle()) core.step();
   }
   /// So many requests that begin with the same tokens, and go on each in its own way.
@@ -178,6 +182,57 @@ TEST_F(PromptCacheTest, WhatManyShareIsKeptAndTheRestIsNot) {
       options());
 }
 
+TEST_F(PromptCacheTest, EqualPromptsOfDifferentSaltsShareNothingInMemoryOrOnDisk) {
+  constexpr int32_t kTokens = 33;
+  constexpr int32_t kStored = 50;
+  constexpr int32_t kKept = kTokens + 2;  // and of the completion all but its last token
+  const Tokens prompt = sequence_of(kTokens, 41);
+  const auto tenant = [](int i) { return "tenant " + std::to_string(i); };
+  // Sixty salts at a time, running side by side: each is a pair with each other.
+  const auto ask_side_by_side = [&](EngineCore& core, int first, int count) {
+    RequestId id = 0;
+    for (int i = first; i < first + count; i += 60) {
+      for (int s = i; s < std::min(i + 60, first + count); ++s) {
+        submit(core, ++id, prompt, tenant(s));
+      }
+      int32_t most = 0;
+      while (!core.idle()) {
+        core.step();
+        ASSERT_EQ(core.stats().shared_group_size, 0);
+        most = std::max(most, core.stats().running);
+      }
+      ASSERT_GE(most, std::min(60, first + count - i)) << "they did not run together";
+    }
+    EXPECT_EQ(core.stats().kv_tokens_read_shared, 0);
+    EXPECT_EQ(core.stats().kv_tokens_saved, 0);
+  };
+  const PromptCacheOptions many = options();
+  engine(
+      [&](FakeModel&, EngineCore& core) {
+        ask_side_by_side(core, 0, 2000);
+        EXPECT_EQ(core.stats().prefix_queries, 2000 * kTokens);
+        EXPECT_EQ(core.stats().prefix_hits, 0);
+        core.kv().clear_cache();
+        // Often enough to be stored.
+        for (int i = 0; i < 4 * kStored; ++i) ask(core, 1, prompt, tenant(i % kStored));
+        EXPECT_EQ(core.stats().prefix_hits, 3 * kStored * (kTokens - 1));
+      },
+      many, 2500);
+  EXPECT_EQ(files().size(), size_t{kStored});
+  engine(
+      [&](FakeModel&, EngineCore& core) {
+        EXPECT_EQ(core.stats().restored_tokens, kStored * kKept);
+        EXPECT_EQ(core.kv().cells_used(), kStored * kKept) << "each has cells of its own";
+        for (int i = 0; i < kStored; ++i) {
+          EXPECT_EQ(core.kv().cached_prefix({0, core.kv().salt(tenant(i))}, prompt, kTokens),
+                    kTokens);
+        }
+        ask_side_by_side(core, 2000, 600);
+        EXPECT_EQ(core.stats().prefix_hits, 0);
+      },
+      many, 4500);
+}
+
 TEST_F(PromptCacheTest, WhatFewShareAndWhatIsShortIsNotKept) {
   engine([&](FakeModel&, EngineCore& core) { ask_over(core, sequence_of(100, 30), 3); }, options());
   EXPECT_TRUE(files().empty()) << "two others shared it, three would count";
@@ -226,7 +281,8 @@ TEST_F(PromptCacheTest, EachAdapterHasItsOwnFilesWhateverItsPlace) {
   engine([&](FakeModel&,
              EngineCore& core) { EXPECT_EQ(cached(core), (std::vector<int32_t>{200, 0, 0})); },
          with_adapters({one}));
-  EXPECT_EQ(notices, "");
+  EXPECT_EQ(notices,
+            "prompt cache: 1 file is of other models, KV types or versions, and not used.\n");
 }
 
 TEST_F(PromptCacheTest, WhatIsForAllComesBackFirstAndIsShared) {
@@ -290,7 +346,9 @@ TEST_F(PromptCacheTest, AFileOfAnotherModelIsRefused) {
   PromptCacheOptions other = options();
   other.expected.key = std::string(64, 'b');
   EXPECT_EQ(engine({}, other).restored_tokens, 0);
-  EXPECT_EQ(notices, "") << "of its name one sees that it is another's";
+  // Of its name one sees that it is another's.
+  EXPECT_EQ(notices,
+            "prompt cache: 1 file is of other models, KV types or versions, and not used.\n");
   fs::path renamed = folder / ("bbbbbbbbbbbbbbbb" + files()[0].filename().string().substr(16));
   fs::rename(files()[0], renamed);
   EXPECT_EQ(engine({}, other).restored_tokens, 0);
@@ -335,6 +393,64 @@ TEST_F(PromptCacheTest, TheOldestGoesWhenTheFolderIsFull) {
   store(10);
   EXPECT_NE(notices.find("was not written: it needs"), std::string::npos) << notices;
   EXPECT_EQ(files(), before) << "and no room is made for it";
+}
+
+TEST_F(PromptCacheTest, TwoProcessesMayWriteTheSameAtOnce) {
+  const Tokens prompt = sequence_of(300, 37);
+  FakeModel model(2000);
+  EngineCore core(model, model, {});
+  pin(core, prompt);
+  const auto add_piece = [&](PromptCache& cache) {
+    const auto [begin, count] = cache.next_piece();
+    if (count > 0) cache.add(*core.kv().save({}, prompt, begin, count));
+    cache.flush();
+    return count > 0;
+  };
+  {
+    PromptCache one(options());
+    one.begin(0, "", prompt);
+    add_piece(one);
+    PromptCache other(options());  // leaves alone what the first is writing
+    EXPECT_EQ(files().size(), 1u);
+    other.begin(0, "", prompt);
+    add_piece(other);
+    EXPECT_EQ(files().size(), 2u);
+    while (add_piece(one)) {
+    }
+    while (add_piece(other)) {
+    }
+  }
+  EXPECT_EQ(files().size(), 1u);
+  EXPECT_EQ(engine({}, options()).restored_tokens, 300);
+  EXPECT_EQ(notices, "");
+}
+
+TEST_F(PromptCacheTest, WhatAProcessLeftBehindIsRemoved) {
+  engine({}, options());
+  const fs::path left = folder / "aaaaaaaaaaaaaaaa-0.kv.0123456789abcdef.kv.tmp";
+  write(left, "half");
+  engine({}, options());
+  EXPECT_FALSE(fs::exists(left));
+}
+
+TEST_F(PromptCacheTest, WhatIsBeingWrittenTakesRoomToo) {
+  PromptCacheOptions small = options();
+  small.max_bytes = 7000;  // two files of 300 tokens
+  const auto pin_one = [&](unsigned seed) {
+    engine([&](FakeModel&, EngineCore& core) { pin(core, sequence_of(300, seed)); }, small);
+  };
+  pin_one(38);
+  ASSERT_EQ(files().size(), 1u);
+  const fs::path oldest = files()[0];
+  PromptCache other(small);
+  other.begin(0, "", sequence_of(300, 39));
+  while (other.next_piece().second > 0 && other.next_piece().first < 256) {
+    other.add(std::vector<uint8_t>(other.next_piece().second * FakeModel::kBytesPerToken));
+  }
+  other.flush();
+  EXPECT_TRUE(fs::exists(oldest));
+  pin_one(40);
+  EXPECT_FALSE(fs::exists(oldest));
 }
 
 TEST_F(PromptCacheTest, ALongerPrefixTakesThePlaceOfTheShorter) {

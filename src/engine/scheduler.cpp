@@ -117,8 +117,13 @@ void Scheduler::plan_prefill(StepPlan& plan, PrefillBudget budget) {
   const int32_t more_for_short = paced ? std::min(budget.short_prompts, room) - rows : 0;
 
   std::vector<int32_t> counts(prompts.size(), 0);
+  int32_t scored_rows = options_.scored_rows;
   const auto give = [&](size_t i, int32_t most) {
     most = std::min({most, rows, prompts[i]->pending() - counts[i]});
+    if (prompts[i]->scoring()) {
+      most = std::min(most, scored_rows);
+      scored_rows -= most;
+    }
     counts[i] += most;
     rows -= most;
   };

@@ -41,6 +41,7 @@ struct SchedulerOptions {
   int32_t parallel = 64;        ///< most sequences running
   int32_t batch_tokens = 2048;  ///< most rows of a step
   int32_t adapters = 0;         ///< beside the base model
+  int32_t scored_rows = 1;  ///< most of a step of prompts that are scored: all want their logits
   /// A sequence waits for another that is computing a prefix of its prompt if that saves it at
   /// least so many tokens. Waiting costs a step; below this, computing them again costs less.
   int32_t min_follow_tokens = 32;

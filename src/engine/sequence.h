@@ -55,6 +55,7 @@ struct Sequence {
   bool scores(int32_t position) const {
     return scores_prompt && position + 1 >= scored && position + 1 < prompt_length;
   }
+  bool scoring() const { return scores_prompt && scored < prompt_length; }
   /// What may come from the cache: not the rows whose logits are needed, which is at least the last
   /// one. Pinning needs none.
   int32_t match_limit() const {

@@ -8,7 +8,7 @@ void ChatWriter::delta(const engine::ChatDelta& delta, const engine::Usage& usag
   begun_ = true;
   const auto add = [&](Block::Kind kind, int32_t call, const std::string& piece) {
     if (blocks_.empty() || blocks_.back().kind != kind || call_ != call) {
-      if (!blocks_.empty()) frames += close(blocks_.back());
+      if (!blocks_.empty()) frames += close(blocks_.back(), /*cut=*/false);
       Block block;
       block.kind = kind;
       if (call >= 0) {
@@ -33,7 +33,7 @@ void ChatWriter::delta(const engine::ChatDelta& delta, const engine::Usage& usag
 void ChatWriter::end(const ChatEnd& end, std::string& frames) {
   if (!begun_) frames += begin(end.usage);
   begun_ = true;
-  if (!blocks_.empty()) frames += close(blocks_.back());
+  if (!blocks_.empty()) frames += close(blocks_.back(), end.cut());
   frames += finish(end);
 }
 

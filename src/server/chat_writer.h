@@ -18,6 +18,9 @@ struct ChatEnd {
   engine::FinishReason reason;
   const std::string& stop_string;  ///< the client's that ended it; empty: none
   engine::Usage usage;
+  int32_t reasoning_tokens = 0;  ///< of the completion's, as its text would have by itself
+
+  bool cut() const { return reason == engine::FinishReason::kLength; }
 };
 
 class ChatWriter {
@@ -46,7 +49,8 @@ class ChatWriter {
   // The block is the last of blocks().
   virtual std::string open(Block& block) = 0;
   virtual std::string append(const Block& block, const std::string& piece) = 0;
-  virtual std::string close(const Block& block) = 0;
+  /// cut: it had gone on, had there been room.
+  virtual std::string close(const Block& block, bool cut) = 0;
   virtual std::string finish(const ChatEnd& end) = 0;
   /// Of all blocks, when there is nothing to stream.
   virtual Json whole(const ChatEnd& end) = 0;

@@ -30,7 +30,8 @@ struct FakeScript {
   int32_t fail_after = -1;      ///< pieces after which on_error comes
   bool endless = false;         ///< repeat the pieces until cancelled
   std::vector<engine::Adapter> adapters;
-  bool has_format = false;  ///< render_chat() gives a format: "CALL name {args}" is a tool call
+  bool has_format = false;  ///< render_chat() gives a format: "CALL name {args}" is a tool call,
+                            ///< "THINK a|b" a thought and what is said after it
 };
 
 class FakeEngine : public engine::Engine {
@@ -39,6 +40,10 @@ class FakeEngine : public engine::Engine {
     info_.name = "fake";
     info_.path = "/models/fake.gguf";
     info_.adapters = script_.adapters;
+    info_.identities = {"base"};
+    for (const engine::Adapter& adapter : info_.adapters) {
+      info_.identities.push_back(adapter.path);
+    }
     info_.vocab_size = 256;
     info_.context_length = script_.context_length;
     info_.kv_cells = 4096;
@@ -54,9 +59,12 @@ class FakeEngine : public engine::Engine {
   std::atomic<int> cancelled{0};
   std::atomic<int> pins{0};
   mutable std::atomic<int> pin_lookups{0};
-  std::atomic<bool> hold_renders{false};      ///< render_chat() waits while this is set
-  mutable std::atomic<int> renders{0};        ///< begun
-  mutable std::atomic<int> parses{0};         ///< of messages
+  std::atomic<bool> hold_renders{false};                  ///< render_chat() waits while this is set
+  mutable std::atomic<int> renders{0};                    ///< begun
+  mutable std::atomic<int> parses{0};                     ///< of messages
+  static constexpr int64_t kFarAway = 1'000'000'000'000;  ///< as if pins were made then
+  std::atomic<int> pins_begun{0};
+  std::atomic<bool> pins_wait{false};         ///< pin_prompt() computes and computes
   std::atomic<bool> pin_lookups_fail{false};  ///< with an exception that nobody expects
   engine::GenerateRequest last_request() {
     const std::lock_guard lock(mutex_);
@@ -97,6 +105,12 @@ class FakeEngine : public engine::Engine {
                                     bool) const override {
     ++parses;
     engine::ChatMessage message;
+    if (text.rfind("THINK ", 0) == 0) {
+      const size_t end = text.find('|');
+      message.reasoning = text.substr(6, end - 6);
+      if (end != std::string::npos) message.content = text.substr(end + 1);
+      return message;
+    }
     if (text.rfind("CALL ", 0) != 0) {
       message.content = text;
       return message;
@@ -109,6 +123,9 @@ class FakeEngine : public engine::Engine {
   std::vector<engine::ChatDelta> diff_messages(const engine::ChatMessage& before,
                                                const engine::ChatMessage& after) const override {
     std::vector<engine::ChatDelta> deltas;
+    if (after.reasoning.size() > before.reasoning.size()) {
+      deltas.emplace_back().reasoning = after.reasoning.substr(before.reasoning.size());
+    }
     if (after.content.size() > before.content.size()) {
       deltas.emplace_back().content = after.content.substr(before.content.size());
     }
@@ -167,6 +184,8 @@ class FakeEngine : public engine::Engine {
     if (request.tokens.size() > 500) {
       throw engine::EngineError(engine::ErrorKind::kPinBudgetExceeded, "too long to pin");
     }
+    ++pins_begun;
+    while (pins_wait) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     const std::lock_guard lock(mutex_);
     for (size_t i = 0; i < pinned_.size(); ++i) {
       const engine::PinRequest& known = pin_requests_[i];
@@ -192,7 +211,7 @@ class FakeEngine : public engine::Engine {
     const std::lock_guard lock(mutex_);
     for (engine::PinnedPrompt& prompt : pinned_) {
       if (prompt.id != id) continue;
-      prompt.expires_at = 1000 + ttl_seconds;
+      prompt.expires_at = kFarAway + ttl_seconds;
       return prompt;
     }
     throw engine::EngineError(engine::ErrorKind::kNotFound, "no such prompt");
@@ -220,7 +239,8 @@ class FakeEngine : public engine::Engine {
     return stats;
   }
   std::vector<engine::PrefixNode> prefix_nodes() const override {
-    return {{-1, 400, 2, true, 7}, {0, 20, 1, false, 0}};
+    const auto last = static_cast<int32_t>(script_.adapters.size());
+    return {{-1, 400, 2, true, 7}, {0, 20, 1, false, 0}, {-1, 30, 1, false, 0, last}};
   }
   void set_observer(std::shared_ptr<engine::Observer> observer) override {
     observer_ = std::move(observer);

@@ -11,8 +11,10 @@
 namespace relay::server {
 
 std::string effective_salt(const std::string& caller, const std::string& client) {
-  return client.empty() ? caller : "salt/" + client;
+  return client.empty() ? caller : caller + "/salt/" + client;
 }
+
+std::string pin_salt(const std::string& client) { return client.empty() ? "" : "salt/" + client; }
 
 Generation::Generation(Api api, CommonRequest common, GenerationContext context)
     : api_(api), common_(std::move(common)), context_(std::move(context)) {
@@ -22,6 +24,7 @@ Generation::Generation(Api api, CommonRequest common, GenerationContext context)
   head_.fingerprint = context_.fingerprint;
   head_.created = unix_now();
   common_.generate.adapter = context_.adapter;
+  common_.generate.pin_salt = pin_salt(common_.generate.cache_salt);
   common_.generate.cache_salt = effective_salt(context_.caller_salt, common_.generate.cache_salt);
   queue_ = std::make_shared<EventQueue>(context_.max_queued_bytes, std::move(context_.wake));
 }
@@ -380,7 +383,13 @@ engine::Usage Generation::usage() const {
 
 ChatEnd Generation::chat_end() const {
   const Choice& choice = parts_.front().choices.front();
-  return {choice.message, *choice.finish, choice.stop_string, usage()};
+  const engine::Usage usage = this->usage();
+  int32_t thought = 0;
+  if (const std::string& text = choice.message.reasoning; !text.empty()) {
+    const auto tokens = context_.engine->tokenize(text, false, false).size();
+    thought = static_cast<int32_t>(std::min<size_t>(tokens, usage.completion_tokens));
+  }
+  return {choice.message, *choice.finish, choice.stop_string, usage, thought};
 }
 
 std::string Generation::error_frame() const {

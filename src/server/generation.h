@@ -17,8 +17,11 @@
 
 namespace relay::server {
 
-/// Which KV a request may share: that of the salt its client names, else of the caller's key.
+/// Which KV a request shares with others: that of its caller's key and, within it, of the salt it
+/// names.
 std::string effective_salt(const std::string& caller, const std::string& client);
+/// What a prompt pinned with a salt is held for: the requests that name it, whatever their key.
+std::string pin_salt(const std::string& client);
 
 /// What a generation needs to know of the server.
 struct GenerationContext {

@@ -8,9 +8,11 @@
 #include <thread>
 
 #include "server/event_queue.h"
+#include "server/event_reader.h"
 #include "server/fake_engine.h"
 #include "server/json.h"
 #include "server/metrics.h"
+#include "server/responses.h"
 
 namespace relay::server {
 namespace {
@@ -506,14 +508,53 @@ TEST(Generation, SlowReaderOverflows) {
   EXPECT_TRUE(generation->overflowed());
 }
 
+TEST(Generation, ResponsesCountTheTokensOfThoughts) {
+  FakeScript script;
+  script.has_format = true;
+  script.pieces = {"THINK h", "mm", "|Hel", "lo"};  // the fake's text has a token for each byte
+  Fixture fixture(script);
+  for (const char* stream : {"false", "true"}) {
+    ResponsesRequest request =
+        parse_responses(R"({"input":"hi","stream":)" + std::string(stream) + "}", fixture.limits());
+    const auto generation = Generation::start(
+        std::move(request.chat), fixture.context(), [&](const ResponseHead& head) {
+          return make_responses_writer(head, std::move(request.echo));
+        });
+    std::string frames;
+    ASSERT_EQ(fixture.finish(*generation, frames), Generation::State::kDone);
+    const Json response = generation->stream() ? read_events(frames).back()["response"]
+                                               : Json::parse(generation->body());
+    EXPECT_EQ(response["output"][1]["content"][0]["text"], "Hello");
+    EXPECT_EQ(response["usage"]["output_tokens"], 4);
+    EXPECT_EQ(response["usage"]["output_tokens_details"]["reasoning_tokens"], 3);
+  }
+}
+
 TEST(Generation, Salts) {
   Fixture fixture({});
   fixture.salt = "key#1";
   fixture.whole(*fixture.chat(""));
   EXPECT_EQ(fixture.engine->last_request().cache_salt, "key#1");
-  // A client's own salt cannot be mistaken for a key's.
-  fixture.whole(*fixture.chat(R"(,"cache_salt":"key#0")"));
-  EXPECT_EQ(fixture.engine->last_request().cache_salt, "salt/key#0");
+  EXPECT_EQ(fixture.engine->last_request().pin_salt, "");
+  const auto salt_of = [&](const std::string& key, const std::string& field) {
+    fixture.salt = key;
+    fixture.whole(*fixture.chat(R"(,"cache_salt":")" + field + '"'));
+    EXPECT_EQ(fixture.engine->last_request().pin_salt, pin_salt(field)) << "whatever the key";
+    return fixture.engine->last_request().cache_salt;
+  };
+  // A client's salt divides what its key has, and leads into nobody else's.
+  const std::set<std::string> salts{"",
+                                    "key#0",
+                                    "key#1",
+                                    salt_of("", "a"),
+                                    salt_of("key#0", "a"),
+                                    salt_of("key#1", "a"),
+                                    salt_of("key#1", "b"),
+                                    salt_of("", "key#1"),
+                                    salt_of("key#0", "key#1"),
+                                    pin_salt("a"),
+                                    pin_salt("b")};
+  EXPECT_EQ(salts.size(), 11u);
 }
 
 TEST(Metrics, NamesAndLabels) {

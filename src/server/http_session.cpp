@@ -70,6 +70,17 @@ HeaderFields cors_fields(const std::vector<std::string>& allowed, std::string_vi
           {"Vary", "Origin"}};
 }
 
+/// Whether the page that asks is this server's own, on whatever name it was reached by. Browsers
+/// say so themselves on HTTPS and on localhost, also where a proxy has changed Host.
+template <typename Request>
+bool is_own_page(const Request& request) {
+  const std::string_view origin = view(request[http::field::origin]);
+  const size_t scheme = origin.find("://");
+  return view(request["Sec-Fetch-Site"]) == "same-origin" ||
+         (scheme != std::string_view::npos &&
+          boost::beast::iequals(origin.substr(scheme + 3), request[http::field::host]));
+}
+
 bool is_http_error(const error_code& error) {
   static const auto& category = http::make_error_code(http::error::bad_method).category();
   return error.category() == category;
@@ -318,6 +329,11 @@ HttpSession::Awaitable<void> HttpSession::handle(Parser& parser, Exchange& excha
   }
   const Route route = find_route(exchange.method, view(request.target()));
   exchange.error_form = route.error_form;
+  if (!request[http::field::origin].empty() && exchange.cors.empty() && !is_own_page(request)) {
+    // To hide the answer from that page is not enough: to ask may cost minutes of computing.
+    throw ApiError(403, "invalid_request_error", "origin_not_allowed",
+                   "Pages of this origin may not use this server; --cors-origin allows them.");
+  }
   const Caller caller = runtime_.service.authorize(route, view(request[http::field::authorization]),
                                                    view(request["x-api-key"]));
   if (route.takes_body) runtime_.service.require_ready();
@@ -396,7 +412,9 @@ HttpSession::Awaitable<void> HttpSession::answer_plain(const Route& route, const
     answer = work();
   } else {
     // Pinning computes for as long as the prompt is; it goes on if the client leaves.
-    net::thread_pool& pool = route.work == Work::kWaiter ? runtime_.waiters : runtime_.workers;
+    net::thread_pool& pool = route.work == Work::kPinner   ? runtime_.pinners
+                             : route.work == Work::kWaiter ? runtime_.waiters
+                                                           : runtime_.workers;
     answer = co_await run_on(pool, work);
   }
   co_await write_answer(std::move(answer), exchange);

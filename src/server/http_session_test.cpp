@@ -311,6 +311,12 @@ TEST_P(HttpSessionTest, AnAdapterIsAModelBesideItsBase) {
   EXPECT_EQ(pinned.json()["model"], "rude");
   EXPECT_EQ(engine_->pin_requests().back().adapter, 2);
   EXPECT_EQ(client.get("/v1/cached_prompts", key).json()["data"].size(), 2u);
+  const Json state = client.get("/state", key).json();
+  EXPECT_EQ(state["models"], Json::array({"base", "polite", "rude"}));
+  EXPECT_EQ(state["prefix_tree"][0]["model"], "base");
+  EXPECT_EQ(state["prefix_tree"][2]["model"], "rude");
+  EXPECT_EQ(state["pinned"][0]["model"], "base");
+  EXPECT_EQ(state["pinned"][1]["model"], "rude");
   EXPECT_NE(client.get("/metrics")
                 .body.find(R"(max_lora="2",running_lora_adapters="polite,rude",)"
                            R"(waiting_lora_adapters="")"),
@@ -348,7 +354,7 @@ TEST_P(HttpSessionTest, PagesOfAllowedOriginsMayAsk) {
   EXPECT_TRUE(allowed.has("Access-Control-Allow-Headers: x-api-key\r\n"));
   EXPECT_TRUE(client.get("/health", "Origin: https://a.example\r\n")
                   .has("Access-Control-Allow-Origin: https://a.example\r\n"));
-  EXPECT_FALSE(client.get("/health", "Origin: https://b.example\r\n").has("Access-Control"));
+  EXPECT_FALSE(connect().get("/health", "Origin: https://b.example\r\n").has("Access-Control"));
   EXPECT_FALSE(client.get("/health").has("Access-Control"));
   const Reply refused = client.ask(
       "OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
@@ -356,6 +362,36 @@ TEST_P(HttpSessionTest, PagesOfAllowedOriginsMayAsk) {
       asking + "\r\n");
   EXPECT_EQ(refused.status, 405);
   EXPECT_FALSE(refused.has("Access-Control"));
+}
+
+TEST_P(HttpSessionTest, PagesOfOtherOriginsAreRefused) {
+  ServerOptions options;
+  options.cors_origins = {"https://a.example"};
+  start({}, options);
+  // A browser asks for no leave to send text.
+  const auto status = [&](const std::string& host, const std::string& more) {
+    const std::string body = chat();
+    const Reply reply = connect().ask(
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: " + host + "\r\nContent-Type: text/plain\r\n" +
+        more + "Content-Length: " + std::to_string(body.size()) + "\r\n\r\n" + body);
+    EXPECT_TRUE(reply.status == 200 || reply.code() == "origin_not_allowed");
+    return reply.status;
+  };
+  EXPECT_EQ(status("x", "Origin: https://evil.example\r\n"), 403);
+  EXPECT_EQ(status("x", "Origin: null\r\n"), 403);
+  EXPECT_EQ(status("x", "Origin: http://x:8080\r\n"), 403);
+  EXPECT_EQ(status("x", "Origin: http://x.evil.example\r\n"), 403);
+  EXPECT_EQ(status("x", "Origin: https://evil.example\r\nSec-Fetch-Site: cross-site\r\n"), 403);
+  EXPECT_EQ(status("x", "Origin: https://evil.x\r\nSec-Fetch-Site: same-site\r\n"), 403);
+  EXPECT_EQ(status("x", "Origin: https://a.example\r\n"), 200);
+  EXPECT_EQ(status("x", ""), 200) << "no browser";
+  // Its own page, by whatever name; behind a proxy that changes Host, too.
+  EXPECT_EQ(status("127.0.0.1:8080", "Origin: http://127.0.0.1:8080\r\n"), 200);
+  EXPECT_EQ(status("Relay.example", "Origin: https://relay.example\r\n"), 200);
+  EXPECT_EQ(status("[::1]:80", "Origin: http://[::1]:80\r\n"), 200);
+  EXPECT_EQ(
+      status("10.0.0.7:80", "Origin: https://relay.example\r\nSec-Fetch-Site: same-origin\r\n"),
+      200);
 }
 
 TEST_P(HttpSessionTest, PageAndState) {
@@ -368,6 +404,26 @@ TEST_P(HttpSessionTest, PageAndState) {
   const Json state = client.get("/state").json();
   EXPECT_EQ(state["prefix_tree"][1]["parent"], 0);
   EXPECT_EQ(state["prefix_tree"][0]["running"], 2);
+}
+
+TEST_P(HttpSessionTest, NothingWaitsForAPromptThatIsPinned) {
+  ServerOptions options;
+  options.admin_keys = {"root"};
+  start({}, options);
+  const std::string key = "Authorization: Bearer root\r\n";
+  Client client = connect();
+  ASSERT_EQ(client.post("/v1/cached_prompts", chat(), key).status, 201);
+  engine_->pins_wait = true;
+  Client slow = connect();
+  slow.send(Client::post_text("/v1/cached_prompts", chat(R"(,"cache_salt":"s")"), key));
+  while (engine_->pins_begun < 2) std::this_thread::sleep_for(1ms);
+  EXPECT_EQ(client.get("/state", key).json()["pinned"].size(), 1u);
+  EXPECT_EQ(client.get("/v1/cached_prompts", key).json()["data"].size(), 1u);
+  EXPECT_EQ(client.ask(Client::post_text("/v1/cached_prompts/cp_0", R"({"ttl":60})", key, "PATCH"))
+                .status,
+            200);
+  engine_->pins_wait = false;
+  EXPECT_EQ(slow.read_reply().status, 201);
 }
 
 TEST_P(HttpSessionTest, HeadIsGetWithoutTheBody) {
@@ -586,7 +642,7 @@ TEST_P(HttpSessionTest, CachedPrompts) {
   EXPECT_EQ(client.get("/v1/cached_prompts/cp_9", key).status, 404);
   const Reply patched =
       client.ask(Client::post_text("/v1/cached_prompts/cp_0", R"({"ttl":60})", key, "PATCH"));
-  EXPECT_EQ(patched.json()["expires_at"], 1060);
+  EXPECT_EQ(patched.json()["expires_at"], FakeEngine::kFarAway + 60);
   EXPECT_EQ(
       client
           .post("/v1/cached_prompts",

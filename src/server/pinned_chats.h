@@ -21,17 +21,25 @@ struct ChatToPin {
   int64_t ttl_seconds = 0;
 };
 
-/// Thread-safe. All but list() and get() may wait for the engine, and all wait for one another.
-/// Errors are the engine's (EngineError).
+struct PinnedChat {
+  engine::PinnedPrompt prompt;
+  bool ready = true;  ///< false: its new rendering is being computed
+};
+
+/// Thread-safe. pin() and refresh() wait for prompts to be computed, and for one another; the
+/// others do not wait for them, only for a step of the engine. Errors are the engine's
+/// (EngineError).
 class PinnedChats {
  public:
   explicit PinnedChats(std::shared_ptr<engine::Engine> engine) : engine_(std::move(engine)) {}
 
   engine::PinnedPrompt pin(const ChatToPin& request, const engine::ProgressFn& progress = {});
-  std::vector<engine::PinnedPrompt> list() const;
-  engine::PinnedPrompt get(const std::string& id) const;
-  engine::PinnedPrompt set_ttl(const std::string& id, int64_t ttl_seconds);
+  std::vector<PinnedChat> list() const;
+  PinnedChat get(const std::string& id) const;
+  PinnedChat set_ttl(const std::string& id, int64_t ttl_seconds);
   void unpin(const std::string& id);
+  /// Those that expired since the last pin() or refresh() among them.
+  size_t known() const;
 
   /// Renders every chat again, and pins anew those that now read differently. What cannot be pinned
   /// is logged, and tried again the next time.
@@ -43,14 +51,20 @@ class PinnedChats {
     std::string id;                     ///< what clients call it
     std::vector<engine::Token> tokens;  ///< the rendering that is pinned
     engine::PinnedPrompt pinned;        ///< the engine's; its id changes with the rendering
-    bool lost = false;                  ///< the new rendering could not be pinned: nothing is
+    /// Of a new rendering: it is being computed, or could not be pinned. The old one is not held.
+    enum class State { kHeld, kComputing, kLost } state = State::kHeld;
   };
 
-  Entry& find(const std::string& id);
-  /// False: its time is over.
-  bool refresh(Entry& entry);
+  using State = Entry::State;
+
+  // With mutex_ held.
+  Entry* find(const std::string& id);
+  void forget_expired();
+
+  void refresh(const std::string& id);
 
   const std::shared_ptr<engine::Engine> engine_;
+  std::mutex pinning_;  // held while a prompt is computed; before the other one
   mutable std::mutex mutex_;
   std::vector<Entry> entries_;
 };

@@ -324,7 +324,7 @@ class ResponsesWriter : public ChatWriter {
     }
     return "";
   }
-  std::string close(const Block& block) override {
+  std::string close(const Block& block, bool cut) override {
     std::string frames;
     switch (block.kind) {
       case Block::Kind::kText:
@@ -342,7 +342,7 @@ class ResponsesWriter : public ChatWriter {
     if (block.kind != Block::Kind::kCall) {
       frames += event(in_part("response.content_part.done", {{"part", part_json(block)}}));
     }
-    items_.push_back(item_json(block, "completed"));
+    items_.push_back(item_json(block, cut ? "incomplete" : "completed"));
     frames += event({{"type", "response.output_item.done"},
                      {"output_index", index()},
                      {"item", items_.back()}});
@@ -356,7 +356,8 @@ class ResponsesWriter : public ChatWriter {
   Json whole(const ChatEnd& end) override {
     for (const Block& block : blocks()) {
       item_id_ = random_id(prefix_of(block));
-      items_.push_back(item_json(block, "completed"));
+      const bool cut = end.cut() && &block == &blocks().back();
+      items_.push_back(item_json(block, cut ? "incomplete" : "completed"));
     }
     return whole_response(end);
   }
@@ -440,17 +441,15 @@ class ResponsesWriter : public ChatWriter {
     return response;
   }
   Json whole_response(const ChatEnd& end) {
-    const bool cut = end.reason == engine::FinishReason::kLength;
-    if (cut && !items_.empty()) items_.back()["status"] = "incomplete";
-    Json response = response_json(cut ? "incomplete" : "completed");
-    if (cut) response["incomplete_details"] = {{"reason", "max_output_tokens"}};
+    Json response = response_json(end.cut() ? "incomplete" : "completed");
+    if (end.cut()) response["incomplete_details"] = {{"reason", "max_output_tokens"}};
     const engine::Usage& usage = end.usage;
     response["usage"] = {{"input_tokens", usage.prompt_tokens},
                          {"input_tokens_details",
                           {{"cached_tokens", usage.cached_tokens},
                            {"cache_write_tokens", usage.cache_write_tokens}}},
                          {"output_tokens", usage.completion_tokens},
-                         {"output_tokens_details", {{"reasoning_tokens", 0}}},
+                         {"output_tokens_details", {{"reasoning_tokens", end.reasoning_tokens}}},
                          {"total_tokens", usage.prompt_tokens + usage.completion_tokens}};
     return response;
   }

@@ -77,8 +77,20 @@ TEST(Responses, RefusesByItsOwnNames) {
   EXPECT_EQ(refusal(R"("input":[{"type":"reasoning","id":"r"}])"), "input/invalid_value");
   EXPECT_EQ(refusal(R"("input":[{"role":"user","content":[{"type":"input_image"}]}])"),
             "input[0].content[0].type/unsupported_parameter");
-  EXPECT_EQ(refusal(R"("input":"a","tools":[{"type":"web_search"}])"),
-            "tools[0].type/unsupported_parameter");
+  for (const char* hosted :
+       {"web_search", "web_search_preview", "file_search", "computer_use_preview", "computer",
+        "code_interpreter", "image_generation", "local_shell", "shell", "apply_patch", "mcp",
+        "custom", "namespace", "tool_search"}) {
+    const std::string tool = R"({"type":")" + std::string(hosted) + R"("})";
+    EXPECT_EQ(refusal(R"("input":"a","tools":[)" + tool + "]"),
+              "tools[0].type/unsupported_parameter")
+        << hosted;
+    EXPECT_EQ(refusal(R"("input":"a","tools":[{"type":"function","name":"f"},)" + tool + "]"),
+              "tools[1].type/unsupported_parameter")
+        << hosted;
+    EXPECT_EQ(refusal(R"("input":"a","tool_choice":)" + tool).substr(0, 11), "tool_choice")
+        << hosted;
+  }
   EXPECT_EQ(refusal(R"("input":"a","max_output_tokens":0)"), "max_output_tokens/invalid_value");
 }
 
@@ -93,7 +105,7 @@ TEST(ResponsesWriter, StreamsItems) {
   call.tool_call = {"c1", "f", "{}"};
   writer->delta(call, usage, frames);
   const engine::ChatMessage message;
-  writer->end({message, engine::FinishReason::kLength, "", usage}, frames);
+  writer->end({message, engine::FinishReason::kLength, "", usage, 3}, frames);
 
   const std::vector<Json> events = read_events(frames);
   EXPECT_EQ(
@@ -114,6 +126,10 @@ TEST(ResponsesWriter, StreamsItems) {
   EXPECT_EQ(response["incomplete_details"]["reason"], "max_output_tokens");
   EXPECT_EQ(response["output"][0]["content"][0]["text"], "Hello");
   EXPECT_EQ(response["output"][1]["call_id"], "c1");
+  EXPECT_EQ(events[8]["item"]["status"], "completed");
+  EXPECT_EQ(events[12]["item"]["status"], "incomplete") << "the call was cut";
+  EXPECT_EQ(response["output"], Json::array({events[8]["item"], events[12]["item"]}));
+  EXPECT_EQ(response["usage"]["output_tokens_details"]["reasoning_tokens"], 3);
   EXPECT_EQ(response["usage"]["input_tokens_details"]["cached_tokens"], 6);
   EXPECT_EQ(response["store"], false);
 }
@@ -127,6 +143,11 @@ TEST(ResponsesWriter, WholeAnswers) {
   EXPECT_EQ(body["output"][0]["type"], "reasoning");
   EXPECT_EQ(body["output"][1]["content"][0]["text"], "Hello");
   EXPECT_EQ(body["output"][2]["name"], "f");
+  const Json cut = Json::parse(make_responses_writer(head(), parse(R"("input":"a")").echo)
+                                   ->body({message, engine::FinishReason::kLength, "", {}}));
+  EXPECT_EQ(cut["status"], "incomplete");
+  EXPECT_EQ(cut["output"][1]["status"], "completed");
+  EXPECT_EQ(cut["output"][2]["status"], "incomplete");
 }
 
 }  // namespace

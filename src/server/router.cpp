@@ -45,7 +45,7 @@ constexpr std::array kTable = {
     Entry{"POST", "/v1/embeddings", Endpoint::kEmbeddings, Access::kKey, Work::kHere},
     Entry{"GET", "/v1/cached_prompts", Endpoint::kListCachedPrompts, Access::kAdmin, Work::kWaiter},
     Entry{"POST", "/v1/cached_prompts", Endpoint::kCreateCachedPrompt, Access::kAdmin,
-          Work::kWaiter},
+          Work::kPinner},
     Entry{"GET", "/v1/cached_prompts/*", Endpoint::kGetCachedPrompt, Access::kAdmin, Work::kWaiter},
     Entry{"PATCH", "/v1/cached_prompts/*", Endpoint::kUpdateCachedPrompt, Access::kAdmin,
           Work::kWaiter},

@@ -39,7 +39,8 @@ enum class Access { kAnyone, kKey, kAdmin, kOperator };
 enum class Work {
   kHere,        ///< at once, on the thread that moves bytes
   kWorker,      ///< milliseconds of computing: rendering, tokenising
-  kWaiter,      ///< waits for the engine
+  kWaiter,      ///< waits for a step of the engine
+  kPinner,      ///< waits for a prompt to be computed
   kGeneration,  ///< a stream of tokens
 };
 

@@ -27,7 +27,8 @@ class Runtime {
                 : make_tls_context(options.tls_certificate_file, options.tls_key_file)),
         io(options.io_threads),
         workers(static_cast<size_t>(options.worker_threads)),
-        waiters(1) {}
+        waiters(1),
+        pinners(1) {}
 
   /// A share of the memory for bodies; false if there is none left.
   bool reserve_body(size_t bytes) {
@@ -75,7 +76,8 @@ class Runtime {
   // destroyed.
   boost::asio::io_context io;
   boost::asio::thread_pool workers;  ///< computes: parsing, templates, tokens, grammars
-  boost::asio::thread_pool waiters;  ///< waits for the engine: pinning
+  boost::asio::thread_pool waiters;  ///< waits for a step of the engine
+  boost::asio::thread_pool pinners;  ///< waits for prompts to be computed
 };
 
 }  // namespace relay::server

@@ -128,7 +128,7 @@ net::awaitable<void> Server::State::refresh_loop() {
     refresh_timer.expires_after(interval);
     co_await refresh_timer.async_wait(net::as_tuple(net::use_awaitable));
     if (runtime.stopping || refreshing.exchange(true)) continue;
-    net::post(runtime.waiters, [this] {
+    net::post(runtime.pinners, [this] {
       try {
         runtime.service.refresh_pinned();
       } catch (const std::exception& failure) {
@@ -211,6 +211,7 @@ void Server::shutdown(std::chrono::milliseconds grace) {
   // Coroutines that are at work on the pools come back to the loop, so the pools end first.
   runtime.workers.join();
   runtime.waiters.join();
+  runtime.pinners.join();
   state.work.reset();
   const auto last_call = std::chrono::steady_clock::now() + std::chrono::milliseconds(500);
   while (runtime.connections() > 0 && std::chrono::steady_clock::now() < last_call) {

@@ -19,15 +19,13 @@ constexpr int kLoadingRetrySeconds = 5;
 constexpr int kDrainingRetrySeconds = 10;
 
 /// Changes with whatever may change the output for the same request and seed.
-std::string make_fingerprint(const engine::ModelInfo& info, const engine::Adapter* adapter) {
+std::string make_fingerprint(const std::string& identity, const std::string& backend) {
   uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a
   const auto mix = [&](const std::string& text) {
     for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
   };
-  mix(info.description);
-  mix(std::to_string(info.size_bytes) + "/" + std::to_string(info.parameters));
-  mix(info.backend);
-  if (adapter != nullptr) mix(adapter->path);
+  mix(identity);
+  mix(backend);
   char text[32];
   std::snprintf(text, sizeof(text), "fp_relay_%010llx",
                 static_cast<unsigned long long>(hash & 0xffffffffffu));
@@ -58,9 +56,9 @@ void Service::set_progress(double fraction, const std::string& what) {
 void Service::set_engine(std::shared_ptr<engine::Engine> engine,
                          std::shared_ptr<PinnedChats> pinned) {
   auto metrics = std::make_shared<Metrics>(model_names(*engine).front());
-  std::vector<std::string> fingerprints{make_fingerprint(engine->info(), nullptr)};
-  for (const engine::Adapter& adapter : engine->info().adapters) {
-    fingerprints.push_back(make_fingerprint(engine->info(), &adapter));
+  std::vector<std::string> fingerprints;
+  for (const std::string& identity : engine->info().identities) {
+    fingerprints.push_back(make_fingerprint(identity, engine->info().backend));
   }
   engine->set_observer(metrics);
   const std::lock_guard lock(mutex_);
@@ -154,6 +152,11 @@ RequestLimits Service::limits(const engine::Engine& engine) const {
 std::vector<std::string> Service::model_names(const engine::Engine& engine) const {
   return options_.model_names.empty() ? std::vector<std::string>{engine.info().name}
                                       : options_.model_names;
+}
+
+std::string Service::name_of(const engine::Engine& engine, int32_t adapter) const {
+  return adapter == 0 ? model_names(engine).front()
+                      : engine.info().adapters.at(static_cast<size_t>(adapter) - 1).name;
 }
 
 Service::NamedModel Service::resolve_model(const engine::Engine& engine,
@@ -335,22 +338,32 @@ Answer Service::page() const {
 
 Answer Service::state() const {
   const std::shared_ptr<engine::Engine> engine = this->engine();
+  const engine::ModelInfo& info = engine->info();
+  Json models = Json::array();
+  for (size_t a = 0; a <= info.adapters.size(); ++a) {
+    models.push_back(name_of(*engine, static_cast<int32_t>(a)));
+  }
   Json nodes = Json::array();
   for (const engine::PrefixNode& node : engine->prefix_nodes()) {
     nodes.push_back({{"parent", node.parent},
+                     {"model", name_of(*engine, node.adapter)},
                      {"tokens", node.tokens},
                      {"running", node.running},
                      {"pinned", node.pinned},
                      {"hits", node.hits}});
   }
   Json pins = Json::array();
-  for (const engine::PinnedPrompt& prompt : pinned()->list()) {
-    pins.push_back({{"name", prompt.name}, {"tokens", prompt.tokens}, {"bytes", prompt.bytes}});
+  for (const auto& [prompt, ready] : pinned()->list()) {
+    if (!ready) continue;
+    pins.push_back({{"name", prompt.name},
+                    {"model", name_of(*engine, prompt.adapter)},
+                    {"tokens", prompt.tokens},
+                    {"bytes", prompt.bytes}});
   }
   const engine::EngineStats s = engine->stats();
-  const engine::ModelInfo& info = engine->info();
   const int64_t each = info.kv_bytes_per_token;
-  return ok(Json{{"model", model_names(*engine).front()},
+  return ok(Json{{"model", name_of(*engine, 0)},
+                 {"models", std::move(models)},
                  {"description", info.description},
                  {"relay_active", info.relay_active},
                  {"context_length", info.context_length},
@@ -414,20 +427,18 @@ Answer Service::create_cached_prompt(std::string_view body) {
   chat.adapter = resolve_model(*engine, request.model).adapter;
   chat.name = std::move(request.name);
   chat.chat = std::move(request.chat);
-  chat.cache_salt = effective_salt("", request.cache_salt);
+  chat.cache_salt = pin_salt(request.cache_salt);
   chat.ttl_seconds = request.ttl_seconds;
-  return ok(cached_prompt_json(*engine, pinned()->pin(chat)), 201);
+  return ok(cached_prompt_json(*engine, {pinned()->pin(chat)}), 201);
 }
 
-Json Service::cached_prompt_json(const engine::Engine& engine,
-                                 const engine::PinnedPrompt& prompt) const {
-  const auto adapter = static_cast<size_t>(prompt.adapter);
+Json Service::cached_prompt_json(const engine::Engine& engine, const PinnedChat& chat) const {
+  const engine::PinnedPrompt& prompt = chat.prompt;
   Json json;
   json["id"] = prompt.id;
   json["object"] = "cached_prompt";
-  json["status"] = "ready";
-  json["model"] =
-      adapter == 0 ? model_names(engine).front() : engine.info().adapters.at(adapter - 1).name;
+  json["status"] = chat.ready ? "ready" : "computing";
+  json["model"] = name_of(engine, prompt.adapter);
   json["name"] = prompt.name;
   json["tokens"] = prompt.tokens;
   json["bytes"] = prompt.bytes;
@@ -440,8 +451,8 @@ Json Service::cached_prompt_json(const engine::Engine& engine,
 Answer Service::list_cached_prompts() const {
   const std::shared_ptr<engine::Engine> engine = this->engine();
   Json data = Json::array();
-  for (const engine::PinnedPrompt& prompt : pinned()->list()) {
-    data.push_back(cached_prompt_json(*engine, prompt));
+  for (const PinnedChat& chat : pinned()->list()) {
+    data.push_back(cached_prompt_json(*engine, chat));
   }
   return ok(Json{{"object", "list"}, {"data", std::move(data)}});
 }

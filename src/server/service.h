@@ -68,7 +68,8 @@ class Service {
     std::atomic<int32_t>& preparing_;
   };
 
-  /// Endpoints that generate nothing. May wait for the engine (Work::kWaiter). Throws ApiError.
+  /// Endpoints that generate nothing. May wait for the engine (Work::kWaiter, kPinner). Throws
+  /// ApiError.
   Answer answer(const Route& route, std::string_view body, const Caller& caller);
   /// Endpoints of Work::kGeneration. Throws ApiError.
   std::unique_ptr<Generation> generate(Endpoint endpoint, std::string_view body,
@@ -83,6 +84,8 @@ class Service {
   std::shared_ptr<PinnedChats> pinned() const;
   RequestLimits limits(const engine::Engine& engine) const;
   std::vector<std::string> model_names(const engine::Engine& engine) const;
+  /// What the base model, 0, and adapters are called.
+  std::string name_of(const engine::Engine& engine, int32_t adapter) const;
   struct NamedModel {
     std::string name;     ///< to answer with
     int32_t adapter = 0;  ///< the engine's
@@ -91,7 +94,7 @@ class Service {
   NamedModel resolve_model(const engine::Engine& engine, const std::string& model) const;
   /// Sets what a request's model stands for.
   void resolve_model(GenerationContext& context, const std::string& model) const;
-  Json cached_prompt_json(const engine::Engine& engine, const engine::PinnedPrompt& prompt) const;
+  Json cached_prompt_json(const engine::Engine& engine, const PinnedChat& chat) const;
 
   Answer page() const;
   Answer state() const;

@@ -1,5 +1,6 @@
 """The official client's view of chat and text completions."""
 
+import asyncio
 import json
 import subprocess
 
@@ -309,6 +310,41 @@ def test_tool_call_stream(tool_client):
             ids |= {call.id} if call.id else set()
     assert name == "move_door" and len(ids) == 1
     assert arguments == whole.message.tool_calls[0].function.arguments
+
+
+def test_async_client(tool_client):
+    """Whole answers, streams and tool calls, all at once on one event loop."""
+
+    async def whole(client, i):
+        answer = await client.chat.completions.create(
+            messages=[{"role": "user", "content": f"Question {i}"}], **GREEDY
+        )
+        assert answer.usage.completion_tokens == 12
+        return answer.choices[0].message.content
+
+    async def stream(client, i):
+        pieces = await client.chat.completions.create(
+            messages=[{"role": "user", "content": f"Question {i}"}], stream=True, **GREEDY
+        )
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in pieces])
+
+    async def call(client):
+        answer = await client.chat.completions.create(tool_choice="required", **CALL)
+        return answer.choices[0].message.tool_calls[0].function
+
+    async def run():
+        options = {"base_url": str(tool_client.base_url), "api_key": "none", "max_retries": 0}
+        async with openai.AsyncOpenAI(**options) as client:
+            return await asyncio.gather(
+                *(whole(client, i) for i in range(8)),
+                *(stream(client, i) for i in range(8)),
+                *(call(client) for _ in range(4)),
+            )
+
+    answers = asyncio.run(run())
+    assert answers[:8] == answers[8:16], "a stream says what a whole answer says"
+    assert {function.name for function in answers[16:]} == {"move_door"}
+    assert len({function.arguments for function in answers[16:]}) == 1
 
 
 def test_request_id_comes_back(server):

@@ -144,8 +144,11 @@ def test_responses_say_what_chat_says(client):
     assert answer.incomplete_details.reason == "max_output_tokens"
     assert answer.usage.input_tokens == chat.usage.prompt_tokens
     with client.responses.stream(input=HELLO[0]["content"], **options) as stream:
-        text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+        events = list(stream)
+    text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
     assert text == answer.output_text
+    (item,) = (e.item for e in events if e.type == "response.output_item.done")
+    assert item.status == answer.output[0].status == "incomplete"
 
 
 def test_responses_tools(tool_server):
@@ -187,6 +190,17 @@ def test_responses_keep_nothing(client):
         client.responses.create(model="tiny", input="a", store=True)
     with pytest.raises(openai.NotFoundError, match="not stored"):
         client.responses.retrieve("resp_1")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["web_search", "file_search", "computer", "code_interpreter", "image_generation", "mcp"]
+    + ["local_shell", "shell", "apply_patch", "custom"],
+)
+def test_hosted_tools_are_refused(client, kind):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="tiny", input="a", tools=[{"type": kind}])
+    assert refused.value.param == "tools[0].type" and f"'{kind}'" in refused.value.message
 
 
 def test_tokenizer(server, client):

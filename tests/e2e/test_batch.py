@@ -39,15 +39,17 @@ def test_batch(model, tmp_path, client):
     requests, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     wrong = [line(90, max_tokens="many"), line(91, stream=True), line(92, prompt="Once")]
     elsewhere = {**line(93), "url": "/v1/nothing"}
-    write(requests, [*map(line, range(12)), *wrong, elsewhere])
+    claude = {**line(94, max_tokens="many"), "url": "/v1/messages"}
+    write(requests, [*map(line, range(12)), *wrong, elsewhere, claude])
     done = run(model, requests, results)
     assert done.returncode == 0, done.stderr
-    assert "16/16" in done.stderr and "3 lines failed" in done.stderr
+    assert "17/17" in done.stderr and "4 lines failed" in done.stderr
     answers = {one["custom_id"]: one["response"] for one in read(results)}
-    assert len(answers) == len(read(results)) == 16
+    assert len(answers) == len(read(results)) == 17
     status = {name: answer["status_code"] for name, answer in answers.items()}
     assert (status["q90"], status["q91"], status["q92"], status["q93"]) == (400, 400, 200, 404)
     assert answers["q90"]["body"]["error"]["param"] == "max_tokens"
+    assert answers["q94"]["body"]["type"] == "error", "in the words of its API"
     served = client.chat.completions.create(model="tiny", **line(3)["body"])
     assert answers["q3"]["body"]["choices"][0]["message"]["content"] == (
         served.choices[0].message.content

@@ -106,8 +106,34 @@ def test_keys(start_server, tmp_path):
         for key in ("first", "second", "first")
     ]
     assert cached[1] <= cached[0] < cached[2]
+    salts_divide_what_a_key_has(server)
     cached_prompts(server)
     assert server.stop() == 0
+
+
+def cached_tokens(server, key, messages, salt):
+    answer = server.client(key).chat.completions.create(
+        model="tiny", messages=messages, max_tokens=1, extra_body={"cache_salt": salt}
+    )
+    return answer.usage.prompt_tokens_details.cached_tokens
+
+
+def salts_divide_what_a_key_has(server):
+    question = [{"role": "user", "content": "another secret question " * 20}]
+    asked = [("first", "a"), ("second", "a"), ("root-key", "a"), ("first", "b"), ("first", "a")]
+    cached = [cached_tokens(server, key, question, salt) for key, salt in asked]
+    assert max(cached[:4]) < 20 < cached[4], cached
+
+    # A prompt pinned with a salt is for those who send it, whatever their key.
+    url, root = server.url + "/v1/cached_prompts", {"Authorization": "Bearer root-key"}
+    system = [{"role": "system", "content": "You keep the doors of a house. " * 30}]
+    body = {"messages": system, "cache_salt": "tenants"}
+    made = httpx.post(url, json=body, headers=root, timeout=60).json()
+    for key in ("first", "second"):
+        assert cached_tokens(server, key, system + HELLO, "tenants") >= made["tokens"] - 1
+        assert cached_tokens(server, key, system + HELLO, "others") < 20
+        assert cached_tokens(server, key, system + HELLO, "") < 20
+    assert httpx.delete(f"{url}/{made['id']}", headers=root).status_code == 200
 
 
 def cached_prompts(server):

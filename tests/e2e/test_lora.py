@@ -2,6 +2,7 @@
 llama-server."""
 
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -211,6 +212,22 @@ def test_a_batch_may_ask_adapters(model, files, tmp_path, expected):
     assert answers["kind"]["status_code"] == 404
     texts = {m: answers[m]["body"]["choices"][0]["message"]["content"] for m in MODELS}
     assert len(set(texts.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("lr=1e-4/x.gguf", "x"), ("lr=1e-4,rank=8/x.gguf", "mine"), ("a,b.gguf", "a,b")],
+)
+def test_paths_may_have_equals_signs_and_commas(start_server, files, tmp_path, path, name):
+    adapter = tmp_path / path
+    adapter.parent.mkdir(exist_ok=True)
+    shutil.copy(files["rude"], adapter)
+    given = adapter if name == adapter.stem else f"{name}={adapter}"
+    more = f"polite={files['polite']},p={files['rude']}"
+    server = start_server("--lora", given, "--lora", more, "-c", "2048")
+    with server.client() as client:
+        assert {name, "polite", "p"} < {model.id for model in client.models.list()}
+    assert server.stop() == 0
 
 
 def refusal(model, *arguments):

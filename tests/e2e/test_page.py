@@ -9,6 +9,7 @@ import httpx
 import pytest
 from conftest import LONG_PROMPT, ROOT, eventually
 from playwright.sync_api import expect, sync_playwright
+from test_lora import files  # noqa: F401 (a fixture)
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 SIZES = {"desk": (1280, 900), "phone": (360, 740)}
@@ -175,6 +176,29 @@ def test_page_with_keys(start_server, open_page):
     expect(page.locator("#keys")).to_be_hidden()
     assert server.stop() == 0
     expect(page.locator("#status")).to_have_text("the server does not answer", timeout=20000)
+
+
+def test_page_of_several_models(start_server, open_page, files):  # noqa: F811
+    server = start_server("--lora", files["polite"], "-c", "2048", "--max-model-len", "512")
+    opened = open_page(server, "phone")
+    page = opened.page
+    choice = page.get_by_label("Model", exact=True)
+    expect(choice.locator("option")).to_have_text(["tiny", "polite"])
+    opened.ask("Hello")
+    choice.select_option("polite")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        opened.ask("Hello again")
+    assert asked.value.post_data_json["model"] == "polite"
+    expect(page.locator("#tree-model")).to_be_visible()
+    for name in ("tiny", "polite"):
+        expect(page.locator("#tree").get_by_role("cell", name=name, exact=True)).not_to_have_count(
+            0
+        )
+    opened.screenshot("phone-models")
+    assert page.evaluate("document.documentElement.scrollWidth") <= SIZES["phone"][0]
+    assert page.evaluate(FAINT_TEXTS) == []
+    assert opened.problems == []
+    assert server.stop() == 0
 
 
 def test_state_is_for_operators(server, start_server):

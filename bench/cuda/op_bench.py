@@ -5,10 +5,10 @@ cascade.
     python3 bench/cuda/op_bench.py --set quick --out build/bench/cuda
 
 A set is a file of bench/cuda/problems (quick, targets, never_slower, paper, fp8) or another such
-one. Everything of one case runs in turn, from a cold L2, by CUDA events: medians of 9, plainly launched
-and as a CUDA graph; a kernel's time is the better of the two, a peer's that of its best variant.
-Limits (read bandwidth, bf16 products) are measured in the same run. Each output is checked against
-double precision. Writes <set>.csv (each median and its spread) and <set>.json.
+one. Everything of one case runs in turn, from a cold L2, by CUDA events: medians of 9, plainly
+launched and as a CUDA graph; a kernel's time is the better of the two, a peer's that of its best
+variant. Limits (read bandwidth, bf16 products) are measured in the same run. Each output is checked
+against double precision. Writes <set>.csv (each median and its spread) and <set>.json.
 
 The peers need no installation of their engines: bench/cuda/peers.py says where they are looked for.
 What cannot run is left out, and the reason is printed.
@@ -45,9 +45,9 @@ OURS = {
 PEERS = ["fa3", "fi", "fi-cascade", "fi-cascade-fa2"]
 COLUMNS = [
     "set", "case", "model", "q_heads", "kv_heads", "dim", "block_size", "kv", "levels", "prefix",
-    "own", "ragged", "batch", "competitor", "variant", "mode", "median_us", "p10_us", "p25_us", "p75_us",
-    "p90_us", "min_us", "max_us", "n", "bytes", "flops", "bytes_us", "flops_us", "share", "error",
-    "rms_error",
+    "own", "ragged", "batch", "competitor", "variant", "mode", "median_us", "p10_us", "p25_us",
+    "p75_us", "p90_us", "min_us", "max_us", "n", "bytes", "flops", "bytes_us", "flops_us", "share",
+    "error", "rms_error",
 ]  # fmt: skip
 
 

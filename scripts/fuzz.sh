@@ -6,7 +6,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 seconds="${1:-600}"
-targets=(batch mask request kv_file kv_prefix constraint)
+targets=(batch mask request kv_file kv_prefix constraint tokenizer)
 
 cmake --preset release >/dev/null || exit 1
 mkdir -p build/fuzz

@@ -2,16 +2,19 @@
 #include "engine/engine.h"
 
 #include <gtest/gtest.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <condition_variable>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <set>
 #include <stdexcept>
 #include <thread>
 
+#include "engine/grammar.h"
 #include "engine/test_models.h"
 
 namespace relay::engine {
@@ -412,6 +415,25 @@ TEST_F(EngineTest, WhatNoGrammarKeepsOfASchemaIsRefused) {
   says(R"({"type":"string","format":"email","title":"t","default":"d"})", "accepted");
 }
 
+TEST_F(EngineTest, ALargeGrammarBesideManyOthersIsRefusedForNow) {
+  GenerateRequest r = ask("hello", 1);
+  r.sampling.ignore_eos = false;
+  r.grammar = "root ::= [a]{0,100000}";
+  const int64_t limit = GrammarMemory::set_limit(GrammarMemory::total() + (1 << 20));
+  const auto result = engine->submit(r, std::make_shared<Collector>());
+  r.grammar = "root ::= [a]{0,1000}";
+  const auto small = engine->submit(r, std::make_shared<Collector>());
+  GrammarMemory::set_limit(limit);
+  const auto* refusal = std::get_if<Refusal>(&result);
+  ASSERT_NE(refusal, nullptr);
+  EXPECT_EQ(refusal->kind, ErrorKind::kQueueFull);
+  EXPECT_EQ(refusal->message,
+            "Try again later: the grammars of all requests together take too much memory.");
+  EXPECT_TRUE(std::holds_alternative<RequestId>(small));
+  r.grammar = "root ::= [a]{0,100000}";
+  EXPECT_NE(run(r), nullptr);
+}
+
 TEST_F(EngineTest, ToolsThatTheTemplateCannotShowAreRefused) {
   ChatRequest chat;
   chat.messages_json = R"([{"role":"user","content":"Weather in Paris?"}])";
@@ -491,6 +513,46 @@ TEST(EngineTools, CallsAreReadFromGrowingText) {
     sink->wait();
     EXPECT_FALSE(sink->error) << sink->error_message;
     EXPECT_FALSE(sink->choices[0].tokens.empty());
+  }
+}
+
+/// On a thread with a small stack, as the server's may be.
+void on_small_stack(std::function<void()> work) {
+  pthread_attr_t attributes;
+  ASSERT_EQ(pthread_attr_init(&attributes), 0);
+  ASSERT_EQ(pthread_attr_setstacksize(&attributes, size_t{2} << 20), 0);
+  const auto run = [](void* data) -> void* {
+    (*static_cast<std::function<void()>*>(data))();
+    return nullptr;
+  };
+  pthread_t thread{};
+  ASSERT_EQ(pthread_create(&thread, &attributes, run, &work), 0);
+  ASSERT_EQ(pthread_join(thread, nullptr), 0);
+  pthread_attr_destroy(&attributes);
+}
+
+TEST(EngineTools, ArgumentsOfAnyDepthEndNoProcess) {
+  EngineOptions options = small_options();
+  options.chat_template_file =
+      std::string(RELAY_TEST_TEMPLATES) + "/Qwen-Qwen2.5-7B-Instruct.jinja";
+  const auto engine = Engine::load(options);
+  ChatRequest chat;
+  chat.messages_json = R"([{"role":"user","content":"Weather in Paris?"}])";
+  chat.tools_json = kWeather;
+  const ChatPrompt prompt = engine->render_chat(chat);
+  for (const size_t depth : {400, 1'900, 2'000, 60'000, 1'000'000}) {
+    std::string text = "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"unit\": ";
+    text += std::string(depth, '[');
+    std::string name;
+    on_small_stack([&] {
+      try {
+        name = engine->parse_message(prompt.format, text, true).tool_calls.at(0).name;
+      } catch (const std::exception& e) {
+        name = e.what();
+      }
+    });
+    EXPECT_EQ(name,
+              depth > 100'000 ? "The answer has too many brackets to be parsed." : "get_weather");
   }
 }
 

@@ -37,6 +37,16 @@ uint64_t mix(uint64_t hash, uint64_t value) {
 
 }  // namespace
 
+void GrammarMemory::grow_to(int64_t bytes) {
+  const int64_t more = bytes - bytes_;
+  const int64_t all = total_ += more;
+  if (all > limit_ && bytes > kFree) {
+    total_ -= more;
+    throw GrammarMemoryFull("the grammars of all requests together take too much memory");
+  }
+  bytes_ = bytes;
+}
+
 // --- Token texts
 
 TokenTexts::TokenTexts(std::vector<std::string> texts, std::vector<bool> ends)
@@ -116,14 +126,7 @@ class GrammarParser {
     }
     check_left_recursion();
     grammar_->root_ = root->second;
-    for (const auto& rule : alternatives_) {
-      std::vector<uint32_t>& begins = grammar_->rules_.emplace_back();
-      for (const Sequence& sequence : rule) {
-        begins.push_back(static_cast<uint32_t>(grammar_->elements_.size()));
-        grammar_->elements_.insert(grammar_->elements_.end(), sequence.begin(), sequence.end());
-        grammar_->elements_.emplace_back();
-      }
-    }
+    lay_out();
     return grammar_;
   }
 
@@ -131,6 +134,32 @@ class GrammarParser {
   using Element = Grammar::Element;
   using Type = Grammar::Type;
   using Sequence = std::vector<Element>;
+
+  void lay_out() {
+    Grammar& g = *grammar_;
+    size_t begins = 0;
+    size_t elements = 0;
+    for (const auto& rule : alternatives_) {
+      begins += rule.size();
+      for (const Sequence& sequence : rule) elements += sequence.size() + 1;
+    }
+    size_t ranges = 0;
+    for (const Grammar::Set& set : g.sets_) ranges += sizeof(set) / 8 + set.ranges.size();
+    g.memory_.grow_to(static_cast<int64_t>(elements * sizeof(Element) + 8 * ranges +
+                                           (begins + alternatives_.size()) * sizeof(uint32_t)));
+    g.elements_.reserve(elements);
+    g.begins_.reserve(begins);
+    g.rules_.reserve(alternatives_.size() + 1);
+    for (const auto& rule : alternatives_) {
+      g.rules_.push_back(static_cast<uint32_t>(g.begins_.size()));
+      for (const Sequence& sequence : rule) {
+        g.begins_.push_back(static_cast<uint32_t>(g.elements_.size()));
+        g.elements_.insert(g.elements_.end(), sequence.begin(), sequence.end());
+        g.elements_.emplace_back();
+      }
+    }
+    g.rules_.push_back(static_cast<uint32_t>(g.begins_.size()));
+  }
 
   [[noreturn]] void fail(const std::string& what) const {
     throw std::runtime_error(what + " at byte " + std::to_string(at_));
@@ -557,16 +586,27 @@ void GrammarMatcher::throw_too_costly() {
       "the grammar takes too long to follow: it can be read in too many ways at once");
 }
 
+void GrammarMatcher::count_memory() {
+  constexpr size_t kStep = 1 << 16;
+  // A node has its place in three tables, and an entry about two.
+  const size_t bytes = nodes_.size() * 100 + state_entries_ * 8;
+  if (bytes >= static_cast<size_t>(memory_.bytes()) + kStep) {
+    memory_.grow_to(static_cast<int64_t>(bytes));
+  }
+}
+
 int32_t GrammarMatcher::push(uint32_t element, int32_t below) {
   if (grammar_->elements_[element].type == Grammar::Type::kEnd) return below;
   const uint64_t key = static_cast<uint64_t>(element) << 32 | static_cast<uint32_t>(below);
-  const auto [it, is_new] = node_ids_.try_emplace(key, static_cast<int32_t>(nodes_.size()));
-  if (!is_new) return it->second;
+  if (const auto it = node_ids_.find(key); it != node_ids_.end()) return it->second;
   spend(20);
   if (nodes_.size() >= kMaxNodes) throw_too_costly();
+  count_memory();
+  const auto id = static_cast<int32_t>(nodes_.size());
+  node_ids_.emplace(key, id);
   nodes_.push_back({element, below});
   expanded_.emplace_back();
-  return it->second;
+  return id;
 }
 
 void GrammarMatcher::expand(int32_t node, std::vector<int32_t>& out) {
@@ -586,7 +626,7 @@ void GrammarMatcher::expand(int32_t node, std::vector<int32_t>& out) {
         continue;
       }
       const int32_t rest = push(at.element + 1, at.below);
-      for (const uint32_t begin : grammar_->rules_[element.value]) {
+      for (const uint32_t begin : grammar_->alternatives(element.value)) {
         const int32_t next = push(begin, rest);
         const auto place = std::lower_bound(seen.begin(), seen.end(), next);
         if (place != seen.end() && *place == next) continue;
@@ -598,6 +638,7 @@ void GrammarMatcher::expand(int32_t node, std::vector<int32_t>& out) {
     std::sort(result.begin(), result.end());
     state_entries_ += result.size();
     if (state_entries_ > kMaxStateEntries) throw_too_costly();
+    count_memory();
     expanded_[index] = std::move(result);
   }
   spend(static_cast<int64_t>(expanded_[index].size()));
@@ -617,6 +658,7 @@ int32_t GrammarMatcher::intern(std::vector<int32_t> nodes) {
   }
   state_entries_ += nodes.size() + 16;
   if (state_entries_ > kMaxStateEntries) throw_too_costly();
+  count_memory();
   State state;
   for (const int32_t node : nodes) {
     const Grammar::Type type = grammar_->elements_[nodes_[static_cast<size_t>(node)].element].type;
@@ -633,7 +675,8 @@ int32_t GrammarMatcher::intern(std::vector<int32_t> nodes) {
 GrammarMatcher::Position GrammarMatcher::start() {
   if (start_ == kUnknown) {
     std::vector<int32_t> nodes;
-    for (const uint32_t begin : grammar_->rules_[grammar_->root_]) expand(push(begin, 0), nodes);
+    for (const uint32_t begin : grammar_->alternatives(grammar_->root_))
+      expand(push(begin, 0), nodes);
     start_ = intern(std::move(nodes));
   }
   return Position{start_};

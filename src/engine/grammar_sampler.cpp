@@ -7,9 +7,9 @@ namespace relay::engine {
 
 namespace {
 
-// Steps of a matcher, of which a million takes some 20 ms. What was not used for one token may be
-// for later ones, up to a bound: the engine thread waits for no grammar longer than a tenth of a
-// second or so.
+// Steps of a matcher, of which a million takes some 20 ms, for all choices of a request together.
+// What was not used for one token may be for later ones, up to a bound: the engine thread waits for
+// no request's grammar longer than a tenth of a second or so.
 constexpr int64_t kMostSteps = 6'000'000;
 constexpr int64_t kStepsPerToken = 1'000'000;
 
@@ -69,17 +69,17 @@ std::optional<GrammarTrigger::Backlog> GrammarTrigger::feed(Token token, const s
 // --- GrammarSampler
 
 GrammarSampler::GrammarSampler(std::shared_ptr<GrammarMatcher> matcher, const TokenTexts& texts,
-                               std::unique_ptr<RandomSampler> choice,
+                               int32_t choices, std::unique_ptr<RandomSampler> choice,
                                std::optional<GrammarTrigger> trigger,
                                std::unique_ptr<ThinkingWatch> thinking)
     : matcher_(std::move(matcher)),
       texts_(texts),
+      choices_(choices),
       choice_(std::move(choice)),
       trigger_(std::move(trigger)),
       thinking_(std::move(thinking)),
-      lazy_(trigger_.has_value()),
-      budget_(kMostSteps) {
-  matcher_->set_budget(budget_);
+      lazy_(trigger_.has_value()) {
+  matcher_->set_budget(kMostSteps);
   at_ = matcher_->start();
 }
 
@@ -135,16 +135,18 @@ Token GrammarSampler::choose(Model& model, int32_t row) {
 }
 
 Token GrammarSampler::sample(Model& model, int32_t row) {
-  matcher_->set_budget(budget_);
   Token token = -1;
   try {
     token = choose(model, row);
     if (token >= 0) accept(token);
+  } catch (const GrammarMemoryFull& e) {
+    throw EngineError(ErrorKind::kQueueFull,
+                      std::string("This request was ended: ") + e.what() + ".");
   } catch (const GrammarTooCostly& e) {
     throw EngineError(ErrorKind::kInvalidGrammar,
                       std::string("This request was ended: ") + e.what() + ".");
   }
-  budget_ = std::min(kMostSteps, matcher_->budget() + kStepsPerToken);
+  matcher_->set_budget(std::min(kMostSteps, matcher_->budget() + kStepsPerToken / choices_));
   return token;
 }
 

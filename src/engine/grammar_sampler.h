@@ -57,9 +57,9 @@ class ThinkingWatch {
 
 class GrammarSampler : public Sampler {
  public:
-  /// `matcher` may be shared by the choices of a request. `trigger`: null where the grammar binds
-  /// from the beginning. `thinking` may be null.
-  GrammarSampler(std::shared_ptr<GrammarMatcher> matcher, const TokenTexts& texts,
+  /// `matcher` and what it may cost are shared by the `choices` of a request. `trigger`: null where
+  /// the grammar binds from the beginning. `thinking` may be null.
+  GrammarSampler(std::shared_ptr<GrammarMatcher> matcher, const TokenTexts& texts, int32_t choices,
                  std::unique_ptr<RandomSampler> choice, std::optional<GrammarTrigger> trigger,
                  std::unique_ptr<ThinkingWatch> thinking);
 
@@ -79,12 +79,12 @@ class GrammarSampler : public Sampler {
 
   const std::shared_ptr<GrammarMatcher> matcher_;
   const TokenTexts& texts_;
+  const int32_t choices_;
   const std::unique_ptr<RandomSampler> choice_;
   std::optional<GrammarTrigger> trigger_;  ///< while it waits
   const std::unique_ptr<ThinkingWatch> thinking_;
   const bool lazy_;
   GrammarMatcher::Position at_;
-  int64_t budget_;
   std::vector<float> logits_;
 };
 

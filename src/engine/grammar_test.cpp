@@ -4,11 +4,15 @@
 
 #include <bit>
 #include <chrono>
+#include <memory>
+#include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "engine/byte_texts.h"
+#include "engine/fake_model.h"
 #include "engine/grammar_sampler.h"
 #include "engine/token_bound.h"
 
@@ -223,6 +227,119 @@ TEST(Grammar, TheBudgetEnds) {
       },
       GrammarTooCostly);
   EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(20));
+}
+
+/// For a while all grammars together may hold no more than this, beyond what they hold already.
+class MemoryLimit {
+ public:
+  explicit MemoryLimit(int64_t bytes)
+      : before_(GrammarMemory::set_limit(GrammarMemory::total() + bytes)) {}
+  ~MemoryLimit() { GrammarMemory::set_limit(before_); }
+  MemoryLimit(const MemoryLimit&) = delete;
+  MemoryLimit& operator=(const MemoryLimit&) = delete;
+
+ private:
+  const int64_t before_;
+};
+
+TEST(Grammar, AllGrammarsTogetherHoldABoundedMemory) {
+  const TokenTexts texts = byte_texts();
+  const int64_t before = GrammarMemory::total();
+  const MemoryLimit limit(int64_t{64} << 20);
+  const char* large = "root ::= [a]{0,100000} [b]{0,100000}";
+  std::vector<std::shared_ptr<const Grammar>> held;
+  EXPECT_THROW(
+      {
+        while (held.size() < 100) held.push_back(Grammar::compile(large, texts));
+      },
+      GrammarMemoryFull);
+  EXPECT_GE(held.size(), 4u);
+  EXPECT_LE(GrammarMemory::total() - before, int64_t{64} << 20);
+  // Others are served; once one of the large is gone, the next is.
+  EXPECT_NO_THROW(Grammar::compile("root ::= [a]{0,10000}", texts));
+  held.pop_back();
+  EXPECT_NO_THROW(Grammar::compile(large, texts));
+  held.clear();
+  EXPECT_EQ(GrammarMemory::total(), before);
+}
+
+TEST(Grammar, WhatAMatcherRemembersCounts) {
+  const TokenTexts texts = byte_texts();
+  const int64_t before = GrammarMemory::total();
+  const MemoryLimit limit(int64_t{8} << 20);
+  {
+    const auto grammar = Grammar::compile("root ::= ([a-z]? [a-z]?){0,5000}", texts);
+    std::vector<std::unique_ptr<GrammarMatcher>> matchers;
+    const auto follow = [&] {
+      for (int i = 0; i < 20; ++i) {
+        matchers.push_back(std::make_unique<GrammarMatcher>(grammar, texts));
+        GrammarMatcher& matcher = *matchers.back();
+        auto at = matcher.start();
+        for (int step = 0; step < 40; ++step) at = matcher.advance(at, 1 + 'a');
+      }
+    };
+    EXPECT_THROW(follow(), GrammarMemoryFull);
+    EXPECT_LE(GrammarMemory::total() - before, int64_t{8} << 20);
+    GrammarMatcher small(Grammar::compile("root ::= [a-z]+", texts), texts);
+    EXPECT_TRUE(small.allows(small.start(), 1 + 'a'));
+  }
+  EXPECT_EQ(GrammarMemory::total(), before);
+}
+
+/// Logits that are the same for every row; token 1 + 'z' is the likeliest.
+class FixedLogits : public FakeModel {
+ public:
+  explicit FixedLogits(size_t vocab) : FakeModel(8), logits_(vocab) { logits_[1 + 'z'] = 1; }
+  std::span<const float> logits(int32_t /*row*/) override { return logits_; }
+
+ private:
+  std::vector<float> logits_;
+};
+
+std::unique_ptr<GrammarSampler> make_sampler(const std::shared_ptr<GrammarMatcher>& matcher,
+                                             const TokenTexts& texts, int32_t choices) {
+  SamplingParams greedy;
+  greedy.temperature = 0;
+  auto choice =
+      std::make_unique<RandomSampler>(greedy, 1, std::vector<Token>{}, std::vector<Token>{});
+  return std::make_unique<GrammarSampler>(matcher, texts, choices, std::move(choice), std::nullopt,
+                                          nullptr);
+}
+
+TEST(GrammarSampler, ChoosesWhatTheGrammarAllows) {
+  const TokenTexts texts = byte_texts();
+  FixedLogits model(texts.size());
+  const auto matcher = std::make_shared<GrammarMatcher>(
+      Grammar::compile("root ::= \"a\" [x-z] \"b\"", texts), texts);
+  const auto sampler = make_sampler(matcher, texts, 1);
+  for (const char c : {'a', 'z', 'b'}) EXPECT_EQ(sampler->sample(model, 0), 1 + c);
+  EXPECT_EQ(sampler->sample(model, 0), 0) << "the end";
+  EXPECT_THROW(make_sampler(matcher, texts, 1)->skip({1 + 'b'}), std::runtime_error);
+}
+
+TEST(GrammarSampler, TheChoicesOfARequestShareItsBudget) {
+  const TokenTexts texts = byte_texts();
+  FixedLogits model(texts.size());
+  for (const int32_t choices : {1, 4}) {
+    const auto matcher =
+        std::make_shared<GrammarMatcher>(Grammar::compile("root ::= [a-z]*", texts), texts);
+    std::vector<std::unique_ptr<GrammarSampler>> samplers;
+    for (int32_t i = 0; i < choices; ++i) samplers.push_back(make_sampler(matcher, texts, choices));
+    const auto step = [&] {
+      for (const auto& sampler : samplers) sampler->sample(model, 0);
+    };
+    step();  // what there is to remember is remembered
+    matcher->set_budget(1'000'000);
+    step();
+    // All of them together get what one would, less the little that they have used.
+    EXPECT_GT(matcher->budget(), 1'990'000) << choices;
+    EXPECT_LE(matcher->budget(), 2'000'000) << choices;
+    for (int i = 0; i < 20; ++i) step();
+    EXPECT_LE(matcher->budget(), 6'000'000) << "it is bounded";
+    EXPECT_GT(matcher->budget(), 5'900'000);
+    matcher->set_budget(1);
+    EXPECT_THROW(step(), EngineError);
+  }
 }
 
 TEST(GrammarTrigger, WordsBeginWhereTheyBegin) {

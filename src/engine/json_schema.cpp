@@ -322,7 +322,18 @@ class Normaliser {
       inlining_.erase(ref);
     }
     for (const Json& part : parts) own = merge(own, part, path);
+    close_array(own);
     return own;
+  }
+
+  /// "unevaluatedItems": false where nothing evaluates an item.
+  static void close_array(Json& own) {
+    if (!contains(own, "unevaluatedItems") || own.at("unevaluatedItems") != false) return;
+    for (const char* keyword : {"items", "prefixItems", "contains", "anyOf", "oneOf"}) {
+      if (contains(own, keyword)) return;
+    }
+    own.erase("unevaluatedItems");
+    own["items"] = false;
   }
 
   static std::vector<std::string> types_of(const Json& type, const std::string& path) {
@@ -817,9 +828,14 @@ class Normaliser {
   }
 
   void array(Json& own, const std::string& path, int depth) {
-    for (const char* keyword : {"contains", "minContains", "maxContains", "unevaluatedItems"}) {
-      if (contains(own, keyword) && own.at(keyword) != false) drop_keyword(own, keyword, path);
+    for (const char* keyword : {"contains", "minContains", "maxContains"}) {
+      drop_keyword(own, keyword, path);
       own.erase(keyword);
+    }
+    if (contains(own, "unevaluatedItems")) {
+      // Items behind those of a list do not occur, and a schema for all evaluates all.
+      if (own.at("unevaluatedItems") != false) drop_keyword(own, "unevaluatedItems", path);
+      own.erase("unevaluatedItems");
     }
     check_lengths(own, "minItems", "maxItems", path);
     if (contains(own, "uniqueItems")) {
@@ -856,6 +872,9 @@ class Normaliser {
         own["items"] = Json::object();
         rewritten_ = true;
       } else if (own.at("items") == false) {
+        if (contains(own, "minItems") && own.at("minItems") != 0) {
+          refuse(path, "'minItems' is above 0 where no item is allowed");
+        }
         own.erase("items");
         own["maxItems"] = 0;
         rewritten_ = true;

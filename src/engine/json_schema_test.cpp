@@ -94,6 +94,7 @@ TEST(JsonSchema, AnythingIsASchemaToo) {
   }
   expect(R"({"type":"array","items":true})", {"[]", "[1,\"x\"]"}, {"1"});
   expect(R"({"type":"array","items":false})", {"[]"}, {"[1]"});
+  refuses(R"({"type":"array","items":false,"minItems":1})", "'minItems' is above 0");
   expect(R"({"properties":{"a":true},"required":["a"]})", {R"({"a":[1]})"}, {"{}"});
   refuses("false", "allows no value");
   refuses("5", "must be an object");
@@ -165,6 +166,43 @@ TEST(JsonSchema, WhatStandsBesideIsKeptOrNamed) {
     refuses(std::string(R"({"type":["object","array"],")").append(keyword).append(R"(":{"x":{}}})"),
             std::string("'").append(keyword).append("' is not supported"));
   }
+}
+
+TEST(JsonSchema, ItemsThatNothingEvaluatesDoNotOccur) {
+  for (const char* schema :
+       {R"({"type":"array","unevaluatedItems":false})", R"({"unevaluatedItems":false})",
+        R"({"allOf":[{"type":"array"}],"unevaluatedItems":false})"}) {
+    expect(schema, {"[]"}, {"[1]", "[null]"});
+  }
+  expect(R"({"type":"array","items":{"const":1},"unevaluatedItems":false})", {"[]", "[1,1]"},
+         {"[2]"});
+  expect(R"({"type":"array","prefixItems":[{"const":1}],"unevaluatedItems":false})", {"[1]"},
+         {"[1,2]"});
+  expect(R"({"allOf":[{"type":"array","items":{"const":1}}],"unevaluatedItems":false})",
+         {"[]", "[1,1]"}, {"[2]"});
+  expect(R"({"type":"array","unevaluatedItems":false,
+             "anyOf":[{"prefixItems":[{"const":1}]},{"maxItems":5}]})",
+         {"[]", "[1]"}, {"[2]", "[1,1]"});
+  refuses(R"({"allOf":[{"type":"array","unevaluatedItems":false},{"items":{"const":1}}]})",
+          "two different 'items'");
+  refuses(R"({"type":"array","unevaluatedItems":false,"minItems":1})", "'minItems' is above 0");
+  refuses(R"({"type":"array","contains":false})", "'contains' is not supported");
+  refuses(R"({"type":"array","contains":false,"unevaluatedItems":false})",
+          "'contains' is not supported");
+}
+
+TEST(JsonSchema, FormatsThatNoGrammarSaysAreWordsForPeople) {
+  for (const char* format : {"email", "uri", "hostname", "ipv4", "duration", "what my API means"}) {
+    expect(std::string(R"({"type":"string","format":")").append(format).append("\"}"),
+           {R"("x")", R"("")"}, {"1"});
+  }
+  expect(R"({"type":"string","format":"email","minLength":2})", {R"("xy")"}, {R"("x")"});
+  expect(R"({"type":"string","format":"date"})", {R"("2026-11-28")"}, {R"("x")"});
+  expect(R"({"type":"string","format":"time"})", {R"("10:03:05Z")"}, {R"("x")"});
+  expect(R"({"type":"string","format":"date-time"})", {R"("2026-11-28T10:03:05Z")"}, {R"("x")"});
+  expect(R"({"type":"string","format":"uuid"})", {R"("123e4567-e89b-12d3-a456-426614174000")"},
+         {R"("x")"});
+  refuses(R"({"type":"string","format":5})", "'format' must be a string");
 }
 
 TEST(JsonSchema, OneOfIsKeptWhereNoValueMatchesTwo) {

@@ -188,7 +188,7 @@ std::vector<std::unique_ptr<Sampler>> make_samplers(const LlamaModel& model,
     const bool of_template = is_of_template(request);
     for (int32_t i = 0; i < request.n; ++i) {
       auto sampler = std::make_unique<GrammarSampler>(
-          matcher, texts, make_choice(i),
+          matcher, texts, request.n, make_choice(i),
           of_template ? trigger_of(model, *request.format) : std::nullopt,
           of_template ? thinking_of(model, *request.format) : nullptr);
       // The grammar of a chat begins with what the template has already written of the answer.
@@ -199,6 +199,8 @@ std::vector<std::unique_ptr<Sampler>> make_samplers(const LlamaModel& model,
     }
   } catch (const EngineError&) {
     throw;
+  } catch (const GrammarMemoryFull& e) {
+    throw EngineError(ErrorKind::kQueueFull, std::string("Try again later: ") + e.what() + ".");
   } catch (const std::exception& e) {
     throw EngineError(ErrorKind::kInvalidGrammar,
                       std::string("The grammar does not compile: ") + e.what() + ".",

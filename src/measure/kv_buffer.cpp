@@ -1,15 +1,13 @@
 #include "measure/kv_buffer.h"
 
 #include <cstring>
-#include <new>
 #include <random>
 
 namespace relay::measure {
 
 void KvBuffer::resize(int64_t bytes) {
   size_ = (static_cast<size_t>(bytes) + 63) / 64 * 64;
-  data_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, size_)));
-  if (!data_) throw std::bad_alloc();
+  data_.reserve(static_cast<int64_t>(size_));
 }
 
 RandomBits random_bits(DType type) {

@@ -1,10 +1,10 @@
 // Memory for KV and what to fill it with.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 
+#include "base/aligned_buffer.h"
 #include "relay/types.h"
 
 namespace relay::measure {
@@ -14,14 +14,11 @@ class KvBuffer {
  public:
   /// Loses the contents. Throws std::bad_alloc.
   void resize(int64_t bytes);
-  uint8_t* data() { return data_.get(); }
+  uint8_t* data() { return data_.data(); }
   size_t size() const { return size_; }
 
  private:
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-  std::unique_ptr<uint8_t, Free> data_;
+  AlignedBuffer<uint8_t> data_;
   size_t size_ = 0;
 };
 

@@ -404,7 +404,7 @@ class MessagesWriter : public ChatWriter {
                         {"index", blocks().size() - 1},
                         {"delta", std::move(delta)}});
   }
-  std::string close(const Block& /*block*/) override {
+  std::string close(const Block& /*block*/, bool /*cut*/) override {
     return event_frame({{"type", "content_block_stop"}, {"index", blocks().size() - 1}});
   }
   std::string finish(const ChatEnd& end) override {
@@ -444,10 +444,15 @@ class MessagesWriter : public ChatWriter {
   Json message_json() const {
     return {{"id", id_}, {"type", "message"}, {"role", "assistant"}, {"model", model_}};
   }
-  /// An answer cut short may end within a call's arguments; an object is what clients expect.
+  /// An answer cut short may end within a call's arguments; an object is what clients expect. The
+  /// same for arguments that would take too much to parse.
   static Json input_of(const Block& block) {
-    Json input = Json::parse(block.text, nullptr, /*allow_exceptions=*/false);
-    return input.is_object() ? input : Json::object();
+    try {
+      Json input = parse_json(block.text);
+      return input.is_object() ? input : Json::object();
+    } catch (const ApiError&) {
+      return Json::object();
+    }
   }
   void set_stop(Json& json, const ChatEnd& end) const {
     const bool calls = !blocks().empty() && blocks().back().kind == Block::Kind::kCall;

@@ -192,5 +192,20 @@ TEST(MessagesWriter, WholeAnswersAndWhyTheyEnd) {
   EXPECT_EQ(call["stop_reason"], "max_tokens");
 }
 
+TEST(MessagesWriter, ArgumentsAreParsedAsDeepAsRequestsAre) {
+  const auto input_of = [](size_t depth) {
+    const std::string text = R"({"a":)" + std::string(depth, '[') + std::string(depth, ']') + "}";
+    const engine::ChatMessage message{"", "", {{"c1", "weather", text}}};
+    const std::string body = make_messages_writer(head(), false)
+                                 ->body({message, engine::FinishReason::kStop, "", usage()});
+    const Json input = Json::parse(body)["content"][0]["input"];
+    return input.empty() ? std::string() : input.dump();
+  };
+  const size_t most = kMaxJsonDepth - 1;  // in an object
+  EXPECT_EQ(input_of(most), R"({"a":)" + std::string(most, '[') + std::string(most, ']') + "}");
+  EXPECT_EQ(input_of(most + 1), "");
+  EXPECT_EQ(input_of(60'000), "");
+}
+
 }  // namespace
 }  // namespace relay::server

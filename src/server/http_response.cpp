@@ -8,6 +8,8 @@
 #include <sstream>
 #include <utility>
 
+#include "base/unix_time.h"
+
 namespace relay::server {
 
 namespace http = boost::beast::http;
@@ -15,7 +17,7 @@ namespace http = boost::beast::http;
 namespace {
 
 std::string http_date() {
-  const std::time_t now = std::time(nullptr);
+  const std::time_t now = unix_now();
   std::tm utc{};
   gmtime_r(&now, &utc);
   char text[64];

@@ -251,8 +251,8 @@ TEST(Generator, ReachesItsCorners) {
     }
     shared_stops += c.requests.size() > c.nodes.size();
   }
-  for (int count :
-       {deep, wide, long_prefix, windows, tables, prefill, idle, several_roots, empty_nodes}) {
+  for (int count : {deep, wide, long_prefix, windows, tables, prefill, idle, several_roots,
+                    empty_nodes, shared_stops}) {
     EXPECT_GT(count, kCases / 60);
   }
   EXPECT_EQ(generate_forest(9, {}).describe(), generate_forest(9, {}).describe());

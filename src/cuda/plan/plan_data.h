@@ -220,8 +220,8 @@ RELAY_HD inline RequestShape request_shape(const PlanShape& shape, const PlanBat
   return r;
 }
 
-/// Requests with so many rows that a tile of them is full read KV for themselves: nobody's company
-/// would make them faster.
+/// Requests with so many rows that a tile of them is full read KV for themselves: to share a tile
+/// with others would not make them faster.
 RELAY_HD inline bool sharable(const PlanShape& shape, int32_t rows) {
   return rows > 0 && rows * shape.group <= shape.tile_rows;
 }

@@ -85,6 +85,8 @@ def generate(
     # Lengths are the same in every round and for every system; the text is not.
     source = random.Random("lengths")
     bare = set(random.Random("without").sample(range(count), round(without * count)))
+    if len(bare) == count:
+        prefixes = []
     requests = []
     for i in range(count):
         own = words(lognormal(source, input_mean, sigma), "own", round_number, i)

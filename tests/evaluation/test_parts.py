@@ -30,6 +30,12 @@ def test_workloads_are_seeded():
     assert other.requests[0].prompt[64:] != a.requests[0].prompt[64:], "another round, other text"
 
 
+def test_no_prompt_is_computed_that_no_request_begins_with():
+    assert len(make([[64, 1]], without=0.5).prefixes) == 1
+    work = make([[64, 1]], without=1.0)
+    assert work.prefixes == [] and work.longest < 64
+
+
 def test_levels_nest():
     work = make([[32, 1], [16, 2], [8, 4]])
     assert len(work.prefixes) == 4 and all(len(p) == 56 for p in work.prefixes)

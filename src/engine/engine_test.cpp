@@ -448,14 +448,24 @@ TEST_F(EngineTest, ToolsThatTheTemplateCannotShowAreRefused) {
   EXPECT_NO_THROW(engine->render_chat(chat));
 }
 
-TEST(EngineTools, CallsAreReadFromGrowingText) {
+/// An engine whose template shows tools.
+std::unique_ptr<Engine> engine_with_tools() {
   EngineOptions options = small_options();
   options.chat_template_file =
       std::string(RELAY_TEST_TEMPLATES) + "/Qwen-Qwen2.5-7B-Instruct.jinja";
-  const auto engine = Engine::load(options);
+  return Engine::load(options);
+}
+
+ChatRequest weather_chat() {
   ChatRequest chat;
   chat.messages_json = R"([{"role":"user","content":"Weather in Paris?"}])";
   chat.tools_json = kWeather;
+  return chat;
+}
+
+TEST(EngineTools, CallsAreReadFromGrowingText) {
+  const auto engine = engine_with_tools();
+  ChatRequest chat = weather_chat();
   const ChatPrompt prompt = engine->render_chat(chat);
   EXPECT_NE(prompt.text.find("get_weather"), std::string::npos);
   const std::string text =
@@ -532,14 +542,8 @@ void on_small_stack(std::function<void()> work) {
 }
 
 TEST(EngineTools, ArgumentsOfAnyDepthEndNoProcess) {
-  EngineOptions options = small_options();
-  options.chat_template_file =
-      std::string(RELAY_TEST_TEMPLATES) + "/Qwen-Qwen2.5-7B-Instruct.jinja";
-  const auto engine = Engine::load(options);
-  ChatRequest chat;
-  chat.messages_json = R"([{"role":"user","content":"Weather in Paris?"}])";
-  chat.tools_json = kWeather;
-  const ChatPrompt prompt = engine->render_chat(chat);
+  const auto engine = engine_with_tools();
+  const ChatPrompt prompt = engine->render_chat(weather_chat());
   for (const size_t depth : {400, 1'900, 2'000, 60'000, 1'000'000}) {
     std::string text = "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"unit\": ";
     text += std::string(depth, '[');

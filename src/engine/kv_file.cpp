@@ -38,10 +38,6 @@ T get(const std::string& in, size_t at) {
   return value;
 }
 
-std::string digest_of(std::string_view bytes) {
-  return sha256_hex({reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size()});
-}
-
 std::string read_text(const KvFileSource& source, uint64_t offset, size_t count) {
   std::string text(count, '\0');
   require(source.read(offset, {reinterpret_cast<uint8_t*>(text.data()), count}), "is cut short");
@@ -73,7 +69,7 @@ std::string encode_kv_header(const KvFileHeader& header) {
   put(out, header.token_bytes);
   for (const Token token : header.tokens) put(out, token);
   for (const std::string& digest : header.digests) out += digest;
-  out += digest_of(out);
+  out += sha256_hex(out);
   if (out.size() != header.offset_of(0)) throw std::logic_error("kv file: header incomplete");
   return out;
 }
@@ -103,7 +99,7 @@ KvFileHeader read_kv_header(const KvFileSource& source, const KvFileExpected& ex
   require(source.size == header.offset_of(header.pieces()), "is cut short, or too long");
   text += read_text(source, kFixed, head - kFixed);
   const std::string_view all = text;
-  require(digest_of(all.substr(0, head - kDigest)) == all.substr(head - kDigest),
+  require(sha256_hex(all.substr(0, head - kDigest)) == all.substr(head - kDigest),
           "is damaged: its checksum differs");
   at = kFixed;
   for (Token& token : header.tokens) {

@@ -56,10 +56,6 @@ void check(const EngineOptions& o) {
   require(o.threads >= 0, "threads must not be negative.");
 }
 
-std::string digest_of(const std::string& text) {
-  return sha256_hex({reinterpret_cast<const uint8_t*>(text.data()), text.size()});
-}
-
 // Size and samples of a file. To read all of it would take as long as computing the prompts that
 // are kept.
 void append_contents(const std::string& path, std::string& text) {
@@ -353,7 +349,7 @@ std::string LlamaModel::kv_key(int32_t adapter) const {
     text += "adapter\n";
     append_identity(info_.adapters[static_cast<size_t>(adapter) - 1].path, text);
   }
-  return digest_of(text);
+  return sha256_hex(text);
 }
 
 void LlamaModel::identify(const EngineOptions& options) {
@@ -364,11 +360,11 @@ void LlamaModel::identify(const EngineOptions& options) {
     if (!path.empty()) append_contents(path, text);
     text += '\n';
   }
-  info_.identities = {digest_of(text)};
+  info_.identities = {sha256_hex(text)};
   for (const Adapter& adapter : info_.adapters) {
     text = info_.identities.front();
     append_contents(adapter.path, text);
-    info_.identities.push_back(digest_of(text));
+    info_.identities.push_back(sha256_hex(text));
   }
 }
 

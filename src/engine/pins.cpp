@@ -22,19 +22,15 @@ std::string token_bytes(const std::vector<Token>& tokens) {
   return bytes;
 }
 
-std::string sha256_of(const std::string& bytes) {
-  return sha256_hex({reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size()});
-}
-
 }  // namespace
 
 void Pins::pin(const PinRequest& request, uint64_t arrival, PinCallbacks callbacks) {
   const std::string bytes = token_bytes(request.tokens);
-  std::string digest = sha256_of(request.cache_salt + '\0' + bytes);
+  std::string digest = sha256_hex(request.cache_salt + '\0' + bytes);
   if (request.adapter > 0) {
     // By name: its place may be another's after the next start.
     digest =
-        sha256_of(limits_.adapters.at(static_cast<size_t>(request.adapter) - 1) + '/' + digest);
+        sha256_hex(limits_.adapters.at(static_cast<size_t>(request.adapter) - 1) + '/' + digest);
   }
   const std::string id = "cp_" + digest.substr(0, 24);
   if (const auto it = pins_.find(id); it != pins_.end()) {
@@ -68,7 +64,7 @@ void Pins::pin(const PinRequest& request, uint64_t arrival, PinCallbacks callbac
   auto job = std::make_unique<Job>();
   job->request = request;
   job->id = id;
-  job->sha256 = sha256_of(bytes);
+  job->sha256 = sha256_hex(bytes);
   job->callbacks = std::move(callbacks);
   Sequence& s = job->sequence;
   s.arrival = arrival;

@@ -45,8 +45,7 @@ void for_each_node(const PrefixTree::Node* node, const Visit& visit) {
 }  // namespace
 
 Salt SaltTable::intern(const std::string& text, const Salt& within) {
-  const auto entry =
-      entry_of(sha256_hex({reinterpret_cast<const uint8_t*>(text.data()), text.size()}));
+  const auto entry = entry_of(sha256_hex(text));
   // Where it came back from disk by its digest, that was not known. Never in a circle.
   if (within && !is_within(within.get(), entry.get())) entry->within = within;
   return entry;

@@ -172,7 +172,7 @@ fs::path PromptCache::path_of(const std::string& key, const std::string& salt,
                               const std::vector<Token>& tokens) const {
   std::string bytes = salt + '\n';
   bytes.append(reinterpret_cast<const char*>(tokens.data()), tokens.size() * sizeof(Token));
-  const std::string id = sha256_hex({reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size()});
+  const std::string id = sha256_hex(bytes);
   return options_.folder / (name_of(key) + id.substr(0, 32) + kSuffix);
 }
 

@@ -41,10 +41,6 @@ int find_key(const std::vector<std::string>& keys, std::string_view candidate) {
   return found;
 }
 
-std::string digest_of(const std::string& key) {
-  return engine::sha256_hex({reinterpret_cast<const uint8_t*>(key.data()), key.size()});
-}
-
 }  // namespace
 
 bool equal_constant_time(std::string_view candidate, std::string_view secret) {
@@ -83,9 +79,9 @@ Caller KeyRing::identify(std::string_view authorization, std::string_view x_api_
   caller.admin = admin >= 0;
   caller.allowed = open() || admin >= 0 || user >= 0;
   if (admin >= 0) {
-    caller.salt = "admin#" + digest_of(admin_keys_[static_cast<size_t>(admin)]);
+    caller.salt = "admin#" + engine::sha256_hex(admin_keys_[static_cast<size_t>(admin)]);
   } else if (user >= 0) {
-    caller.salt = "key#" + digest_of(api_keys_[static_cast<size_t>(user)]);
+    caller.salt = "key#" + engine::sha256_hex(api_keys_[static_cast<size_t>(user)]);
   }
   return caller;
 }

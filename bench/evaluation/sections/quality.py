@@ -5,8 +5,8 @@ prompts: of relay serve beside llama.cpp's, of vLLM beside vLLM's."""
 import http.client
 import json
 import math
-import threading
 
+import load
 import workload
 from fields import Field
 from programs import MODEL_FIELDS, VLLM_BENCH, Programs, clean_environment, servers_errors
@@ -146,13 +146,7 @@ def answers(problem, programs, binary, model, kv_type, prompt, way) -> list[dict
     with servers_errors(), Server(way, command, clean_environment(**environment), log) as server:
         server.wait_ready(600)
         ask(0)  # so that the prompt is there, and shared from the first step on
-        threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.2)
-                server.check_alive()
+        load.at_once(server, ask, [(i,) for i in range(count)])
     for answer in found:
         if answer is None or "error" in answer:
             raise EvaluationError(f"{way}: a request failed: {answer}")

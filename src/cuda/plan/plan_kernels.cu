@@ -1,13 +1,15 @@
 // Who shares what, found in the block tables: a block id means one content, so requests share a
 // block exactly if they list the same id in the same column.
 //
-//   stamp_owners   every listed block gets the least request that lists it        1 atomic an entry
+//   stamp_owners   every listed block gets an owner among those who list it      1 atomic an entry
 //   find_runs      a request's columns become runs of one owner                   2 reads an entry
 //   plan_work      planner.h                                                      one thread block
 //   list_pieces    where each row's results will lie                    one warp a (row, KV head)
 //
-// Owners carry the number of the step, so that they need no clearing: one 64-bit maximum takes the
-// newest step and in it the least request.
+// The owner is the request that has the most blocks, of several the first: so a request that shares
+// ever more with others, one after the other, has one run with one owner. Owners carry the number
+// of the step, so that they need no clearing: one 64-bit maximum takes the newest step, in it the
+// most blocks, and of these the first request.
 #include <climits>
 
 #include "cuda/launch.h"
@@ -21,7 +23,9 @@ constexpr int kThreads = 256;
 constexpr int kColumnsPerThread = 4;
 constexpr int kColumns = kThreads * kColumnsPerThread;
 constexpr int kMaxStarts = 64;
-constexpr int kMaxTeam = 1024;
+constexpr int kMaxTeam = 512;
+constexpr int kTeamWarps = kMaxTeam / 32;
+constexpr int kMaxArrays = 6;  // scanned at once
 constexpr int kListThreads = 128;
 
 /// Inclusive prefix sums of the lanes' numbers. One warp.
@@ -46,22 +50,42 @@ __device__ Columns sharable_columns(const PlanShape& shape, const RequestShape& 
   return {r.first / shape.block_size, r.length / shape.block_size};
 }
 
+/// A thread's entries of a chunk of a block table; -1 behind its end.
+struct Entries {
+  int32_t ids[kColumnsPerThread];
+
+  __device__ static int32_t column(int32_t chunk, int i) {
+    return chunk + i * kThreads + static_cast<int32_t>(threadIdx.x);
+  }
+  __device__ void read(const int32_t* table, int32_t chunk, int32_t end) {
+#pragma unroll
+    for (int i = 0; i < kColumnsPerThread; ++i) {
+      ids[i] = column(chunk, i) < end ? table[column(chunk, i)] : -1;
+    }
+  }
+};
+
 __global__ void stamp_owners(PlanShape shape, PlanBatch batch, PlanMemory memory, bool check) {
   let_next_start();
   wait_for_previous();
   const int32_t request = blockIdx.y;
+  const int32_t chunk = blockIdx.x * kColumns;
+  const int32_t* table = batch.table + request * batch.table_stride;
+  Entries entries;
+  // Most tables are not longer than this: read before the length is known.
+  const bool ahead = chunk < 2 * kColumns;
+  if (ahead) entries.read(table, chunk, shape.max_blocks);
+  const auto epoch = static_cast<unsigned long long>(*memory.epoch);
   const RequestShape r = request_shape(shape, batch, request);
   const Columns columns = sharable_columns(shape, r);
-  const int32_t listed = ceil_div(r.length, shape.block_size);
-  const int32_t end = check ? listed : columns.end;
-  const unsigned long long stamp =
-      static_cast<unsigned long long>(*memory.epoch) << 32 | (0xffffffffu - request);
-  const int32_t* table = batch.table + request * batch.table_stride;
-  int32_t column = blockIdx.x * kColumns + threadIdx.x;
+  const int32_t end = check ? ceil_div(r.length, shape.block_size) : columns.end;
+  if (!ahead) entries.read(table, chunk, end);
+  const unsigned long long stamp = epoch << 32 | owner_key(columns.end, request);
 #pragma unroll
-  for (int i = 0; i < kColumnsPerThread; ++i, column += kThreads) {
+  for (int i = 0; i < kColumnsPerThread; ++i) {
+    const int32_t column = Entries::column(chunk, i);
     if (column >= end) break;
-    const int32_t id = table[column];
+    const int32_t id = entries.ids[i];
     if (id < 0 || id >= shape.cache_blocks) {
       if (check) {
         atomicOr(&memory.faults[0], kFaultBlockId);
@@ -80,44 +104,46 @@ __global__ void find_runs(PlanShape shape, PlanBatch batch, PlanMemory memory) {
   __shared__ int32_t owners[kMaxStarts + 1];
   let_next_start();
   const int32_t request = blockIdx.x;
-  wait_for_previous();
-  const RequestShape r = request_shape(shape, batch, request);
-  const Columns columns = sharable_columns(shape, r);
   const int32_t* table = batch.table + request * batch.table_stride;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
+  wait_for_previous();
+  // Before the length is known, and so while it is read.
+  Entries entries;
+  entries.read(table, 0, shape.max_blocks);
+  const RequestShape r = request_shape(shape, batch, request);
+  const Columns columns = sharable_columns(shape, r);
+  const int32_t first_chunk = columns.begin / kColumns * kColumns;
+  if (first_chunk > 0) entries.read(table, first_chunk, columns.end);
   int32_t count = 0;
-  for (int32_t chunk = columns.begin; chunk < columns.end; chunk += kColumns) {
-    int32_t ids[kColumnsPerThread];
-#pragma unroll
-    for (int i = 0; i < kColumnsPerThread; ++i) {
-      const int32_t column = chunk + i * kThreads + threadIdx.x;
-      ids[i] = column < columns.end ? table[column] : -1;
-    }
+  for (int32_t chunk = first_chunk; chunk < columns.end; chunk += kColumns) {
     int32_t found[kColumnsPerThread];
 #pragma unroll
     for (int i = 0; i < kColumnsPerThread; ++i) {
-      const bool known = ids[i] >= 0 && ids[i] < shape.cache_blocks;
-      found[i] =
-          known ? static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(memory.owners[ids[i]]))
-                : request;
+      const int32_t column = Entries::column(chunk, i);
+      const int32_t id = entries.ids[i];
+      const bool known =
+          column >= columns.begin && column < columns.end && id >= 0 && id < shape.cache_blocks;
+      found[i] = known ? owner_of_key(static_cast<uint32_t>(memory.owners[id])) : request;
     }
-    if (threadIdx.x == 0) owner_of[0] = chunk == columns.begin ? -1 : owner_of[kColumns];
+    Entries next;
+    next.read(table, chunk + kColumns, columns.end);
+    if (threadIdx.x == 0) owner_of[0] = chunk == first_chunk ? -1 : owner_of[kColumns];
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kColumnsPerThread; ++i) {
-      const int32_t column = chunk + i * kThreads + threadIdx.x;
+      const int32_t column = Entries::column(chunk, i);
       int32_t owner = request;
-      if (column < columns.end && found[i] != request) {
+      if (found[i] != request) {
         // The owner must list the block in this very column: elsewhere it is at another position.
+        const int32_t their_id = batch.table[found[i] * batch.table_stride + column];
         const Columns theirs = sharable_columns(shape, request_shape(shape, batch, found[i]));
-        if (column >= theirs.begin && column < theirs.end &&
-            batch.table[found[i] * batch.table_stride + column] == ids[i]) {
-          owner = found[i];
-        }
+        const bool theirs_too = column >= theirs.begin && column < theirs.end;
+        if (theirs_too && their_id == entries.ids[i]) owner = found[i];
       }
       owner_of[1 + i * kThreads + threadIdx.x] = owner;
     }
+    entries = next;
     __syncthreads();
     // Where the owner changes, in order.
     const int first = threadIdx.x * kColumnsPerThread;
@@ -164,69 +190,119 @@ __global__ void find_runs(PlanShape shape, PlanBatch batch, PlanMemory memory) {
   memory.run_counts[request] = kept;
 }
 
-struct TwoSums {
-  int32_t first;
-  int32_t second;
-};
-
-/// Exclusive prefix sums of p and q (or null) in place, by a whole block. Both go in one number:
-/// sums of p never reach its upper half. Not inlined, as fetching code costs as much as running it.
-__device__ __noinline__ TwoSums block_scan(int32_t* p, int32_t* q, int n, uint64_t* warp_sums) {
-  const auto read = [&](int i) {
-    const uint64_t upper = q != nullptr ? static_cast<uint32_t>(q[i]) : 0;
-    return upper << 32 | static_cast<uint32_t>(p[i]);
-  };
-  const int per = (n + blockDim.x - 1) / blockDim.x;
-  const int begin = min(n, static_cast<int>(threadIdx.x) * per);
-  const int end = min(n, begin + per);
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  uint64_t sum = 0;
-  for (int i = begin; i < end; ++i) sum += read(i);
-  const uint64_t through = scan_warp(sum);
-  if (lane == 31) warp_sums[warp] = through;
-  __syncthreads();
-  const uint64_t warps = scan_warp(lane < static_cast<int>(blockDim.x / 32) ? warp_sums[lane] : 0);
-  const uint64_t before = __shfl_sync(~0u, warps, warp > 0 ? warp - 1 : 0);
-  const uint64_t total = __shfl_sync(~0u, warps, 31);
-  uint64_t at = through - sum + (warp > 0 ? before : 0);
-  for (int i = begin; i < end; ++i) {
-    const uint64_t value = read(i);
-    p[i] = static_cast<int32_t>(static_cast<uint32_t>(at));
-    if (q != nullptr) q[i] = static_cast<int32_t>(at >> 32);
-    at += value;
+/// Exclusive prefix sums of some arrays in place, by a whole block.
+template <int kArrays>
+__device__ __noinline__ void block_scan(int32_t* const (&arrays)[kArrays], int32_t n,
+                                        int32_t (*warp_sums)[kTeamWarps], int32_t* sums) {
+  const int32_t lane = threadIdx.x % 32;
+  const int32_t warp = threadIdx.x / 32;
+  int32_t done[kArrays] = {};
+#pragma unroll 1
+  for (int32_t chunk = 0; chunk < n; chunk += blockDim.x) {
+    const int32_t i = chunk + threadIdx.x;
+    const int32_t warps = ceil_div(min(n - chunk, static_cast<int32_t>(blockDim.x)), 32);
+    int32_t before[kArrays];
+    if (warp < warps) {
+      int32_t through[kArrays];
+#pragma unroll
+      for (int a = 0; a < kArrays; ++a) before[a] = through[a] = i < n ? arrays[a][i] : 0;
+#pragma unroll
+      for (int d = 1; d < 32; d *= 2) {
+#pragma unroll
+        for (int a = 0; a < kArrays; ++a) {
+          const int32_t other = __shfl_up_sync(~0u, through[a], d);
+          through[a] += lane >= d ? other : 0;
+        }
+      }
+#pragma unroll
+      for (int a = 0; a < kArrays; ++a) {
+        if (lane == 31) warp_sums[a][warp] = through[a];
+        before[a] = done[a] + through[a] - before[a];
+      }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int32_t w = 0; w < warps; ++w) {
+#pragma unroll
+      for (int a = 0; a < kArrays; ++a) {
+        const int32_t sum = warp_sums[a][w];
+        before[a] += w < warp ? sum : 0;
+        done[a] += sum;
+      }
+    }
+#pragma unroll
+    for (int a = 0; a < kArrays; ++a) {
+      if (i < n) arrays[a][i] = before[a];
+    }
+    __syncthreads();
   }
-  __syncthreads();
-  return {static_cast<int32_t>(static_cast<uint32_t>(total)), static_cast<int32_t>(total >> 32)};
+#pragma unroll
+  for (int a = 0; a < kArrays; ++a) sums[a] = done[a];
 }
 
 /// The threads of one block.
-struct BlockTeam {
-  uint64_t* warp_sums;  // [32]
+class BlockTeam {
+ public:
+  /// Of shared memory.
+  using WarpSums = int32_t[kMaxArrays][kTeamWarps];
+  __device__ explicit BlockTeam(WarpSums& sums) : warp_sums_(sums) {}
 
   template <typename F>
   __device__ void each(int n, F f) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < n; i += blockDim.x) f(i);
     __syncthreads();
   }
   __device__ bool any(bool b) { return __syncthreads_or(b); }
-  __device__ int32_t scan(int32_t* p, int n) { return block_scan(p, nullptr, n, warp_sums).first; }
-  __device__ TwoSums scan(int32_t* p, int32_t* q, int n) { return block_scan(p, q, n, warp_sums); }
-  __device__ int32_t add(int32_t* p, int32_t v) { return atomicAdd(p, v); }
+  template <int kArrays>
+  __device__ void scan(int32_t* const (&arrays)[kArrays], int32_t n, int32_t* sums) {
+    static_assert(kArrays <= kMaxArrays);
+    block_scan(arrays, n, warp_sums_, sums);
+  }
+  template <int kValues>
+  __device__ void sum(int32_t (&values)[kValues]) {
+    reduce(values, 0, [](int32_t v) { return __reduce_add_sync(~0u, v); });
+  }
+  template <int kValues>
+  __device__ void greatest(int32_t (&values)[kValues]) {
+    reduce(values, INT_MIN, [](int32_t v) { return __reduce_max_sync(~0u, v); });
+  }
+  __device__ void add(int32_t* p, int32_t v) { atomicAdd(p, v); }
   __device__ void min(int32_t* p, int32_t v) { atomicMin(p, v); }
   __device__ void max(int32_t* p, int32_t v) { atomicMax(p, v); }
   __device__ void set_bits(uint32_t* p, uint32_t v) { atomicOr(p, v); }
+
+ private:
+  WarpSums& warp_sums_;
+
+  template <int kValues, typename F>
+  __device__ void reduce(int32_t (&values)[kValues], int32_t none, F of_warp) {
+    static_assert(kValues <= kMaxArrays && kTeamWarps <= 32);
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int a = 0; a < kValues; ++a) {
+      values[a] = of_warp(values[a]);
+      if (lane == 0) warp_sums_[a][threadIdx.x / 32] = values[a];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int a = 0; a < kValues; ++a) {
+      values[a] = of_warp(lane < blockDim.x / 32 ? warp_sums_[a][lane] : none);
+    }
+    __syncthreads();  // the next who needs warp_sums
+  }
 };
 
+/// `kInSharedMemory`: the planner's arrays, which else lie in memory.scratch.
+template <bool kInSharedMemory>
 __global__ void __launch_bounds__(kMaxTeam)
-    plan_work(PlanShape shape, PlanBatch batch, PlanView view, PlanMemory memory, bool sharing,
-              bool in_shared_memory) {
+    plan_work(PlanShape shape, PlanBatch batch, PlanView view, PlanMemory memory, bool sharing) {
   extern __shared__ char shared_scratch[];
-  __shared__ uint64_t warp_sums[32];
+  __shared__ BlockTeam::WarpSums warp_sums;
   let_next_start();
   PlannerScratch scratch;
-  PlannerScratch::lay_out(shape, in_shared_memory ? shared_scratch : memory.scratch, &scratch);
-  BlockTeam team{warp_sums};
+  PlannerScratch::lay_out(shape, kInSharedMemory ? shared_scratch : memory.scratch, &scratch);
+  BlockTeam team(warp_sums);
   wait_for_previous();
   Planner<BlockTeam> planner(team, shape, batch, scratch, view);
   planner.plan(sharing ? memory.run_counts : nullptr, memory.runs);
@@ -271,22 +347,26 @@ __device__ void each_piece(const PlanShape& shape, const PlanView& view, const i
   const int32_t local = row - info.row_begin;
 #pragma unroll 1
   for (int32_t number = 0; number < info.parts; ++number) {
-    // All lanes read the same; the next one's cache line is mostly this one's.
+    // All lanes read the same.
     RequestPart part;
     if (info.rows_per_segment > 0) {
-      const int32_t segment = info.segment + local / info.rows_per_segment;
-      part = part_of(segment, local % info.rows_per_segment, view.segments[segment]);
+      part = {info.segment + local / info.rows_per_segment, local % info.rows_per_segment};
     } else {
       part = view.parts[request * kMaxParts + number];
       part.row += local;
     }
-    if (part.steps == 0) continue;
+    const Segment& segment = view.segments[part.segment];
+    const int32_t steps = segment.steps;
+    const int32_t segment_rows = segment.rows;
+    const int32_t partial_base = segment.partial_base;
+    const int32_t step_base = segment.step_base;
+    if (steps == 0) continue;
     const int32_t first_row = part.row * shape.group;
 #pragma unroll 1
     for (int32_t tile = first_row / shape.tile_rows;
          tile * shape.tile_rows < first_row + shape.group; ++tile) {
-      const int32_t begin = part.step_base + (tile * shape.kv_heads + kv_head) * part.steps;
-      const int32_t end = begin + part.steps;
+      const int32_t begin = step_base + (tile * shape.kv_heads + kv_head) * steps;
+      const int32_t end = begin + steps;
 #pragma unroll 1
       for (int32_t p = portion_of(cuts, portions, begin); p < portions && cuts[p] < end; p += 32) {
         int32_t partial = INT_MIN;
@@ -294,7 +374,7 @@ __device__ void each_piece(const PlanShape& shape, const PlanView& view, const i
           const int32_t from = max(begin, cuts[p + lane]);
           const int32_t to = min(end, cuts[p + lane + 1]);
           if (from < to) {
-            partial = partial_row(shape, part.segment_rows, part.partial_base, kv_head,
+            partial = partial_row(shape, segment_rows, partial_base, kv_head,
                                   tile * shape.tile_rows, p + lane, from == begin, to == end);
           }
         }
@@ -304,22 +384,31 @@ __device__ void each_piece(const PlanShape& shape, const PlanView& view, const i
   }
 }
 
+/// Into the L1 cache.
+__device__ void fetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
+
 /// Lists the pieces of each (query row, head). Once a step and not in each layer, since looking
 /// them up takes longer than adding them.
 __global__ void __launch_bounds__(kListThreads) list_pieces(PlanShape shape, PlanView view) {
   extern __shared__ int32_t cuts[];
   let_next_start();
   wait_for_previous();
-  const int32_t portions = view.header->portions;
-  for (int32_t i = threadIdx.x; i <= portions; i += kListThreads) cuts[i] = view.cuts[i].step;
-  __syncthreads();
   constexpr int32_t kWarps = kListThreads / 32;
   const int32_t lane = threadIdx.x % 32;
+  const int32_t portions = view.header->portions;
   const int32_t chunks = ceil_div(shape.group, 32);  // of a group's heads: one a lane
   const int32_t tasks = view.header->rows * shape.kv_heads * chunks;
+  const int32_t first_task = blockIdx.x * kWarps + threadIdx.x / 32;
+  // What the first one reads comes while the cuts do.
+  if (first_task < tasks) {
+    const int32_t request = view.rows[first_task / chunks / shape.kv_heads].request;
+    fetch(&view.requests[request]);
+    fetch(&view.parts[request * kMaxParts]);
+  }
+  for (int32_t i = threadIdx.x; i <= portions; i += kListThreads) cuts[i] = view.cuts[i].step;
+  __syncthreads();
 #pragma unroll 1
-  for (int32_t task = blockIdx.x * kWarps + threadIdx.x / 32; task < tasks;
-       task += gridDim.x * kWarps) {
+  for (int32_t task = first_task; task < tasks; task += gridDim.x * kWarps) {
     const int32_t chunk = task % chunks;
     const int32_t kv_head = task / chunks % shape.kv_heads;
     const int32_t row = task / chunks / shape.kv_heads;
@@ -394,13 +483,17 @@ cudaError_t launch_plan(const PlanShape& shape, const PlanBatch& batch, const Pl
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  const bool in_shared_memory = bytes <= most - 1024;
-  const int32_t team = batch.requests <= 64 ? 256 : (batch.requests <= 256 ? 512 : kMaxTeam);
-  const auto shared_bytes = static_cast<size_t>(in_shared_memory ? bytes : 0);
-  error = cudaFuncSetAttribute(plan_work, cudaFuncAttributeMaxDynamicSharedMemorySize, most - 1024);
-  if (error != cudaSuccess) return error;
-  error = launch(plan_work, 1, team, shared_bytes, stream, fitted, batch, view, memory, sharing,
-                 in_shared_memory);
+  // Threads that have nothing to do take time as well.
+  const int32_t team = batch.requests <= 256 ? 256 : kMaxTeam;
+  if (bytes <= most - 1024) {
+    error = cudaFuncSetAttribute(plan_work<true>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 most - 1024);
+    if (error != cudaSuccess) return error;
+    error = launch(plan_work<true>, 1, team, static_cast<size_t>(bytes), stream, fitted, batch,
+                   view, memory, sharing);
+  } else {
+    error = launch(plan_work<false>, 1, team, 0, stream, fitted, batch, view, memory, sharing);
+  }
   if (error != cudaSuccess || !any) return error;
   const int64_t warps = int64_t{shape.max_rows} * shape.kv_heads * ceil_div(shape.group, 32);
   const int64_t blocks = warps * 32 / kListThreads + 1;

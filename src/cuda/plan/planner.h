@@ -3,19 +3,21 @@
 //
 // A Team has
 //   each(n, f)   f(0) to f(n - 1) in any order, and a barrier
-//   scan(p, n)   exclusive prefix sums in place, of numbers that are not negative; returns the sum
-//   scan(p, q, n)  the same for two arrays at once; returns both sums
+//   scan(arrays, n, sums)  exclusive prefix sums of several arrays in place, and their sums
 //   any(b)       whether b holds for any thread of the team
-//   min(p, v), max(p, v), add(p, v)  atomic; add returns the old value
+//   sum(values), greatest(values)  of what each thread has, in place, for all of them
+//   min(p, v), max(p, v), add(p, v), set_bits(p, v)  atomic
 //
-// Members of a group are the requests that share a run with its *leader*, the request that owns the
-// blocks. Where the members' runs end in different places, the group is cut there into segments.
-// Everything that a request does not share is a segment of its own.
+// Planning is bound by latency: what counts is how many barriers there are, and how many reads that
+// wait for each other between them.
+//
+// Members of a group are its *leader*, the request that owns the blocks, and the requests that
+// share a run with it. Where the members' runs end in different places, the group is cut there into
+// segments. Everything that a request does not share is a segment of its own.
 #pragma once
 
 #include <algorithm>
 #include <climits>
-#include <initializer_list>
 #include <type_traits>
 
 #include "cuda/plan/plan_data.h"
@@ -43,38 +45,38 @@ inline bool fit_costs(PlanShape& shape) {
   }
 }
 
-/// The planner's memory: arrays by request (R), by run (N), by group segment (G) and by segment
-/// (S).
+/// The planner's memory: arrays by request (R), by group segment (G) and by segment (S).
 struct PlannerScratch {
-  static constexpr int32_t kTotals = 6;
-
   int32_t* rows;          // R
   int32_t* row_begin;     // R
   int32_t* length;        // R, tokens
   int32_t* first;         // R, column
   int32_t* seen_from;     // R, column
-  int32_t* run_base;      // R
   int32_t* run_count;     // R
-  int32_t* members;       // R, members of the group that it leads
   int32_t* shift;         // R, the group's runs begin and end at multiples of 2^shift blocks
   int32_t* cursor;        // R
   int32_t* next;          // R
   int32_t* bounds_count;  // R
-  int32_t* own_count;     // R, segments of its own, of one that may share
-  int32_t* tile_count;    // R, and of one that fills tiles
+  int32_t* wide_base;     // R, segments of several row tiles that it leads; from the scan on, of
+  int32_t* narrow_base;   // R    the requests before it, as are the next; other segments it leads
+  int32_t* tile_base;     // R, segments of its own, of one that fills tiles
+  int32_t* own_base;      // R, and of one that may share
+  int32_t* partial_base;  // R, rows with partial results, of whole jobs
+  int32_t* index_base;    // R, rows that stand in row_index
   int32_t* bounds;        // R x (kMaxGroupSegments + 1)
-  Run* runs;              // N
-  Run* raster;            // N, the same in their groups' rasters
-  int32_t* covered;       // G, rows of members
-  int32_t* group_id;      // G, number of the segment
+  Run* runs;              // R x kMaxRuns
+  int32_t* covered;       // G, rows of all members; 0: it is nobody's. In the end: first workers
+  int32_t* ordinal;       // G, number among the leader's segments that are as wide
   int32_t* visible_from;  // G
   int32_t* visible_to;    // G
   int32_t* group_seen;    // G, first column that any member sees
-  int32_t* rows_end;      // G, after the last row of any member
-  int32_t* before;        // N x kMaxGroupSegments, rows in the group segments before the run's
+  int32_t* rows_begin;    // G, first row of any member
+  int32_t* rows_end;      // G, after the last
+  int32_t* before;        // R x (kMaxRuns + 1) x kMaxGroupSegments, rows of the members before it,
+                          //   in the segments of its runs and in those that it leads
   int32_t* sums;          // S
   int32_t* costs;         // S
-  int32_t* totals;        // kTotals
+  int32_t* faults;        // 2: PlanFault, and the first request that has one
 
   RELAY_HD static int64_t max_segments(const PlanShape& shape) {
     const int64_t tiles = ceil_div(shape.max_rows, rows_per_tile(shape)) + shape.max_requests;
@@ -85,6 +87,7 @@ struct PlannerScratch {
   RELAY_HD static int64_t lay_out(const PlanShape& shape, char* base, PlannerScratch* s) {
     const int64_t r = shape.max_requests;
     int64_t used = 0;
+    // Each by name: where their addresses stood in a list, kernels would keep them in memory.
     const auto take = [&](auto*& p, int64_t count) {
       using T = std::remove_reference_t<decltype(*p)>;
       if (base != nullptr) p = reinterpret_cast<T*>(base + used);
@@ -92,22 +95,35 @@ struct PlannerScratch {
     };
     PlannerScratch ignored{};
     PlannerScratch& to = s != nullptr ? *s : ignored;
-    for (int32_t** p : {&to.rows, &to.row_begin, &to.length, &to.first, &to.seen_from, &to.run_base,
-                        &to.run_count, &to.members, &to.shift, &to.cursor, &to.next,
-                        &to.bounds_count, &to.own_count, &to.tile_count}) {
-      take(*p, r);
-    }
+    take(to.rows, r);
+    take(to.row_begin, r);
+    take(to.length, r);
+    take(to.first, r);
+    take(to.seen_from, r);
+    take(to.run_count, r);
+    take(to.shift, r);
+    take(to.cursor, r);
+    take(to.next, r);
+    take(to.bounds_count, r);
+    take(to.wide_base, r);
+    take(to.narrow_base, r);
+    take(to.tile_base, r);
+    take(to.own_base, r);
+    take(to.partial_base, r);
+    take(to.index_base, r);
     take(to.bounds, r * (kMaxGroupSegments + 1));
     take(to.runs, r * kMaxRuns);
-    take(to.raster, r * kMaxRuns);
-    for (int32_t** p : {&to.covered, &to.group_id, &to.visible_from, &to.visible_to, &to.group_seen,
-                        &to.rows_end}) {
-      take(*p, r * kMaxGroupSegments);
-    }
-    take(to.before, r * kMaxRuns * kMaxGroupSegments);
+    take(to.covered, r * kMaxGroupSegments);
+    take(to.ordinal, r * kMaxGroupSegments);
+    take(to.visible_from, r * kMaxGroupSegments);
+    take(to.visible_to, r * kMaxGroupSegments);
+    take(to.group_seen, r * kMaxGroupSegments);
+    take(to.rows_begin, r * kMaxGroupSegments);
+    take(to.rows_end, r * kMaxGroupSegments);
+    take(to.before, r * (kMaxRuns + 1) * kMaxGroupSegments);
     take(to.sums, max_segments(shape));
     take(to.costs, max_segments(shape));
-    take(to.totals, kTotals);
+    take(to.faults, 2);
     return used;
   }
 };
@@ -117,31 +133,27 @@ class Planner {
  public:
   RELAY_HD Planner(Team& team, const PlanShape& shape, const PlanBatch& batch,
                    const PlannerScratch& scratch, const PlanView& out)
-      : team_(team), shape_(shape), batch_(batch), s_(scratch), out_(out) {}
+      : team_(team),
+        shape_(shape),
+        batch_(batch),
+        s_(scratch),
+        out_(out),
+        slots_log2_(log2_of(shape.tile_slots)),
+        rows_log2_(log2_of(shape.tile_rows)),
+        rows_per_tile_(rows_per_tile(shape)) {}
 
   /// `run_counts` [requests] and `runs` [requests][kMaxRuns], or null: nothing is shared.
   RELAY_HD void plan(const int32_t* run_counts, const Run* runs) {
     take_requests(run_counts, runs);
-    int32_t least_shift = 0;
-    for (;;) {
-      find_bounds(least_shift);
+    for (int32_t least_shift = 0;; ++least_shift) {
+      if (sharing_) find_bounds(least_shift);
       number_segments();
-      write_segments();
-      if (partial_rows_ <= shape_.partial_capacity || run_total_ == 0) break;
+      if (partial_rows_ <= shape_.partial_capacity || !sharing_) break;
       // More partial results than there is room for: share in coarser pieces, at last not at all.
-      least_shift += 1;
-      if (least_shift > 24) run_total_ = 0;
+      sharing_ = least_shift < 24;
     }
+    write_segments();
     cut();
-    write_rows();
-    team_.each(batch_.requests, [&](int i) {
-      const RequestInfo info = out_.requests[i];
-      if (info.rows_per_segment > 0) return;
-      for (int p = 0; p < info.parts; ++p) {
-        RequestPart& part = out_.parts[i * kMaxParts + p];
-        part = part_of(part.segment, part.row, out_.segments[part.segment]);
-      }
-    });
   }
 
  private:
@@ -152,50 +164,70 @@ class Planner {
 
   RELAY_HD void take_requests(const int32_t* run_counts, const Run* runs) {
     const int32_t n = batch_.requests;
-    team_.each(1, [&](int) { *out_.header = PlanHeader{}; });
+    uint32_t faults = 0;
+    bool shares = false;
     team_.each(n, [&](int i) {
+      // Read before it is known whether they count, as each read would wait for the one before.
+      int32_t count = run_counts != nullptr ? run_counts[i] : 0;
+      const Run first = run_counts != nullptr ? runs[i * kMaxRuns] : Run{};
       const RequestShape r = request_shape(shape_, batch_, i);
       s_.rows[i] = r.rows;
       s_.row_begin[i] = r.row_begin;
       s_.length[i] = r.length;
       s_.first[i] = r.first;
       s_.seen_from[i] = r.seen_from;
-      const int32_t count = run_counts != nullptr && sharable(shape_, r.rows) ? run_counts[i] : 0;
+      if (!sharable(shape_, r.rows)) count = 0;
+      if (count > 0) s_.runs[i * kMaxRuns] = first;
+      RELAY_NO_UNROLL
+      for (int k = 1; k < count; ++k) s_.runs[i * kMaxRuns + k] = runs[i * kMaxRuns + k];
       s_.run_count[i] = count;
-      s_.run_base[i] = count;
-      s_.members[i] = 0;
-      if (r.faults != 0) fault(i, r.faults);
-      team_.max(&out_.header->rows, r.row_begin + r.rows);
+      shares = shares || count > 0;
+      faults |= r.faults;
     });
+    sharing_ = run_counts != nullptr && team_.any(shares);
+    if (team_.any(faults != 0)) note_faults();
+    rows_ = n > 0 ? s_.row_begin[n - 1] + s_.rows[n - 1] : 0;
+  }
+
+  RELAY_HD void note_faults() {
+    const int32_t n = batch_.requests;
+    team_.each(1, [&](int) {
+      s_.faults[kWhich] = 0;
+      s_.faults[kFirstRequest] = INT_MAX;
+    });
+    team_.each(n, [&](int i) {
+      const uint32_t faults = request_shape(shape_, batch_, i).faults;
+      if (faults == 0) return;
+      team_.min(&s_.faults[kFirstRequest], i);
+      team_.set_bits(reinterpret_cast<uint32_t*>(&s_.faults[kWhich]), faults);
+    });
+    faults_ = static_cast<uint32_t>(s_.faults[kWhich]);
+    fault_request_ = s_.faults[kFirstRequest];
     // Where the starts are wrong, requests may claim each other's rows: then there is nothing to
     // do.
-    if (n > 0 && (out_.header->faults & kFaultStarts) != 0) {
-      team_.each(n, [&](int i) {
-        s_.rows[i] = s_.row_begin[i] = s_.length[i] = 0;
-        s_.first[i] = s_.seen_from[i] = 0;
-        s_.run_count[i] = s_.run_base[i] = 0;
-      });
-      team_.each(1, [&](int) { out_.header->rows = 0; });
-    }
-    run_total_ = team_.scan(s_.run_base, n);
+    if ((faults_ & kFaultStarts) == 0) return;
+    sharing_ = false;
     team_.each(n, [&](int i) {
-      for (int k = 0; k < s_.run_count[i]; ++k) {
-        const Run run = runs[i * kMaxRuns + k];
-        s_.runs[s_.run_base[i] + k] = run;
-        team_.add(&s_.members[run.owner], 1);
-      }
+      s_.rows[i] = s_.row_begin[i] = s_.length[i] = s_.first[i] = s_.seen_from[i] = 0;
+      s_.run_count[i] = 0;
     });
   }
 
-  RELAY_HD void fault(int32_t request, uint32_t kind) {
-    team_.min(&out_.header->fault_request, request);
-    team_.set_bits(&out_.header->faults, kind);
-  }
-
-  /// A run within its group's raster.
-  RELAY_HD Interval rastered(const Run& run) const {
+  /// Run k of request i within its group's raster.
+  RELAY_HD Run run_of(int32_t i, int32_t k) const {
+    Run run = s_.runs[i * kMaxRuns + k];
     const int32_t shift = s_.shift[run.owner];
-    return {((run.begin + (1 << shift) - 1) >> shift) << shift, (run.end >> shift) << shift};
+    run.begin = ((run.begin + (1 << shift) - 1) >> shift) << shift;
+    run.end = (run.end >> shift) << shift;
+    return run;
+  }
+  /// Calls f(run) for the runs of all requests.
+  template <typename F>
+  RELAY_HD void each_run(F f) {
+    team_.each(batch_.requests, [&](int i) {
+      RELAY_NO_UNROLL
+      for (int k = 0; k < s_.run_count[i]; ++k) f(run_of(i, k));
+    });
   }
 
   /// Where the groups' segments begin and end: the distinct ends of their members' runs, in order.
@@ -205,26 +237,23 @@ class Planner {
     team_.each(n, [&](int i) {
       s_.shift[i] = least_shift;
       s_.bounds_count[i] = 0;
-      s_.cursor[i] = run_total_ > 0 && s_.members[i] > 0 ? -1 : INT_MAX;
+      s_.cursor[i] = -1;
       s_.next[i] = INT_MAX;
     });
-    if (run_total_ == 0) return;
     for (bool more = true; more;) {
-      team_.each(run_total_, [&](int k) {
-        const Run run = s_.runs[k];
+      each_run([&](const Run& run) {
         const int32_t cursor = s_.cursor[run.owner];
-        const Interval in = rastered(run);
-        if (in.begin >= in.end || in.end <= cursor) return;
-        team_.min(&s_.next[run.owner], in.begin > cursor ? in.begin : in.end);
+        if (run.begin >= run.end || run.end <= cursor) return;
+        team_.min(&s_.next[run.owner], run.begin > cursor ? run.begin : run.end);
       });
       bool here = false;
       team_.each(n, [&](int i) {
         const int32_t next = s_.next[i];
-        s_.next[i] = INT_MAX;
         if (next == INT_MAX) {
           s_.cursor[i] = INT_MAX;
           return;
         }
+        s_.next[i] = INT_MAX;
         here = true;
         int32_t& count = s_.bounds_count[i];
         const bool narrow = count > 0 && next - s_.cursor[i] < shape_.min_shared_blocks &&
@@ -241,21 +270,34 @@ class Planner {
       });
       more = team_.any(here);
     }
-    team_.each(run_total_, [&](int k) {
-      const Interval in = rastered(s_.runs[k]);
-      s_.raster[k] = {in.begin, in.end, s_.runs[k].owner, s_.runs[k].request};
-    });
   }
 
-  RELAY_HD bool is_wide(int32_t g) const {
-    return (s_.rows[g / kMaxGroupSegments] + s_.covered[g]) * shape_.group > shape_.tile_rows;
+  RELAY_HD bool is_wide(int32_t g) const { return s_.covered[g] * shape_.group > shape_.tile_rows; }
+  /// The members' rows are neighbours.
+  RELAY_HD bool in_one_piece(int32_t g) const {
+    return s_.rows_end[g] - s_.rows_begin[g] == s_.covered[g];
   }
   RELAY_HD const int32_t* bounds_of(int32_t leader) const {
     return s_.bounds + leader * (kMaxGroupSegments + 1);
   }
   /// Segments between the bounds of a group; some may have no member.
   RELAY_HD int32_t group_segments(int32_t leader) const {
-    return s_.bounds_count[leader] > 0 ? s_.bounds_count[leader] - 1 : 0;
+    const int32_t bounds = sharing_ ? s_.bounds_count[leader] : 0;
+    return bounds > 0 ? bounds - 1 : 0;
+  }
+  RELAY_HD int32_t segment_of(int32_t g) const {
+    const int32_t leader = g / kMaxGroupSegments;
+    return s_.ordinal[g] + (is_wide(g) ? s_.wide_base[leader] : wide_ + s_.narrow_base[leader]);
+  }
+
+  /// Calls f(g) for the group segments that request i leads and that have other members.
+  template <typename F>
+  RELAY_HD void led_segments(int32_t i, F f) const {
+    RELAY_NO_UNROLL
+    for (int k = 0; k < group_segments(i); ++k) {
+      const int32_t g = i * kMaxGroupSegments + k;
+      if (s_.covered[g] > 0) f(g);
+    }
   }
 
   /// Calls f(k) for the segments of its group that a run covers.
@@ -263,6 +305,7 @@ class Planner {
   RELAY_HD void covered_segments(const Run& run, F f) const {
     if (run.begin >= run.end) return;
     const int32_t* bounds = bounds_of(run.owner);
+    RELAY_NO_UNROLL
     for (int k = 0; k < group_segments(run.owner); ++k) {
       if (run.begin <= bounds[k] && run.end >= bounds[k + 1]) f(k);
     }
@@ -276,229 +319,301 @@ class Planner {
     return in;
   }
 
-  RELAY_HD void number_segments() {
-    const int32_t n = batch_.requests;
-    const int32_t groups = run_total_ > 0 ? n * kMaxGroupSegments : 0;
-    team_.each(groups, [&](int g) {
-      const int32_t leader = g / kMaxGroupSegments;
-      const Interval in = visible(leader);
-      s_.covered[g] = 0;
-      s_.visible_from[g] = in.begin;
-      s_.visible_to[g] = in.end;
-      s_.group_seen[g] = s_.seen_from[leader];
-      s_.rows_end[g] = 0;
+  /// What the members of group segments have in common.
+  RELAY_HD void gather_members() {
+    team_.each(batch_.requests, [&](int i) {
+      const Interval in = visible(i);
+      RELAY_NO_UNROLL
+      for (int k = 0; k < group_segments(i); ++k) {
+        const int32_t g = i * kMaxGroupSegments + k;
+        s_.covered[g] = 0;
+        s_.visible_from[g] = in.begin;
+        s_.visible_to[g] = in.end;
+        s_.group_seen[g] = s_.seen_from[i];
+        s_.rows_begin[g] = s_.row_begin[i];
+        s_.rows_end[g] = s_.row_begin[i] + s_.rows[i];
+      }
     });
-    if (groups > 0) {
-      team_.each(run_total_, [&](int r) {
-        const Run run = s_.raster[r];
-        const Interval in = visible(run.request);
-        covered_segments(run, [&](int k) {
-          const int32_t g = run.owner * kMaxGroupSegments + k;
-          team_.add(&s_.covered[g], s_.rows[run.request]);
+    each_run([&](const Run& run) {
+      const Interval in = visible(run.request);
+      covered_segments(run, [&](int k) {
+        const int32_t g = run.owner * kMaxGroupSegments + k;
+        team_.add(&s_.covered[g], s_.rows[run.request]);
+        team_.min(&s_.visible_to[g], in.end);
+        if (shape_.window > 0) {
           team_.max(&s_.visible_from[g], in.begin);
-          team_.min(&s_.visible_to[g], in.end);
           team_.min(&s_.group_seen[g], s_.seen_from[run.request]);
-          team_.max(&s_.rows_end[g], s_.row_begin[run.request] + s_.rows[run.request]);
-        });
+        }
+        team_.min(&s_.rows_begin[g], s_.row_begin[run.request]);
+        team_.max(&s_.rows_end[g], s_.row_begin[run.request] + s_.rows[run.request]);
       });
-    }
-    // Those of several row tiles come first: cut() gives them workers of their own.
-    wide_ = shared_ = 0;
-    if (groups > 0) {
-      team_.each(groups, [&](int g) {
-        s_.sums[g] = s_.covered[g] > 0 && is_wide(g) ? 1 : 0;
-        s_.group_id[g] = s_.covered[g] > 0 && !is_wide(g) ? 1 : 0;
+    });
+  }
+
+  RELAY_HD void number_segments() {
+    if (sharing_) gather_members();
+    team_.each(batch_.requests, [&](int i) {
+      const int32_t rows = s_.rows[i];
+      int32_t wide = 0;
+      int32_t narrow = 0;
+      int32_t partial = 0;
+      int32_t index = 0;
+      led_segments(i, [&](int32_t g) {
+        s_.covered[g] += rows;
+        s_.ordinal[g] = is_wide(g) ? wide++ : narrow++;
+        partial += s_.covered[g];
+        if (!in_one_piece(g)) index += s_.covered[g];
       });
-      const auto counts = team_.scan(s_.sums, s_.group_id, groups);
-      wide_ = counts.first;
-      shared_ = wide_ + counts.second;
-      team_.each(groups,
-                 [&](int g) { s_.group_id[g] = is_wide(g) ? s_.sums[g] : wide_ + s_.group_id[g]; });
-    }
-    team_.each(n, [&](int i) {
       int32_t own = 0;
       int32_t tiles = 0;
-      if (s_.rows[i] > 0) {
-        if (sharable(shape_, s_.rows[i])) {
-          walk(i, [&](int32_t, int32_t) { ++own; }, [](int32_t, int32_t) {});
-        } else {
-          tiles = ceil_div(s_.rows[i], rows_per_tile(shape_));
-        }
+      if (rows > 0 && sharable(shape_, rows)) {
+        int32_t parts = 0;
+        walk(i, [&](int32_t, int32_t) { ++own, ++parts; }, [&](int32_t, int32_t) { ++parts; });
+        // The results of one that has a single part go straight out.
+        if (parts > 1) partial += own * rows;
+      } else {
+        tiles = quotient(rows + rows_per_tile_ - 1, rows_per_tile_);
       }
-      s_.own_count[i] = own;
-      s_.tile_count[i] = tiles;
+      s_.wide_base[i] = wide;
+      s_.narrow_base[i] = narrow;
+      s_.tile_base[i] = tiles;
+      s_.own_base[i] = own;
+      s_.partial_base[i] = partial;
+      s_.index_base[i] = index;
     });
-    const auto own = team_.scan(s_.tile_count, s_.own_count, n);
-    light_ = shared_ + own.first;
-    segments_ = light_ + own.second;
+    int32_t sums[6];
+    team_.scan(
+        {s_.wide_base, s_.narrow_base, s_.tile_base, s_.own_base, s_.partial_base, s_.index_base},
+        batch_.requests, sums);
+    // Those of several row tiles come first: cut() gives them workers of their own.
+    wide_ = sums[0];
+    shared_ = wide_ + sums[1];
+    light_ = shared_ + sums[2];
+    segments_ = light_ + sums[3];
+    // In head groups, as rows x heads may be many.
+    const int64_t partial_rows = int64_t{sums[4]} * shape_.q_heads;
+    partial_rows_ = partial_rows > INT_MAX ? INT_MAX : static_cast<int32_t>(partial_rows);
+    indexed_ = sums[5] > 0;
   }
 
   /// In the order of columns: own(begin, end) for what request i reads alone, shared(group segment,
-  /// run or -1 for the leader) for the rest.
+  /// number of the run, kMaxRuns where it leads) for the rest.
   template <typename Own, typename Shared>
   RELAY_HD void walk(int32_t i, Own own, Shared shared) const {
     int32_t at = s_.first[i];
     int32_t run = 0;
     int32_t led = 0;
-    const int32_t runs = run_total_ > 0 ? s_.run_count[i] : 0;
-    const int32_t leads = run_total_ > 0 ? group_segments(i) : 0;
-    for (;;) {
-      Interval in{0, 0};
-      while (run < runs) {
-        in = {s_.raster[s_.run_base[i] + run].begin, s_.raster[s_.run_base[i] + run].end};
-        if (in.begin < in.end) break;
+    const int32_t runs = sharing_ ? s_.run_count[i] : 0;
+    const int32_t leads = group_segments(i);
+    while (run < runs || led < leads) {
+      const Run in = run < runs ? run_of(i, run) : Run{};
+      if (run < runs && in.begin >= in.end) {
         ++run;
+        continue;
       }
-      while (led < leads && s_.covered[i * kMaxGroupSegments + led] == 0) ++led;
-      const bool take_run = run < runs && (led == leads || in.begin < bounds_of(i)[led]);
-      if (run == runs && led == leads) break;
-      if (!take_run) in = {bounds_of(i)[led], bounds_of(i)[led + 1]};
-      const int32_t begin = in.begin * shape_.block_size;
+      if (led < leads && s_.covered[i * kMaxGroupSegments + led] == 0) {
+        ++led;
+        continue;
+      }
+      const bool takes_run = run < runs && (led == leads || in.begin < bounds_of(i)[led]);
+      const int32_t begin = (takes_run ? in.begin : bounds_of(i)[led]) * shape_.block_size;
       if (begin > at) own(at, begin);
-      at = in.end * shape_.block_size;
-      if (take_run) {
-        const int32_t number = s_.run_base[i] + run;
-        const int32_t owner = s_.raster[number].owner;
-        covered_segments(s_.raster[number],
-                         [&](int k) { shared(owner * kMaxGroupSegments + k, number); });
+      at = (takes_run ? in.end : bounds_of(i)[led + 1]) * shape_.block_size;
+      if (takes_run) {
+        covered_segments(in, [&](int k) { shared(in.owner * kMaxGroupSegments + k, run); });
         ++run;
       } else {
-        shared(i * kMaxGroupSegments + led, -1);
+        shared(i * kMaxGroupSegments + led, kMaxRuns);
         ++led;
       }
     }
     if (at < s_.length[i]) own(at, s_.length[i]);
   }
 
-  /// Rows of a group segment that come before those of a run: the leader's, then the members' in
-  /// the order of requests. Several threads count for each run.
+  RELAY_HD int32_t& before(int32_t i, int32_t run, int32_t g) const {
+    return s_.before[(i * (kMaxRuns + 1) + run) * kMaxGroupSegments + g % kMaxGroupSegments];
+  }
+  /// Rows of a group segment that come before those of its member i, by whichever run (walk()):
+  /// members stand in the order of requests.
+  RELAY_HD int32_t rows_before(int32_t i, int32_t run, int32_t g) const {
+    return in_one_piece(g) ? s_.row_begin[i] - s_.rows_begin[g] : before(i, run, g);
+  }
+
+  /// Counts them where they are no neighbours. Several threads for each member.
   RELAY_HD void count_rows_before() {
     constexpr int kShares = 4;
-    team_.each(run_total_ * kMaxGroupSegments,
-               [&](int i) { s_.before[i] = s_.rows[s_.raster[i / kMaxGroupSegments].owner]; });
-    team_.each(run_total_ * kShares, [&](int i) {
-      const int32_t number = i / kShares;
-      const Run run = s_.raster[number];
-      const int32_t* bounds = bounds_of(run.owner);
-      covered_segments(run, [&](int k) {
+    const int32_t n = batch_.requests;
+    const auto each_membership = [&](int32_t i, auto f) {
+      RELAY_NO_UNROLL
+      for (int k = 0; k < s_.run_count[i]; ++k) {
+        const Run run = run_of(i, k);
+        covered_segments(run, [&](int s) { f(k, run.owner * kMaxGroupSegments + s); });
+      }
+      led_segments(i, [&](int32_t g) { f(kMaxRuns, g); });
+    };
+    team_.each(n, [&](int i) {
+      each_membership(i, [&](int run, int32_t g) {
+        const int32_t leader = g / kMaxGroupSegments;
+        before(i, run, g) = leader < i ? s_.rows[leader] : 0;
+      });
+    });
+    team_.each(n * kShares, [&](int share) {
+      const int32_t i = share / kShares;
+      each_membership(i, [&](int run, int32_t g) {
+        if (in_one_piece(g)) return;
+        const int32_t leader = g / kMaxGroupSegments;
+        const int32_t* bounds = bounds_of(leader) + g % kMaxGroupSegments;
         int32_t rows = 0;
-        for (int32_t r = i % kShares; r < number; r += kShares) {
-          const Run other = s_.raster[r];
-          const bool counts =
-              other.owner == run.owner && other.begin <= bounds[k] && other.end >= bounds[k + 1];
-          rows += counts ? s_.rows[other.request] : 0;
+        RELAY_NO_UNROLL
+        for (int32_t j = share % kShares; j < i; j += kShares) {
+          RELAY_NO_UNROLL
+          for (int k = 0; k < s_.run_count[j]; ++k) {
+            const Run other = run_of(j, k);
+            const bool counts =
+                other.owner == leader && other.begin <= bounds[0] && other.end >= bounds[1];
+            rows += counts ? s_.rows[j] : 0;
+          }
         }
-        if (rows > 0) team_.add(&s_.before[number * kMaxGroupSegments + k], rows);
+        if (rows > 0) team_.add(&before(i, run, g), rows);
       });
     });
   }
-  RELAY_HD int32_t rows_before(int32_t g, int32_t run) const {
-    return run < 0 ? 0 : s_.before[run * kMaxGroupSegments + g % kMaxGroupSegments];
-  }
 
-  RELAY_HD void put_segment(int32_t id, const Segment& segment) {
-    out_.segments[id] = segment;
-    s_.sums[id] = segment.first_row < 0 ? segment.rows : 0;
-    s_.costs[id] = segment.partial_base < 0 ? 0 : segment.rows;
+  /// Completes a segment and writes it.
+  RELAY_HD void put_segment(int32_t id, Segment& segment) {
+    segment.steps = (segment.slots + shape_.tile_slots - 1) >> slots_log2_;
+    segment.row_tiles = (segment.rows * shape_.group + shape_.tile_rows - 1) >> rows_log2_;
+    store(&out_.segments[id], segment);
+    add_load(segment);
   }
 
   RELAY_HD void write_segments() {
-    if (run_total_ > 0) count_rows_before();
+    if (indexed_) count_rows_before();
     const int32_t n = batch_.requests;
-    const int32_t groups = run_total_ > 0 ? n * kMaxGroupSegments : 0;
-    team_.each(groups, [&](int g) {
-      if (s_.covered[g] == 0) return;
-      const int32_t leader = g / kMaxGroupSegments;
-      const int32_t* bounds = bounds_of(leader) + g % kMaxGroupSegments;
-      Segment segment{};
-      segment.request = leader;
-      segment.first = bounds[0] * shape_.block_size;
-      segment.slots = (bounds[1] - bounds[0]) * shape_.block_size;
-      segment.rows = s_.rows[leader] + s_.covered[g];
-      segment.visible_from = s_.visible_from[g];
-      segment.visible_to = s_.visible_to[g];
-      segment.seen_from = s_.group_seen[g];
-      segment.shared = 1;
-      // Members stand in the order of requests, as rows do.
-      segment.first_row =
-          s_.rows_end[g] - s_.row_begin[leader] == segment.rows ? s_.row_begin[leader] : -1;
-      put_segment(s_.group_id[g], segment);
-    });
     team_.each(n, [&](int i) {
       const int32_t rows = s_.rows[i];
-      const bool light = sharable(shape_, rows);
-      const int32_t base = light ? light_ + s_.own_count[i] : shared_ + s_.tile_count[i];
-      if (rows == 0) {
-        out_.requests[i] = {0, 0, 0, s_.row_begin[i]};
+      if (rows == 0 || !sharable(shape_, rows)) {
+        store(&out_.requests[i],
+              {rows > 0 ? 1 : 0, shared_ + s_.tile_base[i], rows_per_tile_, s_.row_begin[i]});
         return;
       }
+      const Interval in = visible(i);
+      int32_t partial = s_.partial_base[i];
+      int32_t index = s_.index_base[i];
       Segment segment{};
       segment.request = i;
-      if (!light) {
-        const int32_t step = rows_per_tile(shape_);
-        out_.requests[i] = {1, base, step, s_.row_begin[i]};
-        for (int32_t t = 0; t * step < rows; ++t) {
-          const int32_t row = t * step;
-          segment.rows = rows - row < step ? rows - row : step;
-          segment.first_row = s_.row_begin[i] + row;
-          segment.partial_base = -1;
-          const int32_t position = s_.length[i] - rows + row;
-          const int32_t last = position + segment.rows - 1;
-          const int32_t end = shape_.causal ? last + 1 : s_.length[i];
-          const int32_t lo = shape_.window > 0 ? position - shape_.window + 1 : 0;
-          segment.first = lo > 0 ? lo / shape_.block_size * shape_.block_size : 0;
-          segment.seen_from = lo > 0 ? lo : 0;
-          segment.slots = end > segment.first ? end - segment.first : 0;
-          segment.visible_from = shape_.window > 0 ? last - shape_.window + 1 : 0;
-          segment.visible_to = shape_.causal ? position + 1 : end;
-          put_segment(base + t, segment);
-        }
-        return;
-      }
+      segment.shared = 1;
+      led_segments(i, [&](int32_t g) {
+        const int32_t* bounds = bounds_of(i) + g % kMaxGroupSegments;
+        segment.first = bounds[0] * shape_.block_size;
+        segment.slots = (bounds[1] - bounds[0]) * shape_.block_size;
+        segment.rows = s_.covered[g];
+        segment.visible_from = s_.visible_from[g];
+        segment.visible_to = s_.visible_to[g];
+        segment.seen_from = s_.group_seen[g];
+        segment.first_row = in_one_piece(g) ? s_.rows_begin[g] : -1;
+        segment.row_begin = index;
+        segment.partial_base = partial * shape_.q_heads;
+        put_segment(segment_of(g), segment);
+        partial += segment.rows;
+        if (segment.first_row < 0) index += segment.rows;
+      });
+      segment.shared = 0;
+      segment.rows = rows;
+      segment.visible_from = in.begin;
+      segment.visible_to = in.end;
+      segment.seen_from = s_.seen_from[i];
       segment.first_row = s_.row_begin[i];
+      segment.row_begin = 0;
+      int32_t own = light_ + s_.own_base[i];
       int32_t parts = 0;
-      int32_t own = 0;
-      const Interval in = visible(i);
+      const auto add_part = [&](int32_t id, int32_t row) {
+        out_.parts[i * kMaxParts + parts++] = {id, row};
+      };
       walk(
           i,
           [&](int32_t begin, int32_t end) {
             segment.first = begin;
             segment.slots = end - begin;
-            segment.rows = rows;
-            segment.visible_from = in.begin;
-            segment.visible_to = in.end;
-            segment.seen_from = s_.seen_from[i];
-            out_.parts[i * kMaxParts + parts++] = {base + own, 0, 0, 0, 0, 0};
-            put_segment(base + own++, segment);
+            const bool only = parts == 0 && end == s_.length[i];
+            segment.partial_base = only ? -1 : partial * shape_.q_heads;
+            if (!only) partial += rows;
+            put_segment(own, segment);
+            add_part(own++, 0);
           },
-          [&](int32_t g, int32_t run) {
-            out_.parts[i * kMaxParts + parts++] = {s_.group_id[g], rows_before(g, run), 0, 0, 0, 0};
-          });
-      if (parts == 1 && own == 1) {
-        out_.segments[base].partial_base = -1;
-        s_.costs[base] = 0;
+          [&](int32_t g, int32_t run) { add_part(segment_of(g), rows_before(i, run, g)); });
+      store(&out_.requests[i], {parts, 0, 0, s_.row_begin[i]});
+      if (light_ == shared_) {
+        RELAY_NO_UNROLL
+        for (int32_t r = 0; r < rows; ++r) write_row(i, r);
       }
-      out_.requests[i] = {parts, 0, 0, s_.row_begin[i]};
     });
-    // Where the rows of shared segments stand in row_index, and the partial results of rows that
-    // have more than one part; the latter in head groups, as rows x heads may be many.
-    const int32_t partial = team_.scan(s_.sums, s_.costs, segments_).second;
-    const int64_t partial_rows = int64_t{partial} * shape_.q_heads;
-    partial_rows_ = partial_rows > INT_MAX ? INT_MAX : static_cast<int32_t>(partial_rows);
-    team_.each(segments_, [&](int k) {
-      Segment& segment = out_.segments[k];
-      segment.row_begin = s_.sums[k];
-      if (segment.partial_base >= 0) segment.partial_base = s_.costs[k] * shape_.q_heads;
-      segment.steps = ceil_div(segment.slots, shape_.tile_slots);
-      segment.row_tiles = ceil_div(segment.rows * shape_.group, shape_.tile_rows);
+    if (light_ > shared_) write_tiles();
+    team_.sum(load_);
+    if (indexed_) write_row_index();
+  }
+
+  /// The last request whose number in `bases` is at most `number`.
+  RELAY_HD int32_t request_of(const int32_t* bases, int32_t number) const {
+    int32_t low = 0;
+    RELAY_NO_UNROLL
+    for (int32_t high = batch_.requests; high - low > 1;) {
+      const int32_t middle = (low + high) / 2;
+      (bases[middle] <= number ? low : high) = middle;
+    }
+    return low;
+  }
+
+  /// The segments of requests that fill tiles. These have many rows: all threads write all rows.
+  RELAY_HD void write_tiles() {
+    team_.each(light_ - shared_, [&](int t) {
+      const int32_t i = request_of(s_.tile_base, t);
+      const int32_t rows = s_.rows[i];
+      const int32_t row = (t - s_.tile_base[i]) * rows_per_tile_;
+      const int32_t position = s_.length[i] - rows + row;
+      Segment segment{};
+      segment.request = i;
+      segment.rows = rows - row < rows_per_tile_ ? rows - row : rows_per_tile_;
+      segment.first_row = s_.row_begin[i] + row;
+      segment.partial_base = -1;
+      const int32_t last = position + segment.rows - 1;
+      const int32_t end = shape_.causal ? last + 1 : s_.length[i];
+      const int32_t lo = shape_.window > 0 ? position - shape_.window + 1 : 0;
+      segment.first = lo > 0 ? quotient(lo, shape_.block_size) * shape_.block_size : 0;
+      segment.seen_from = lo > 0 ? lo : 0;
+      segment.slots = end > segment.first ? end - segment.first : 0;
+      segment.visible_from = shape_.window > 0 ? last - shape_.window + 1 : 0;
+      segment.visible_to = shape_.causal ? position + 1 : end;
+      put_segment(shared_ + t, segment);
     });
-    team_.each(n, [&](int i) {
+    team_.each(rows_, [&](int row) {
+      const int32_t i = request_of(s_.row_begin, row);
+      write_row(i, row - s_.row_begin[i]);
+    });
+  }
+
+  /// Row r of request i.
+  RELAY_HD void write_row(int32_t i, int32_t r) {
+    const int32_t position = s_.length[i] - s_.rows[i] + r;
+    RowInfo info{i, position, 0, s_.length[i]};
+    if (shape_.causal) info.hi = position + 1 < 0 ? 0 : position + 1;
+    if (shape_.window > 0 && position - shape_.window + 1 > 0) {
+      info.lo = position - shape_.window + 1;
+    }
+    store(&out_.rows[s_.row_begin[i] + r], info);
+  }
+
+  RELAY_HD void write_row_index() {
+    team_.each(batch_.requests, [&](int i) {
       const RequestInfo info = out_.requests[i];
       if (info.rows_per_segment > 0) return;
+      RELAY_NO_UNROLL
       for (int p = 0; p < info.parts; ++p) {
         const RequestPart part = out_.parts[i * kMaxParts + p];
-        if (out_.segments[part.segment].first_row >= 0) continue;
-        int32_t* to = out_.row_index + out_.segments[part.segment].row_begin + part.row;
+        const Segment& segment = out_.segments[part.segment];
+        if (segment.first_row >= 0) continue;
+        int32_t* to = out_.row_index + segment.row_begin + part.row;
+        RELAY_NO_UNROLL
         for (int32_t r = 0; r < s_.rows[i]; ++r) to[r] = info.row_begin + r;
       }
     });
@@ -506,7 +621,8 @@ class Planner {
 
   /// The tiles of a segment read the same KV at about the same time: from memory only once.
   RELAY_HD int32_t step_memory(const Segment& segment) const {
-    return shape_.costs.step_memory / (segment.row_tiles > 0 ? segment.row_tiles : 1);
+    const int32_t cost = shape_.costs.step_memory;
+    return segment.row_tiles > 1 ? quotient(cost, segment.row_tiles) : cost;
   }
   RELAY_HD int32_t step_products(const Segment& segment) const {
     const int32_t rows = segment.rows * shape_.group;
@@ -523,8 +639,8 @@ class Planner {
     return memory > products ? memory : products;
   }
   RELAY_HD int32_t job_cost(const Segment& segment) const {
-    const int32_t tiles = segment.row_tiles > 0 ? segment.row_tiles : 1;
-    const int32_t rows = ceil_div(segment.rows * shape_.group, tiles);
+    int32_t rows = segment.rows * shape_.group;
+    if (segment.row_tiles > 1) rows = quotient(rows + segment.row_tiles - 1, segment.row_tiles);
     return shape_.costs.job + shape_.costs.rows * rows / 16;
   }
   /// What a job takes beside its steps: half of it goes on while KV is read, as far as the steps
@@ -547,41 +663,49 @@ class Planner {
   RELAY_HD void cut() {
     find_reading_share();
     team_.each(segments_, [&](int k) {
-      const Segment& segment = out_.segments[k];
+      const Segment segment = load(&out_.segments[k]);
+      const int32_t whole = whole_cost(segment);
       s_.sums[k] = jobs(segment) * segment.steps;
-      s_.costs[k] = segment.steps == 0 ? 0 : jobs(segment) * whole_cost(segment);
+      s_.costs[k] = segment.steps == 0 ? 0 : jobs(segment) * whole;
+      if (k < light_) return;
+      const bool stays_whole = segment.rows * shape_.group > kTailRows;
+      // Not by index, or all that is known here would lie in memory.
+      const int32_t cut = stays_whole ? 0 : whole;
+      const int32_t kept = stays_whole ? whole : 0;
+      if (cut > longest_[kCutJobs]) longest_[kCutJobs] = cut;
+      if (kept > longest_[kWholeJobs]) longest_[kWholeJobs] = kept;
     });
-    const auto sums = team_.scan(s_.sums, s_.costs, segments_);
-    const int32_t steps = sums.first;
-    const int32_t cost = sums.second;
-    int32_t workers = cost / shape_.costs.worker;
+    team_.greatest(longest_);
+    int32_t sums[2];
+    team_.scan({s_.sums, s_.costs}, segments_, sums);
+    const int32_t steps = sums[0];
+    const int32_t cost = sums[1];
+    int32_t workers = quotient(cost, shape_.costs.worker);
     workers = workers < 1 ? 1 : (workers > shape_.workers ? shape_.workers : workers);
-    team_.each(segments_, [&](int k) { out_.segments[k].step_base = s_.sums[k]; });
     const int32_t light = light_cost(cost, workers);
-    // From here on sums[k] is the first worker of wide segment k.
     const int32_t wide_cost = cost_before(wide_, cost);
     const int32_t rest = cost - wide_cost;
     const int32_t heavy = rest - light;  // of the rest: no part of the tail
     // Where there is a tail to fill what others leave, workers of wide segments may get less.
     const int32_t relief = light / 2 < cost / kRelief ? light / 2 : cost / kRelief;
+    int32_t* first_worker = s_.covered;  // of wide segments
     int32_t wide_workers = 0;
     bool teamed = false;
     // As near to its share as can be, or, where that leaves the rest too few, below it.
+    RELAY_NO_UNROLL
     for (int32_t below = 0; below < 2 && wide_ > 0 && !teamed; ++below) {
+      // Not where shares would be uneven: nobody may have more than 5/4 of the mean.
+      bool uneven = false;
       team_.each(wide_, [&](int k) {
         const int64_t tiles = out_.segments[k].row_tiles;
         const int64_t share = int64_t{wide_share(k, cost)} * workers;
         const int64_t whole = (cost - relief) * tiles;
         const auto teams = static_cast<int32_t>((share + (below > 0 ? 0 : whole / 2)) / whole);
-        s_.sums[k] = (teams < 1 ? 1 : teams) * static_cast<int32_t>(tiles);
-      });
-      // Not where shares would be uneven: nobody may have more than 5/4 of the mean.
-      bool uneven = false;
-      team_.each(wide_, [&](int k) {
-        uneven = uneven || too_much(wide_share(k, cost), s_.sums[k], cost, workers);
+        first_worker[k] = (teams < 1 ? 1 : teams) * static_cast<int32_t>(tiles);
+        uneven = uneven || too_much(wide_share(k, cost), first_worker[k], cost, workers);
       });
       uneven = team_.any(uneven);
-      wide_workers = team_.scan(s_.sums, wide_);
+      team_.scan({first_worker}, wide_, &wide_workers);
       teamed = !uneven && wide_workers + (heavy > 0 ? 1 : 0) <= workers &&
                !(heavy > 0 && too_much(heavy, workers - wide_workers, cost, workers));
     }
@@ -593,33 +717,42 @@ class Planner {
     if (fixed == 0) workers = wide_workers > 0 ? wide_workers : workers;
     const int32_t portions = tail_portions(tail);
     const int32_t all = workers + portions;
-    team_.each((all > shape_.workers ? all : shape_.workers) + 1, [&](int i) {
+    const int32_t cuts = (all > shape_.workers ? all : shape_.workers) + 1;
+    team_.each(cuts > segments_ ? cuts : segments_, [&](int i) {
+      // Nobody reads this here, only s_.sums.
+      if (i < segments_) out_.segments[i].step_base = s_.sums[i];
+      if (i >= cuts) return;
+      if (i == 0) {
+        *out_.header = {segments_, shared_,       steps > 0 ? workers : 0, steps > 0 ? all : 0,
+                        steps,     rows_,         partial_rows_,           0,
+                        faults_,   fault_request_};
+      }
       if (i >= all) {
         out_.cuts[i] = Cut{steps, segments_};
         return;
       }
       Cut cut{};
       if (i < wide_workers) {
-        cut = team_step(i, wide_workers);
+        cut = team_step(first_worker, i, wide_workers);
       } else if (i < workers) {
-        cut = step_at(done + int64_t{fixed} * (i - wide_workers) / others, 0);
+        cut = step_at(done + share_of(fixed, i - wide_workers, others), 0);
       } else {
         // Where the tail begins, only jobs of many rows stay whole.
-        cut = step_at(done + fixed + int64_t{tail} * (i - workers) / portions,
-                      i > workers ? tail / portions : 1);
+        cut = step_at(done + fixed + share_of(tail, i - workers, portions),
+                      i > workers ? quotient(tail, portions) : 1);
       }
       out_.cuts[i] = cut;
-      if (segments_ > 0) out_.begins[i] = out_.segments[cut.segment];
+      if (segments_ == 0) return;
+      Segment begins = load(&out_.segments[cut.segment]);
+      begins.step_base = s_.sums[cut.segment];
+      store(&out_.begins[i], begins);
     });
-    team_.each(1, [&](int) {
-      PlanHeader& header = *out_.header;
-      header.segments = segments_;
-      header.shared_segments = shared_;
-      header.workers = steps > 0 ? workers : 0;
-      header.portions = steps > 0 ? all : 0;
-      header.steps = steps;
-      header.partial_rows = partial_rows_;
-    });
+  }
+
+  /// cost x i / n, which 32 bits hold: n and i are numbers of workers or portions.
+  RELAY_HD static int32_t share_of(int32_t cost, int32_t i, int32_t n) {
+    const int32_t each = quotient(cost, n);
+    return each * i + quotient((cost - each * n) * i, n);
   }
 
   /// What the tail may be made of: the own contexts of requests that fill no tile, if none of their
@@ -628,18 +761,11 @@ class Planner {
   /// longer for some workers than for others.
   RELAY_HD int32_t light_cost(int32_t cost, int32_t workers) {
     if (shape_.max_portions == shape_.workers || workers < shape_.workers || !reading_bounds_ ||
-        cost / workers < shape_.costs.tail) {
+        quotient(cost, workers) < shape_.costs.tail) {
       return 0;
     }
-    team_.each(segments_ - light_, [&](int i) {
-      const Segment& segment = out_.segments[light_ + i];
-      const bool stays_whole = segment.rows * shape_.group > kTailRows;
-      team_.max(&s_.totals[stays_whole ? kLongestWhole : kLongest], whole_cost(segment));
-    });
-    longest_ = s_.totals[kLongest];
-    longest_whole_ = s_.totals[kLongestWhole];
-    const bool too_long =
-        longest_ > cost / shape_.workers || longest_whole_ > cost / (8 * shape_.workers);
+    const int32_t mean = quotient(cost, shape_.workers);
+    const bool too_long = longest_[kCutJobs] > mean || longest_[kWholeJobs] > mean / 8;
     return too_long ? 0 : cost - cost_before(light_, cost);
   }
 
@@ -649,47 +775,44 @@ class Planner {
     if (tail == 0) return 0;
     const int32_t room = shape_.max_portions - shape_.workers;
     const auto of_at_least = [&](int32_t portion) {
-      const int32_t portions = tail / (portion > longest_whole_ ? portion : longest_whole_);
+      const int32_t portions =
+          quotient(tail, portion > longest_[kWholeJobs] ? portion : longest_[kWholeJobs]);
       return portions < 1 ? 1 : (portions > room ? room : portions);
     };
     const int32_t portions = of_at_least(shape_.costs.portion);
-    return longest_ < 2 * (tail / portions) ? of_at_least(longest_)
-                                            : of_at_least(3 * shape_.costs.portion);
+    return longest_[kCutJobs] < 2 * quotient(tail, portions)
+               ? of_at_least(longest_[kCutJobs])
+               : of_at_least(3 * shape_.costs.portion);
   }
 
   /// Of `rest`, what is left to whoever has time: workers of their own get three quarters of the
   /// mean, and what is not light in any case.
   RELAY_HD static int32_t tail_cost(int32_t rest, int32_t light, int32_t others, int32_t cost,
                                     int32_t workers) {
-    const int64_t fixed = int64_t{cost} * others * 3 / (int64_t{workers} * 4);
-    const int64_t tail = rest - fixed;
-    return static_cast<int32_t>(tail < 0 ? 0 : (tail < light ? tail : light));
+    const int32_t tail = rest - share_of(cost, 3 * others, 4 * workers);
+    return tail < 0 ? 0 : (tail < light ? tail : light);
+  }
+
+  RELAY_HD void add_load(const Segment& segment) {
+    const int32_t steps = jobs(segment) * segment.steps;
+    const int32_t products = jobs(segment) * job_cost(segment) + steps * step_products(segment);
+    const int32_t memory = steps * step_memory(segment);
+    load_[kMemory] += memory;
+    // Of a short step only what it reads.
+    const int64_t bytes = int64_t{step_memory(segment)} * segment.slots >> slots_log2_;
+    load_[kExcess] += jobs(segment) * static_cast<int32_t>(bytes) - products;
+    const bool reads = is_read_bound(segment);
+    load_[kReading] += reads ? memory : 0;
+    load_[kProducts] += reads ? 0 : products;
   }
 
   /// Who is bound by reading reads faster where others are bound by products. What all of it takes
   /// at least is the longer of all reading and all products; reading gets what the products of the
   /// others leave of that.
   RELAY_HD void find_reading_share() {
-    team_.each(kSums, [&](int k) { s_.totals[k] = 0; });
-    team_.each(segments_, [&](int k) {
-      const Segment& segment = out_.segments[k];
-      const int32_t steps = jobs(segment) * segment.steps;
-      const int32_t products = jobs(segment) * job_cost(segment) + steps * step_products(segment);
-      const int32_t memory = steps * step_memory(segment);
-      team_.add(&s_.totals[kMemory], memory);
-      // Of a short step only what it reads.
-      const auto bytes = static_cast<int32_t>(int64_t{memory} * segment.slots /
-                                              (shape_.tile_slots * int64_t{segment.steps} + 1));
-      team_.add(&s_.totals[kExcess], bytes - products);
-      if (is_read_bound(segment)) {
-        team_.add(&s_.totals[kReading], memory);
-      } else {
-        team_.add(&s_.totals[kProducts], products);
-      }
-    });
-    reading_bounds_ = s_.totals[kExcess] > 0;
-    const int64_t left = int64_t{s_.totals[kMemory]} - s_.totals[kProducts];
-    const int64_t reading = s_.totals[kReading];
+    reading_bounds_ = load_[kExcess] > 0;
+    const int64_t left = int64_t{load_[kMemory]} - load_[kProducts];
+    const int64_t reading = load_[kReading];
     const int64_t share = reading > 0 && left > 0 ? left * kWhole / reading : 0;
     reading_share_ = share < kWhole ? static_cast<int32_t>(share) : kWhole;
   }
@@ -708,21 +831,22 @@ class Planner {
   }
 
   /// Where worker w of the wide segments begins.
-  RELAY_HD Cut team_step(int32_t w, int32_t wide_workers) const {
+  RELAY_HD Cut team_step(const int32_t* first_worker, int32_t w, int32_t wide_workers) const {
     int32_t low = 0;
+    RELAY_NO_UNROLL
     for (int32_t high = wide_; high - low > 1;) {
       const int32_t middle = (low + high) / 2;
-      (s_.sums[middle] <= w ? low : high) = middle;
+      (first_worker[middle] <= w ? low : high) = middle;
     }
-    const Segment& segment = out_.segments[low];
-    const int32_t to = low + 1 == wide_ ? wide_workers : s_.sums[low + 1];
-    const int32_t per_tile = (to - s_.sums[low]) / segment.row_tiles;
-    const int32_t tile = (w - s_.sums[low]) / per_tile;
-    const int32_t of_tile = (w - s_.sums[low]) % per_tile;
+    const Segment segment = load(&out_.segments[low]);
+    const int32_t to = low + 1 == wide_ ? wide_workers : first_worker[low + 1];
+    const int32_t per_tile = quotient(to - first_worker[low], segment.row_tiles);
+    const int32_t tile = quotient(w - first_worker[low], per_tile);
+    const int32_t of_tile = w - first_worker[low] - tile * per_tile;
     const int32_t line = shape_.kv_heads * segment.steps;
-    const auto at = static_cast<int32_t>(int64_t{line} * of_tile / per_tile);
-    return {segment.step_base + tile * line + at / segment.steps * segment.steps +
-                snapped(at % segment.steps, segment.steps),
+    const int32_t at = share_of(line, of_tile, per_tile);
+    const int32_t jobs_before = quotient(at, segment.steps) * segment.steps;
+    return {s_.sums[low] + tile * line + jobs_before + snapped(at - jobs_before, segment.steps),
             low};
   }
 
@@ -735,21 +859,22 @@ class Planner {
   /// The step in front of which `cost` is reached; not near a job's end or begin. `portion`: cost
   /// of a portion of the tail, where jobs of many rows stay whole, and those that are not much
   /// longer.
-  RELAY_HD Cut step_at(int64_t cost, int32_t portion) const {
+  RELAY_HD Cut step_at(int32_t cost, int32_t portion) const {
     if (segments_ == 0) return {0, 0};
     int32_t low = 0;  // the last segment that begins at or before it
+    RELAY_NO_UNROLL
     for (int32_t high = segments_; high - low > 1;) {
       const int32_t middle = (low + high) / 2;
       (s_.costs[middle] <= cost ? low : high) = middle;
     }
-    const Segment& segment = out_.segments[low];
-    if (segment.steps == 0) return {segment.step_base, low};
+    const Segment segment = load(&out_.segments[low]);
+    if (segment.steps == 0) return {s_.sums[low], low};
     const int32_t one = step_cost(segment);
     const int32_t lead = job_lead(segment);
     const int32_t whole = whole_cost(segment);
     const auto within = static_cast<int32_t>(cost - s_.costs[low]);
-    int32_t job = within / whole;
-    int32_t step = snapped((within % whole - lead + one / 2) / one, segment.steps);
+    int32_t job = quotient(within, whole);
+    int32_t step = snapped(quotient(within - job * whole - lead + one / 2, one), segment.steps);
     if (portion > 0 && step > 0 &&
         (segment.rows * shape_.group > kTailRows || whole < 2 * portion)) {
       job += 1;
@@ -759,25 +884,7 @@ class Planner {
       job = jobs(segment);
       step = 0;
     }
-    return {segment.step_base + job * segment.steps + step, low};
-  }
-
-  RELAY_HD void write_rows() {
-    const int32_t n = batch_.requests;
-    team_.each(out_.header->rows, [&](int row) {
-      int32_t low = 0;  // the last request that begins at or before the row
-      for (int32_t high = n; high - low > 1;) {
-        const int32_t middle = (low + high) / 2;
-        (batch_.query_starts[middle] <= row ? low : high) = middle;
-      }
-      const int32_t position = s_.length[low] - s_.rows[low] + row - s_.row_begin[low];
-      RowInfo info{low, position, 0, s_.length[low]};
-      if (shape_.causal) info.hi = position + 1 < 0 ? 0 : position + 1;
-      if (shape_.window > 0 && position - shape_.window + 1 > 0) {
-        info.lo = position - shape_.window + 1;
-      }
-      out_.rows[row] = info;
-    });
+    return {s_.sums[low] + job * segment.steps + step, low};
   }
 
   Team& team_;
@@ -785,7 +892,14 @@ class Planner {
   const PlanBatch& batch_;
   const PlannerScratch& s_;
   const PlanView& out_;
-  int32_t run_total_ = 0;
+  const int32_t slots_log2_;
+  const int32_t rows_log2_;
+  const int32_t rows_per_tile_;
+  bool sharing_ = false;  ///< there are runs
+  bool indexed_ = false;  ///< the rows of some shared segment are no neighbours
+  int32_t rows_ = 0;
+  uint32_t faults_ = 0;
+  int32_t fault_request_ = INT_MAX;
   int32_t shared_ = 0;
   int32_t wide_ = 0;   ///< shared segments of several row tiles
   int32_t light_ = 0;  ///< the first of requests that fill no tile
@@ -795,10 +909,11 @@ class Planner {
   static constexpr int32_t kRelief = 8;  ///< workers of wide segments get so much less, at most
   int32_t reading_share_ = kWhole;       ///< of what reading takes where all read, in kWhole-ths
   bool reading_bounds_ = false;          ///< it takes longer than all products
-  int32_t longest_ = 0;                  ///< cost of the longest job of the tail that may be cut
-  int32_t longest_whole_ = 0;            ///< and of those that may not
-  enum { kReading, kProducts, kMemory, kExcess, kLongest, kLongestWhole, kSums };  // totals
-  static_assert(kSums == PlannerScratch::kTotals);
+  enum { kReading, kProducts, kMemory, kExcess };
+  int32_t load_[4] = {};  ///< costs of all segments, each thread's until they are summed
+  enum { kCutJobs, kWholeJobs };
+  int32_t longest_[2] = {};  ///< cost of the longest job of the tail that may be cut, that may not
+  enum { kWhich, kFirstRequest };
 };
 
 }  // namespace relay::cuda

@@ -26,18 +26,21 @@ struct HostTeam {
   void each(int n, F f) {
     for (int i = 0; i < n; ++i) f(kReverse ? n - 1 - i : i);
   }
-  std::pair<int32_t, int32_t> scan(int32_t* p, int32_t* q, int n) {
-    return {scan(p, n), scan(q, n)};
-  }
-  int32_t scan(int32_t* p, int n) {
-    int32_t sum = 0;
-    for (int i = 0; i < n; ++i) sum += std::exchange(p[i], sum);
-    return sum;
+  template <int kArrays>
+  void scan(int32_t* const (&arrays)[kArrays], int32_t n, int32_t* sums) {
+    for (int a = 0; a < kArrays; ++a) {
+      sums[a] = 0;
+      for (int i = 0; i < n; ++i) sums[a] += std::exchange(arrays[a][i], sums[a]);
+    }
   }
   bool any(bool b) { return b; }
+  template <int kValues>
+  void sum(int32_t (&)[kValues]) {}
+  template <int kValues>
+  void greatest(int32_t (&)[kValues]) {}
   void min(int32_t* p, int32_t v) { *p = std::min(*p, v); }
   void max(int32_t* p, int32_t v) { *p = std::max(*p, v); }
-  int32_t add(int32_t* p, int32_t v) { return std::exchange(*p, *p + v); }
+  void add(int32_t* p, int32_t v) { *p += v; }
   void set_bits(uint32_t* p, uint32_t v) { *p |= v; }
 };
 
@@ -103,11 +106,13 @@ void find_runs(const Batch& b, std::vector<int32_t>& counts, std::vector<Run>& r
   for (int32_t i = 0; i < b.requests(); ++i) {
     const auto [begin, end] = columns(i);
     const auto owner = [&](int32_t column) {
-      for (int32_t j = 0; j < i && id(i, column) >= 0; ++j) {
+      int32_t best = i;
+      for (int32_t j = 0; j < b.requests() && id(i, column) >= 0; ++j) {
         const auto [from, to] = columns(j);
-        if (column >= from && column < to && id(j, column) == id(i, column)) return j;
+        if (column < from || column >= to || id(j, column) != id(i, column)) continue;
+        if (owner_key(to, j) > owner_key(columns(best).second, best)) best = j;
       }
-      return i;
+      return best;
     };
     for (int32_t at = begin; at < end && counts[i] < kMaxRuns;) {
       Run run{at, at, owner(at), i};
@@ -173,8 +178,7 @@ struct HostPlan {
     const RequestInfo& info = requests[i];
     if (info.rows_per_segment > 0) {
       const int32_t k = info.segment + local / info.rows_per_segment;
-      const Segment& g = segments[k];
-      return {{k, local % info.rows_per_segment, g.rows, g.steps, g.step_base, g.partial_base}};
+      return {{k, local % info.rows_per_segment}};
     }
     std::vector<RequestPart> result(parts.begin() + i * kMaxParts,
                                     parts.begin() + i * kMaxParts + info.parts);
@@ -230,10 +234,6 @@ void check_ranges(const Batch& b, const HostPlan& p) {
       ASSERT_TRUE(at.segment >= 0 && at.segment < p.header.segments) << row;
       const Segment& g = p.segments[at.segment];
       ASSERT_TRUE(at.row >= 0 && at.row < g.rows) << row;
-      ASSERT_EQ(at.segment_rows, g.rows) << row;
-      ASSERT_EQ(at.steps, g.steps) << row;
-      ASSERT_EQ(at.step_base, g.step_base) << row;
-      ASSERT_EQ(at.partial_base, g.partial_base) << row;
     }
   }
 }
@@ -692,7 +692,7 @@ TEST(Planner, OnePrefixIsOneSegment) {
   ASSERT_NO_FATAL_FAILURE(check_plan(b, p, load));
   ASSERT_EQ(p.header.shared_segments, 1);
   EXPECT_EQ(p.header.segments, 65);
-  expect_segment(p.segments[0], 0, 0, 992, 128);
+  expect_segment(p.segments[0], 56, 0, 992, 128);  // the first that has a block more
   EXPECT_EQ(p.segments[0].row_tiles, 16);
   EXPECT_EQ(load.wide, 1);
 }
@@ -706,6 +706,28 @@ TEST(Planner, SamplesOfPromptsAreTwoLevels) {
   EXPECT_EQ(p.header.segments, 9 + 64);
   expect_segment(p.segments[0], 0, 0, 992, 128);
   for (int32_t i = 0; i < 8; ++i) expect_segment(p.segments[1 + i], 8 * i, 992, 512, 16);
+}
+
+TEST(Planner, RequestsThatShareEverMoreAreOneGroup) {
+  for (const bool rising : {true, false}) {
+    Batch b = batch_of(8, 4);
+    std::vector<int32_t> text;
+    b.fill(text, 120 * 16);
+    for (int32_t i = 0; i < 6; ++i) {
+      const int32_t shared = 20 * (rising ? i + 1 : 6 - i);
+      std::vector<int32_t> blocks(text.begin(), text.begin() + shared);
+      b.fill(blocks, shared * 16 + 8);
+      b.add(1, shared * 16 + 8, std::move(blocks));
+    }
+    b.finish();
+    const HostPlan p = HostPlan::make(b);
+    Load load;
+    ASSERT_NO_FATAL_FAILURE(check_plan(b, p, load));
+    ASSERT_EQ(p.header.shared_segments, 5);
+    for (int32_t k = 0; k < 5; ++k) {
+      expect_segment(p.segments[k], rising ? 5 : 0, 320 * k, 320, 6 - k);
+    }
+  }
 }
 
 TEST(Planner, LongJobsAreSharedOutEvenly) {
@@ -774,10 +796,9 @@ TEST(Planner, WindowsShareWhatTheyHaveInCommon) {
   const HostPlan p = HostPlan::make(b);
   Load load;
   ASSERT_NO_FATAL_FAILURE(check_plan(b, p, load));
-  // Where the windows of the others begin, 32 tokens later, there would be a segment of 32 slots:
-  // too short, so the group's bounds lie further apart.
+  // From where the last window begins. What the others see before it is shared by few of them.
   ASSERT_EQ(p.header.shared_segments, 1);
-  expect_segment(p.segments[0], 0, 576, 64, 2);
+  expect_segment(p.segments[0], 4, 608, 80, 5);
 }
 
 TEST(Planner, NothingToDo) {

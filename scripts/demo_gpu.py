@@ -79,6 +79,22 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+HEAD = (
+    "requests | decode step, ms       ratio | tokens/s        | first token, ms | "
+    "KV read a step, GB"
+)
+
+
+def line(row: dict) -> str:
+    return (
+        f"{row['users']:8}"
+        f" | {row['vllm_step_ms']:8.2f} {row['relay_step_ms']:8.2f} {row['ratio']:9.2f}x"
+        f" | {row['vllm_tokens_per_s']:7.0f} {row['relay_tokens_per_s']:7.0f}"
+        f" | {row['vllm_first_token_ms']:7.1f} {row['relay_first_token_ms']:7.1f}"
+        f" | {row['vllm_kv_gb']:8.2f} {row['relay_kv_gb']:8.2f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -119,22 +135,24 @@ def main() -> None:
             print(f"demo-gpu: starting vLLM {'with' if relay else 'without'} Relay", flush=True)
             engines.append(Remote(relay, Engine, model or folder, options, **ENVIRONMENT).ready())
         vllm, relay = engines
-        kv_bytes = relay.call("kv_bytes_of_a_slot")
+        slot_bytes = relay.call("kv_bytes_of_a_slot")
         for engine in engines:
             engine.call("answer", requests, 2)  # computes the text, warms up
+        print(f"demo-gpu: {HEAD}", flush=True)
         rows = []
         for count in users:
             asked = requests[:count]
             relay.call("watch_kv_slots", count)
             steps: Comparison = in_turns(engines, args.rounds, "step", asked, args.tokens)
-            slots = relay.call("kv_slots")  # none: left to vLLM's own kernel, so nothing is shared
-            read, attended = slots or [sum(len(p) for p in asked)] * 2
+            # None: left to vLLM's own kernel, so nothing is shared.
+            nothing_shared = sum(len(p) for p in asked) * slot_bytes
+            read, attended = relay.call("kv_bytes") or (nothing_shared, nothing_shared)
             whole: list[list] = [[], []]
             for turn in range(args.rounds):
                 for i in (0, 1) if turn % 2 == 0 else (1, 0):
                     whole[i].append(engines[i].call("answer", asked, args.tokens))
             row = dict(users=count, ratio=statistics.median(steps.ratios))
-            for who, seconds, answers, slots in (
+            for who, seconds, answers, kv_bytes in (
                 ("vllm", steps.vllm, whole[0], attended),
                 ("relay", steps.relay, whole[1], read),
             ):
@@ -143,9 +161,14 @@ def main() -> None:
                     f"{who}_step_ms": 1e3 * statistics.median(seconds),
                     f"{who}_tokens_per_s": statistics.median(a.tokens / a.seconds for a in answers),
                     f"{who}_first_token_ms": 1e3 * percentile(first, 50),
-                    f"{who}_kv_gb": slots * kv_bytes / 1e9,
+                    f"{who}_kv_gb": kv_bytes / 1e9,
                 }
             rows.append(row)
+            print(f"demo-gpu: {line(row)}", flush=True)  # at once: the table comes last
+            results = dict(
+                model=model, source=source, prompt_tokens=len(prompt), gpu=gpu, rows=rows
+            )
+            (out / "results.json").write_text(json.dumps(results, indent=1))
         for engine in engines:
             engine.close()
 
@@ -153,19 +176,7 @@ def main() -> None:
         f"{model or 'Llama 3 8B shape, random weights'}; {len(prompt)} tokens of {source}; {gpu}"
     )
     print(f"\n{title}; medians of {args.rounds} turns; vLLM, and vLLM with Relay\n")
-    print(
-        "requests | decode step, ms       ratio | tokens/s        | first token, ms | KV read, GB"
-    )
-    for r in rows:
-        print(
-            f"{r['users']:8}"
-            f" | {r['vllm_step_ms']:8.2f} {r['relay_step_ms']:8.2f} {r['ratio']:9.2f}x"
-            f" | {r['vllm_tokens_per_s']:7.0f} {r['relay_tokens_per_s']:7.0f}"
-            f" | {r['vllm_first_token_ms']:7.1f} {r['relay_first_token_ms']:7.1f}"
-            f" | {r['vllm_kv_gb']:5.2f} {r['relay_kv_gb']:5.2f}"
-        )
-    results = dict(model=model, source=source, prompt_tokens=len(prompt), gpu=gpu, rows=rows)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    print("\n".join([HEAD, *map(line, rows)]))
     plot(rows, title, out / "demo.png")
     print(f"\nplot and numbers: {out}")
 

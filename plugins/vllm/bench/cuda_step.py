@@ -24,8 +24,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from arguments import numbers, write_csv
-from cuda_engine import ENVIRONMENT, Engine
+from arguments import add_budget, numbers, write_csv
+from cuda_engine import ENVIRONMENT, OWN_ALLREDUCE, OWN_ALLREDUCE_PASSES, Engine
 from shapes import SHAPES, VOCABULARY, write_config
 from turns import Comparison, Remote, in_turns
 
@@ -107,11 +107,12 @@ def main() -> None:
     parser.add_argument("--sizes", type=numbers, help="sizes of CUDA graphs (those of the cases)")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument(
-        "--no-fused-allreduce",
+        "--own-allreduce",
         action="store_true",
-        help="without vLLM's fusion of all-reduce and norm, which FlashInfer compiles for minutes",
+        help="all-reduce by vLLM's own kernels; FlashInfer's, its default, compile for minutes",
     )
     parser.add_argument("--kv-cache-dtype", default="auto")
+    add_budget(parser)
     parser.add_argument("--csv", type=Path, help="write every turn here too")
     args = parser.parse_args()
 
@@ -126,8 +127,10 @@ def main() -> None:
     kv_bytes = kv_tokens * per_token // args.tensor_parallel + (512 << 20)
     sizes = args.sizes or sorted({c.batch for c in cases.values()})
     compilation: dict = dict(cudagraph_capture_sizes=sizes)
-    if args.no_fused_allreduce:
-        compilation["pass_config"] = dict(fuse_allreduce_rms=False)
+    environment = ENVIRONMENT
+    if args.own_allreduce:
+        environment = ENVIRONMENT | OWN_ALLREDUCE
+        compilation["pass_config"] = OWN_ALLREDUCE_PASSES
     options = dict(
         load_format="dummy",
         skip_tokenizer_init=True,
@@ -141,13 +144,19 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), max_len, shape)
-        engines = [Remote(relay, Engine, folder, options, **ENVIRONMENT) for relay in (False, True)]
+        engines = [Remote(relay, Engine, folder, options, **environment) for relay in (False, True)]
         for engine in engines:
             engine.ready()
         print(f"{args.shape}; milliseconds a step, medians of {args.rounds} turns of {args.steps}")
-        print("case               |       vLLM      Relay   ratio  (least to most)   KV slots read")
+        print(
+            "case               |       vLLM      Relay   ratio  (least to most)   KV slots read",
+            flush=True,
+        )
         rows = []
         for text, case in cases.items():
+            if args.budget.spent:
+                print(f"{text:18} | left out, the budget is spent", flush=True)
+                continue
             prompts, samples = case.make(1), case.requests if case.sampled else 1
             for engine in engines:
                 engine.call("answer", prompts, 2, samples)  # computes the prompts, warms up

@@ -18,17 +18,17 @@ def _serve(
     """A process with an engine: calls what it is asked to, until it is asked nothing more."""
     os.environ |= environment
     engine = make(*arguments)
-    connection.send(None)
-    while (call := connection.recv()) is not None:
-        name, called_with = call
-        try:
-            result = getattr(engine, name)(*called_with)
-        except Exception:
-            traceback.print_exc()
-            raise
-        connection.send(result)
-    if hasattr(engine, "close"):
-        engine.close()
+    try:
+        connection.send(None)
+        while (call := connection.recv()) is not None:
+            name, called_with = call
+            connection.send(getattr(engine, name)(*called_with))
+    except BaseException:
+        traceback.print_exc()  # at once: closing may take long
+        raise
+    finally:
+        if hasattr(engine, "close"):
+            engine.close()
 
 
 class Remote:

@@ -12,7 +12,8 @@ after @, how many requests arrive in a second, at random (Poisson); all at once 
 --prefixes and --rates name cases as well: all combinations.
 The model has random weights, its tokenizer knows one word per token. Rounds alternate between vLLM
 as it is and vLLM with Relay (and vLLM without prefix caching); each starts a server of its own.
-Reported are medians over the rounds.
+Reported are medians over the rounds. Each result is said, and written to --json, as soon as it is
+there.
 """
 
 import argparse
@@ -28,13 +29,15 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
-from arguments import numbers, rates
+from arguments import add_budget, numbers, rates
 from serving_requests import SHAREGPT_INPUT, SHAREGPT_OUTPUT, Workload, requests_below
 from shapes import SHAPES, VOCABULARY, write_config
+from variants import VARIANTS, Variant, add_variants
 from vllm.platforms import current_platform
 
 VLLM = [sys.executable, str(Path(__file__).with_name("vllm_cli.py"))]
@@ -55,20 +58,6 @@ THROUGHPUT = [
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True)
-class Variant:
-    name: str
-    relay: bool
-    caching: bool = True
-
-
-VARIANTS = {
-    "no-caching": Variant("no caching", False, caching=False),
-    "vllm": Variant("vLLM", False),
-    "relay": Variant("Relay", True),
-}
 
 
 @dataclass(frozen=True)
@@ -178,8 +167,9 @@ class Bench:
         if done.returncode != 0:
             sys.exit(f"vllm {' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
 
-    def serve(self, variant: Variant) -> list[dict[str, float] | None]:
-        """One server; a result of `vllm bench serve` for each case, none where --bound says so."""
+    def serve(self, variant: Variant) -> Iterator[dict[str, float] | None]:
+        """One server. Gives a result of `vllm bench serve` for each case, none where --bound says
+        so, and ends early when the budget is spent."""
         address = ["--host", "127.0.0.1", "--port", str(self._args.port)]
         log = self._folder / "server.log"
         with log.open("w") as out:
@@ -192,13 +182,15 @@ class Bench:
             )
         try:
             self._wait_for(server, log)
-            results: list[dict[str, float] | None] = []
             overloaded: dict[tuple[int, int], float] = {}  # the rate that broke the bound
             for case, workload in zip(self._cases, self._workloads, strict=True):
                 name = f"{case.prefix}x{case.prefixes}@{case.rate}"
+                if self._args.budget.spent:
+                    say(f"  {name} and what follows: left out, the budget is spent")
+                    return
                 if case.rate > overloaded.get((case.prefix, case.prefixes), math.inf):
                     say(f"  {name}: left out, a lower rate broke the bound")
-                    results.append(None)
+                    yield None
                     continue
                 self._compute(workload.prefixes)
                 result = self._serve(variant, address, case, workload, log)
@@ -209,8 +201,7 @@ class Bench:
                     f"p50 of the first {result['p50_ttft_ms']:.0f} ms, "
                     f"p95 of a whole answer {result[BOUNDED]:.1f} ms a token"
                 )
-                results.append(result)
-            return results
+                yield result
         finally:
             if server.poll() is None:
                 os.killpg(server.pid, signal.SIGINT)
@@ -287,6 +278,11 @@ class Bench:
         return json.loads(file.read_text())
 
 
+def results_of(case: int, runs: list[list]) -> list:
+    """Those of one case, of all rounds; a round that the budget ended may have none."""
+    return [run[case] for run in runs if len(run) > case]
+
+
 def report(what: str, rows: list[tuple[str, str, bool]], found: dict[Variant, list]) -> None:
     """A table of medians; the last column is what Relay gains over vLLM, where both were tried."""
     alone, relay = VARIANTS["vllm"], VARIANTS["relay"]
@@ -294,7 +290,7 @@ def report(what: str, rows: list[tuple[str, str, bool]], found: dict[Variant, li
         medians = {
             v: statistics.median(r[key] for r in results)
             for v, results in found.items()
-            if None not in results
+            if results and None not in results
         }
         gain = ""
         if alone in medians and relay in medians:
@@ -313,7 +309,8 @@ def report_bound(bound: float, cases: list[Case], served: dict[Variant, list]) -
                 case.rate
                 for i, case in enumerate(cases)
                 if (case.prefix, case.prefixes) == prompt
-                and all(run[i] is not None and run[i][BOUNDED] <= bound for run in runs)
+                and (of_case := results_of(i, runs))
+                and all(r is not None and r[BOUNDED] <= bound for r in of_case)
             ]
             held.append(f"{max(rates, default=0):10g}")
         what = f"serve, {prompt[0]} x {prompt[1]}"
@@ -321,9 +318,12 @@ def report_bound(bound: float, cases: list[Case], served: dict[Variant, list]) -
 
 
 def write_json(path: str | None, served: dict, offline: dict) -> None:
+    """All results so far, so that a run that is ended early leaves what it has."""
     if path:
         results = {v.name: dict(serve=served[v], throughput=offline[v]) for v in served}
-        Path(path).write_text(json.dumps(results, indent=1))
+        unfinished = Path(path + ".unfinished")
+        unfinished.write_text(json.dumps(results, indent=1))
+        unfinished.replace(path)
 
 
 def main() -> None:
@@ -333,12 +333,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-1b", choices=SHAPES)
     parser.add_argument("--rates", type=rates, default=[math.inf], help="requests a second (inf)")
     parser.add_argument("--cases", type=lambda t: [Case.parse(c) for c in t.split(",")])
-    parser.add_argument(
-        "--variants",
-        type=lambda t: [VARIANTS[v] for v in t.split(",")],
-        default=[VARIANTS["vllm"], VARIANTS["relay"]],
-        help=f"of {', '.join(VARIANTS)} (vllm,relay)",
-    )
+    add_variants(parser)
     parser.add_argument("--no-offline", action="store_true", help="no `vllm bench throughput`")
     parser.add_argument("--prefix", type=int, default=2048, help="tokens of a prefix (2048)")
     parser.add_argument("--prefixes", type=numbers, default=[1, 4], help="how many (1,4)")
@@ -360,29 +355,41 @@ def main() -> None:
     parser.add_argument("--kv-gib", type=int, default=2, help="size of the KV cache on CPUs (2)")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--port", type=int, default=18765)
+    add_budget(parser)
     parser.add_argument("--json", help="write vLLM's results here too")
     args = parser.parse_args()
 
     variants = args.variants
     served: dict[Variant, list] = {v: [] for v in variants}
     offline: dict[Variant, list] = {v: [] for v in variants}
-    with tempfile.TemporaryDirectory() as name:
-        bench = Bench(args, Path(name))
-        for turn in range(args.rounds):
-            for variant in variants if turn % 2 == 0 else reversed(variants):
-                say(f"round {turn + 1} of {args.rounds}: {variant.name} ...")
-                served[variant].append(bench.serve(variant))
-                if not args.no_offline:
-                    offline[variant].append(bench.throughput(variant))
-                # Each time, so that a run that is ended early leaves what it has.
-                write_json(args.json, served, offline)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            bench = Bench(args, Path(name))
+            for turn in range(args.rounds):
+                for variant in variants if turn % 2 == 0 else reversed(variants):
+                    if args.budget.spent:
+                        say("the budget is spent")
+                        return
+                    say(f"round {turn + 1} of {args.rounds}: {variant.name} ...")
+                    served[variant].append([])
+                    for result in bench.serve(variant):
+                        served[variant][-1].append(result)
+                        write_json(args.json, served, offline)
+                    if not args.no_offline:
+                        offline[variant].append(bench.throughput(variant))
+                        write_json(args.json, served, offline)
+    finally:
+        report_all(args, served, offline)
+
+
+def report_all(args: argparse.Namespace, served: dict, offline: dict) -> None:
     print(
         f"{args.shape}, {args.dtype}; own tokens {args.input_mean:g}, answered "
         f"{args.output_mean:g} in the mean"
     )
-    print(f"{'':59} | {' '.join(f'{v.name:>10}' for v in variants)}  ratio")
+    print(f"{'':59} | {' '.join(f'{v.name:>10}' for v in served)}  ratio")
     for i, case in enumerate(cases_of(args)):
-        results = {variant: [run[i] for run in runs] for variant, runs in served.items()}
+        results = {variant: results_of(i, runs) for variant, runs in served.items()}
         report(f"serve, {case.prefix} x {case.prefixes}, {case.rate:g}/s", SERVE, results)
     if args.bound is not None:
         report_bound(args.bound, cases_of(args), served)

@@ -25,13 +25,21 @@ def watch_kv_slots(worker: object, requests: int) -> None:
         plan.make = partial(_make_watched, plan, requests)
 
 
-def watched_kv_slots(worker: object) -> tuple[int, int, int] | None:
-    """What kv_slots told then; None if Relay has attended no such step since."""
+def watched_kv_slots(worker: object) -> tuple[int, int, int, int, int] | None:
+    """What kv_slots told then, and what that is in bytes of all layers: read, and attended. None if
+    Relay has attended no such step since."""
     plans = _plans(worker)
     watched = [vars(plan).pop("watched", None) for plan in plans]
     for plan in plans:
         vars(plan).pop("make", None)
-    return _sum(plans, watched) if watched and None not in watched else None
+    if not watched or None in watched:
+        return None
+    sizes = _slot_bytes(worker)
+    return (
+        *_sum(plans, watched),
+        sum(s.kv_slots_read * size for s, size in zip(watched, sizes, strict=True)),
+        sum(s.kv_slots_attended * size for s, size in zip(watched, sizes, strict=True)),
+    )
 
 
 def _make_watched(plan: Plan, requests: int, *args: object) -> None:
@@ -43,12 +51,29 @@ def _make_watched(plan: Plan, requests: int, *args: object) -> None:
 
 
 def _plans(worker: object) -> list[Plan]:
+    return [plan for _, _, plan in _kinds(worker)]
+
+
+def _slot_bytes(worker: object) -> list[int]:
+    """Of each plan, bytes of a token's KV in all layers that it plans."""
     return [
-        plan
+        sum(
+            # [num_blocks, kv_heads, block_size, 2 * head_size]
+            layer.kv_cache.shape[1] * layer.kv_cache.shape[3] * layer.kv_cache.element_size()
+            for layer in builder._served
+            if layer.impl.operator.kind == kind
+        )
+        for builder, kind, _ in _kinds(worker)
+    ]
+
+
+def _kinds(worker: object) -> list[tuple[object, Kind, Plan]]:
+    return [
+        (builder, kind, plan)
         for groups in worker.model_runner.attn_groups
         for group in groups
         for builder in group.metadata_builders
-        for plan in (getattr(builder, "_plans", None) or {}).values()
+        for kind, plan in (getattr(builder, "_plans", None) or {}).items()
     ]
 
 

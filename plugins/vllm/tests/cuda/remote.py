@@ -6,9 +6,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 from engines import Answer, Prompt
 
@@ -61,23 +63,38 @@ def run(
         "RELAY_CUDA_MIN_SHARED_SLOTS": "64",  # the models are so small that sharing does not pay
     }
     with tempfile.TemporaryDirectory() as folder:
-        asked, got, log = (Path(folder) / name for name in ("asked", "got", "log"))
+        asked, got = (Path(folder) / name for name in ("asked", "got"))
         asked.write_bytes(pickle.dumps(request))
+        logs = Path(os.environ.get("RELAY_TEST_LOGS", folder))  # RELAY_TEST_LOGS keeps them
+        logs.mkdir(parents=True, exist_ok=True)
+        log = logs / f"{model.name}-{time.time_ns()}.log"
         with log.open("w") as output:
-            status = subprocess.run(
+            print(f"{model.name}, Relay: {relay}, {options}", file=output, flush=True)
+            engine = subprocess.Popen(
                 [sys.executable, str(here / "engine_process.py"), str(asked), str(got)],
                 env=env | (environment or {}),
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                timeout=timeout,
-            ).returncode
+            )
+            try:
+                status: int | str = engine.wait(timeout)
+            except subprocess.TimeoutExpired:
+                status = f"no answer after {timeout:g} s"
+            finally:
+                _end(engine)
         text = log.read_text()
-        if logs := os.environ.get("RELAY_TEST_LOGS"):  # a folder that keeps them
-            Path(logs).mkdir(parents=True, exist_ok=True)
-            about = f"{model.name}, Relay: {relay}, {options}\n"
-            (Path(logs) / f"{model.name}-{time.time_ns()}.log").write_text(about + text)
         assert status == 0 and got.exists(), f"the engine failed ({status}):\n{text[-12000:]}"
         return Result(**pickle.loads(got.read_bytes()), log=text)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends it, and the workers that it may have: they would keep the GPU."""
+    if process.poll() is not None:
+        return
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Two GPUs, tensor parallel."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import engines
 import pytest
 import remote
@@ -13,25 +15,37 @@ pytestmark = [
 ]
 
 
-# As vLLM runs by default: an engine process whose workers are its own.
-OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-# Without vLLM's fusion of all-reduce and norm, which FlashInfer compiles for minutes, eager or not.
+ENVIRONMENT = {
+    # As vLLM runs by default: an engine process whose workers are its own.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    # All-reduce by vLLM's own kernels. FlashInfer's, its default, compile for minutes, in eager
+    # mode too, and need NVLink multicast.
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+}
+# FlashInfer's fusion of all-reduce and norm is a switch of its own.
 UNFUSED = dict(pass_config=dict(fuse_allreduce_rms=False))
 OPTIONS = {
     "eager": dict(compilation_config=UNFUSED),
     "graphs": GRAPHS | dict(compilation_config=GRAPHS["compilation_config"] | UNFUSED),
 }
+SECONDS = 150  # an engine of three processes, of which each imports vLLM, starts for half a minute
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_as_near_to_float32_as_flash_attention(options, model_folder):
     model = tiny_models.write("llama", model_folder)
     options = options | dict(tensor_parallel_size=2, distributed_executor_backend="mp")
-    own, relay = (
-        remote.run(model, CALLS, relay=relay, environment=OWN_PROCESS, **options)
-        for relay in (False, True)
-    )
-    assert relay.plans > 0 and len(relay.served) == 2
+
+    def answer(relay: bool) -> remote.Result:
+        return remote.run(
+            model, CALLS, relay=relay, environment=ENVIRONMENT, timeout=SECONDS, **options
+        )
+
+    with ThreadPoolExecutor() as both:  # at once, as most of the time is their start
+        own, relay = both.map(answer, (False, True))
+    assert len(own.served) == len(relay.served) == 2, "not two workers"
+    assert relay.plans > 0 and relay.read < 0.7 * relay.attended, "nothing was shared"
     truth = remote.Truth(model)
     asked = CALLS[1][0]
     own_error, relay_error = (truth.error(asked, r.answers[1]) for r in (own, relay))

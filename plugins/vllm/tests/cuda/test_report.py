@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from relay_attention.cuda import report
 from relay_attention.cuda.plan import Plan
 
@@ -27,9 +28,17 @@ def plan(monkeypatch):
     return made
 
 
+def layer(kind: str, kv_heads: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        kv_cache=torch.empty(1, kv_heads, 16, 2 * 64, dtype=torch.bfloat16),
+        impl=SimpleNamespace(operator=SimpleNamespace(kind=kind)),
+    )
+
+
 @pytest.fixture
 def worker(plan):
-    builder = SimpleNamespace(_plans={"a kind": plan})
+    layers = [layer("a kind", 2), layer("a kind", 2), layer("another kind", 8)]
+    builder = SimpleNamespace(_plans={"a kind": plan}, _served=layers)
     group = SimpleNamespace(metadata_builders=[builder])
     return SimpleNamespace(model_runner=SimpleNamespace(attn_groups=[[group]]))
 
@@ -38,7 +47,8 @@ def test_watches_the_first_step_in_which_enough_requests_decode(plan, worker):
     report.watch_kv_slots(worker, 4)
     for requests, rows in ((3, 3), (4, 64), (4, 5), (5, 5), (6, 6)):
         plan.make(requests, rows, STREAM)
-    assert report.watched_kv_slots(worker) == (5, 5, 50)
+    slot = 2 * 2 * 2 * 64 * 2  # layers, KV heads, K and V, bf16
+    assert report.watched_kv_slots(worker) == (5, 5, 50, 5 * slot, 50 * slot)
     assert plan.made == 5
 
 

@@ -14,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/bent_costs.h"
 #include "core/checker.h"
 #include "core/forest_generator.h"
 #include "core/operator_case.h"
@@ -340,6 +341,30 @@ TEST(BatchComposition, OrderOfRequestsDoesNotMatterBeyondRounding) {
   }
 }
 
+// --- Folding -------------------------------------------------------------------------------------
+
+TEST(Folding, AFoldedPrefixGivesTheBitsOfNoSharing) {
+  const ForestCase c = shared_prefix_case(20, {100, 37, 64, 1, 250, 8});
+  for (DType type : {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0}) {
+    OperatorConfig config;
+    config.shape = {.q_heads = 8, .kv_heads = 2, .qk_dim = 64, .v_dim = 64};
+    config.k_type = config.v_type = type;
+    OperatorCase op(config, c.rows(), c.block_size, c.blocks, c.used_slots(), 5);
+    const auto bits_of = [&](Sharing sharing) {
+      Forest forest;
+      build_from_tree(c, sharing, 5, forest);
+      const PlanPtr plan = make_plan_by_bent_costs(forest, op.options(2), 1e3);
+      Workspace workspace(*plan);
+      op.out.reset();
+      run_plan(*plan, op.inputs(), workspace, 2, Threading::kReal, 5);
+      return op.out.bits();
+    };
+    for_each_isa([&](const std::string&) {
+      EXPECT_EQ(bits_of(Sharing::kOn), bits_of(Sharing::kOff)) << to_string(type);
+    });
+  }
+}
+
 // --- Summaries -----------------------------------------------------------------------------------
 
 TEST(Summary, CountsReadsAndWork) {
@@ -348,7 +373,7 @@ TEST(Summary, CountsReadsAndWork) {
   options.shape = {.q_heads = 8, .kv_heads = 2, .qk_dim = 64, .v_dim = 32};
   Forest forest;
   build_from_tree(c, Sharing::kOn, 1, forest);
-  const PlanSummary on = summarize(*make_plan(forest, options));
+  const PlanSummary on = summarize(*make_plan_of_slow_memory(forest, options));
   EXPECT_EQ(on.kv_slots_read, 1100);
   EXPECT_EQ(on.kv_slots_attended, 4100);
   EXPECT_GT(on.items, 0);
@@ -361,6 +386,18 @@ TEST(Summary, CountsReadsAndWork) {
   EXPECT_EQ(off.kv_slots_read, 4100);
   EXPECT_EQ(off.kv_slots_attended, 4100);
   EXPECT_DOUBLE_EQ(off.flops, on.flops);
+}
+
+TEST(Summary, CountsAFoldedPrefixOncePerRequest) {
+  const ForestCase c = shared_prefix_case(10, {10, 20, 30, 40});
+  PlanOptions options;
+  options.shape = {.q_heads = 8, .kv_heads = 2, .qk_dim = 64, .v_dim = 32};
+  Forest forest;
+  build_from_tree(c, Sharing::kOn, 1, forest);
+  const PlanSummary summary = summarize(*make_plan_by_bent_costs(forest, options, 1e3));
+  EXPECT_EQ(summary.kv_slots_read, 4 * 10 + 100);
+  EXPECT_EQ(summary.kv_slots_attended, 4 * 10 + 100);
+  EXPECT_EQ(summary.partials, 0);
 }
 
 TEST(Summary, ManyRowsMayBeReadInTilesButNeverOftenerThanAlone) {

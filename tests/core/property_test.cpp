@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/bent_costs.h"
 #include "core/checker.h"
 #include "core/forest_generator.h"
 #include "core/operator_case.h"
@@ -50,14 +51,16 @@ void check_way(OperatorCase& op, const Oracle& oracle, const Way& way, uint64_t 
   const int32_t threads = static_cast<int32_t>(random.between(1, 16));
   const Threading threading = random.pick(
       std::vector<Threading>{Threading::kInTurn, Threading::kInRandomTurn, Threading::kReal});
+  const double bend = random_bend(random);
   SCOPED_TRACE(way.name + ", " + std::to_string(threads) + " threads, threading " +
-               std::to_string(static_cast<int>(threading)));
+               std::to_string(static_cast<int>(threading)) + ", partial results cost " +
+               std::to_string(bend) + " times as much");
   for_each_isa([&](const std::string& isa) {
     op.out.reset();
     AttentionInputs inputs = op.inputs();
     inputs.bias = way.bias;
     inputs.window = way.window;
-    const PlanPtr plan = make_plan(*way.forest, op.options(threads));
+    const PlanPtr plan = make_plan_by_bent_costs(*way.forest, op.options(threads), bend);
     ASSERT_NO_THROW(validate(*plan, inputs));
     Workspace workspace(*plan);
     run_plan(*plan, inputs, workspace, threads, threading, seed);

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/bent_costs.h"
 #include "core/checker.h"
 #include "core/forest_generator.h"
 #include "core/numeric.h"
@@ -113,6 +114,7 @@ TEST_P(Tiled, RandomForestsOfBlockTables) {
     build_from_tables(c, sharing, forest, kTileSlots);
     ASSERT_NO_THROW(validate(forest));
     const auto threads = static_cast<int32_t>(random.between(1, 8));
+    const double bend = random_bend(random);
     for_each_isa([&](const std::string& isa) {
       op.out.reset();
       AttentionInputs inputs = op.inputs();
@@ -120,7 +122,7 @@ TEST_P(Tiled, RandomForestsOfBlockTables) {
       inputs.window = c.window;
       PlanOptions options = op.options(threads);
       options.layout = KvLayout::kTiles;
-      const PlanPtr plan = make_plan(forest, options);
+      const PlanPtr plan = make_plan_by_bent_costs(forest, options, bend);
       ASSERT_NO_THROW(validate(*plan, inputs));
       Workspace workspace(*plan);
       run_plan(*plan, inputs, workspace, threads, Threading::kReal, seed);

@@ -22,6 +22,8 @@ using kernels::Tile;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
+constexpr uint64_t kSoon = uint64_t{1} << 32;  ///< one thread in the high half of State::next_item
+
 /// One thread's work on one operator.
 class Runner {
  public:
@@ -48,6 +50,14 @@ class Runner {
     const bool capped = in.softcap != 0.0f;
     tile_.scale = capped ? in.scale / in.softcap : in.scale * kLog2e;
     tile_.softcap = capped ? in.softcap * kLog2e : 0.0f;
+  }
+
+  /// Takes the next of all items for this thread; false if none is left.
+  bool take(uint32_t& item) {
+    const uint64_t one = announced_ ? 1 - kSoon : 1;
+    announced_ = false;
+    item = static_cast<uint32_t>(ws_.next_item.fetch_add(one, std::memory_order_relaxed));
+    return item < plan_.items.size();
   }
 
   void run(const WorkItem& item) {
@@ -122,9 +132,13 @@ class Runner {
   }
 
   /// Makes next_ the first tile of the item that this thread will probably take after this one, to
-  /// prefetch it. It does not take the item yet: another thread may be idle first.
+  /// prefetch it. It does not take the item yet: another thread may be idle first. Threads that
+  /// work on items of one size end them at the same time: those that have looked ahead before this
+  /// one will take the items before its own.
   void look_ahead() {
-    const uint32_t i = ws_.next_item.load(std::memory_order_relaxed);
+    const uint64_t next = ws_.next_item.fetch_add(kSoon, std::memory_order_relaxed);
+    announced_ = true;
+    const uint64_t i = (next % kSoon) + next / kSoon;
     if (i >= plan_.items.size() || plan_.items[i].segment == WorkItem::kNoSegment) return;
     const WorkItem& item = plan_.items[i];
     Cursor first{item.span, item.span_offset, item.slots};
@@ -497,6 +511,7 @@ class Runner {
   SlotTable* now_ = nullptr;
   SlotTable* next_ = nullptr;
   const WorkItem* next_of_ = nullptr;  ///< whose tile next_ is
+  bool announced_ = false;             ///< counted in the high half of State::next_item
   const uint8_t* unpacked_k_[kTileSlots];
   const uint8_t* unpacked_v_[kTileSlots];
   float bias_scale_[kMaxGroup];
@@ -513,12 +528,7 @@ void attend(const Plan& plan, const AttentionInputs& inputs, Workspace& workspac
   }
   if (thread < 0 || thread >= plan.options.threads) throw Error("attend: no such thread");
   Runner runner(plan, inputs, ws, thread);
-  const auto items = static_cast<uint32_t>(plan.items.size());
-  for (;;) {
-    const uint32_t i = ws.next_item.fetch_add(1, std::memory_order_relaxed);
-    if (i >= items) break;
-    runner.run(plan.items[i]);
-  }
+  for (uint32_t i = 0; runner.take(i);) runner.run(plan.items[i]);
   if (ws.finished_threads.fetch_add(1, std::memory_order_acq_rel) + 1 ==
       static_cast<uint32_t>(plan.options.threads)) {
     ws.finished_threads.store(0, std::memory_order_relaxed);

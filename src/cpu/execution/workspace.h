@@ -25,7 +25,8 @@ struct Workspace::State {
   /// of which one half is there.
   std::unique_ptr<std::atomic<uint64_t>[]> half_there;
   int64_t nodes = 0;  ///< there is room for
-  alignas(64) std::atomic<uint32_t> next_item{0};
+  /// Low half: the next item to be taken. High half: how many threads will soon take one.
+  alignas(64) std::atomic<uint64_t> next_item{0};
   alignas(64) std::atomic<uint32_t> finished_threads{0};
 };
 

@@ -133,6 +133,7 @@ CostModel make_cost_model(const KernelCosts& costs, const PlanOptions& options, 
   model.slot_bytes =
       vector_bytes(options.k_type, shape.qk_dim) + vector_bytes(options.v_type, shape.v_dim);
   model.cache_bytes = core_cache_bytes();
+  model.last_cache_bytes = last_level_cache_bytes();
   model.few_block = kernels::active().few_rows;
   if (options.layout == KvLayout::kTiles) {  // one kernel for any number of rows, nothing to unpack
     model.few_block = 0;

@@ -44,16 +44,17 @@ struct CostModel {
   Path few;
   Path many;
   double item = 0;
-  double locate = 0;        ///< per slot of an item
-  double state = 0;         ///< per query row and KV head of an item
-  double store = 0;         ///< likewise, where the result is not the row's only one
-  double merge = 0;         ///< per partial state that is merged into another
-  double byte = 0;          ///< per byte of KV read
-  double run_bytes = 0;     ///< each run of adjacent bytes takes as long as so many more
-  int64_t slot_bytes = 0;   ///< of one KV head's K and V
-  int64_t cache_bytes = 0;  ///< a core's second-level cache
-  int32_t few_block = 0;    ///< query rows that the kernel for few takes at once; 0 without one
-  int32_t few_rows = 0;     ///< up to so many query rows are few
+  double locate = 0;             ///< per slot of an item
+  double state = 0;              ///< per query row and KV head of an item
+  double store = 0;              ///< likewise, where the result is not the row's only one
+  double merge = 0;              ///< per partial state that is merged into another
+  double byte = 0;               ///< per byte of KV read
+  double run_bytes = 0;          ///< each run of adjacent bytes takes as long as so many more
+  int64_t slot_bytes = 0;        ///< of one KV head's K and V
+  int64_t cache_bytes = 0;       ///< a core's second-level cache
+  int64_t last_cache_bytes = 0;  ///< the largest cache
+  int32_t few_block = 0;  ///< query rows that the kernel for few takes at once; 0 without one
+  int32_t few_rows = 0;   ///< up to so many query rows are few
 
   /// Seconds of reading `slots` slots of `heads` KV heads, with `row_slots` products of a slot and
   /// a query row that sees it for each head.

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/plan/fold.h"
 #include "cpu/plan/schedule.h"
 #include "relay/attention.h"
 
@@ -44,7 +45,7 @@ class Plan {
 
   uint64_t serial = 0;  ///< of its last planning, in this process: which plan this is
   PlanOptions options;
-  Forest forest;                        ///< what was planned
+  Forest forest;                        ///< what was planned, short segments folded (fold.h)
   std::vector<uint32_t> row_index;      ///< the forest's, and the rows that attend nothing
   std::vector<WorkItem> items;          ///< in the order in which threads take them
   std::vector<uint32_t> partial_begin;  ///< [rows + 1]: row r's partials (merge_tree.h)
@@ -97,6 +98,7 @@ class Plan {
   std::vector<WorkItem> as_cut;     ///< items, before they have their order
   std::vector<ItemInOrder> order;
   ScheduleScratch schedule;
+  FoldScratch folding;
 };
 
 /// Throws Error for options that no plan can be made for, whatever the forest.

@@ -1,5 +1,8 @@
 // How a batch is cut. Threads take items from one list, so it must be cut such that they finish
 // near together while little has to be merged:
+//   0. A shared segment that is too short to pay for its partial results is folded into the
+//   segments
+//      below it (fold.h).
 //   1. A segment is cut by rows only as far as their states must stay in the cache, or where they
 //      are many, since each row tile reads the KV again. What comes out is a block.
 //   2. A block is cut by slots into chunks, at the cost of a partial result for each row and chunk,
@@ -18,31 +21,21 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/kernels/kernels.h"
+#include "cpu/plan/block_costs.h"
+#include "cpu/plan/fold.h"
 #include "cpu/plan/merge_tree.h"
 #include "cpu/plan/schedule.h"
 
 namespace relay {
 namespace {
 
-using kernels::padded_dim;
-
 /// Chunks are multiples of this many slots (KvLayout::kRows): a short last tile costs less than
 /// uneven threads.
 constexpr int64_t kRowsUnit = 8;
 
-/// Queries and outputs of one KV head take this part of a core's cache while its KV streams by;
-/// rows beyond that are another item, which reads the KV again.
-constexpr double kStatesOfHead = 1.0 / 2;
 /// Where there are more threads than KV heads, rows go apart too while so many query rows stay
 /// together: beside their products, reading the KV again costs less than partials of all of them.
 constexpr int64_t kRowsWorthReading = 256;
-/// Heads share an item while their queries and outputs together are this small: reading a slot's
-/// heads in one run gains less than a crowded cache costs (measured with a cache of 1 MiB: 96 KiB
-/// beats 192 to 512 by 10 to 40 % for 32 to 128 query rows).
-constexpr double kStatesOfItem = 3.0 / 32;
-/// And while a tile of all of their KV is: the next one is fetched beside it.
-constexpr double kTileOfItem = 1.0 / 4;
 /// Where the heads of a slot lie side by side but are read by several items, those follow one
 /// another, and a chunk of all heads is not more than this many times a core's cache: what one of
 /// them brings into the shared cache and the TLB, the others still find there (measured: 20 % for
@@ -70,22 +63,20 @@ constexpr double kLeastRoom = 0.03;
 class Planner {
  public:
   Planner(Plan& plan, const Forest& forest, const PlanOptions& options, const CostModel& costs)
-      : plan_(plan), costs_(costs), shape_(options.shape), threads_(options.threads) {
+      : plan_(plan),
+        costs_(costs),
+        block_costs_(costs, options.shape),
+        shape_(options.shape),
+        threads_(options.threads) {
     plan_.options = options;
-    plan_.forest = forest;
+    fold_short_segments(forest, options, costs, plan_.folding, plan_.forest);
     plan_.merge_seconds = merge_seconds(costs, shape_);
-    plan_.row_index.assign(forest.row_index.begin(), forest.row_index.end());
-    const double state = 4.0 * (padded_dim(shape_.qk_dim) + padded_dim(shape_.v_dim));
-    const auto cache = static_cast<double>(costs.cache_bytes);
-    rows_at_once_ =
-        std::max<int64_t>(1, static_cast<int64_t>(cache * kStatesOfHead / state) / shape_.group());
-    states_together_ = static_cast<int64_t>(cache * kStatesOfItem / state);
-    const auto slot_bytes = static_cast<double>(costs.slot_bytes);
-    heads_together_ = static_cast<int64_t>(cache * kTileOfItem / (slot_bytes * kTileSlots));
+    plan_.row_index.assign(plan_.forest.row_index.begin(), plan_.forest.row_index.end());
     unit_ = options.layout == KvLayout::kTiles ? kTileSlots : kRowsUnit;
     if (options.layout == KvLayout::kRows) {
-      most_units_ = std::max<int64_t>(
-          1, static_cast<int64_t>(cache * kChunkOfHeads / (slot_bytes * shape_.kv_heads)) / unit_);
+      const auto chunk = static_cast<double>(costs.cache_bytes) * kChunkOfHeads;
+      const auto slot = static_cast<double>(costs.slot_bytes * shape_.kv_heads);
+      most_units_ = std::max<int64_t>(1, static_cast<int64_t>(chunk / slot) / unit_);
     }
   }
 
@@ -104,10 +95,11 @@ class Planner {
   void make_blocks() {
     plan_.blocks.clear();
     plan_.unit_rows.clear();
+    const int64_t rows_at_once = block_costs_.rows_at_once();
     for (size_t i = 0; i < plan_.forest.segments.size(); ++i) {
       const Segment& segment = plan_.forest.segments[i];
       const int64_t tiles =
-          std::max((segment.rows() + rows_at_once_ - 1) / rows_at_once_,
+          std::max((segment.rows() + rows_at_once - 1) / rows_at_once,
                    std::min<int64_t>((threads_ + shape_.kv_heads - 1) / shape_.kv_heads,
                                      query_rows(segment.rows()) / kRowsWorthReading));
       const auto rows_each = static_cast<uint32_t>((segment.rows() + tiles - 1) / tiles);
@@ -124,10 +116,8 @@ class Planner {
     count_blocks_of_rows();
     total_ = 0;
     for (Block& block : plan_.blocks) {
-      block.parts = least_parts(block);
-      const double states = shape_.kv_heads * static_cast<double>(query_rows(block));
-      block.overhead =
-          static_cast<double>(block.parts) * costs_.item + states * (costs_.state + costs_.store);
+      block.parts = block_costs_.least_parts(block.rows());
+      block.overhead = block_costs_.overhead(block.rows(), block.parts);
       block.cost = block.overhead + seconds_of(block, 0, units_of(block));
       total_ += block.cost;
     }
@@ -204,16 +194,8 @@ class Planner {
     }
   }
 
-  int64_t query_rows(uint32_t rows) const { return int64_t{rows} * shape_.group(); }
+  int64_t query_rows(uint32_t rows) const { return block_costs_.query_rows(rows); }
   int64_t query_rows(const Block& block) const { return query_rows(block.rows()); }
-  bool few(const Block& block) const { return query_rows(block) <= costs_.few_rows; }
-
-  /// Into how many items the heads must go for their states to stay at hand.
-  int64_t least_parts(const Block& block) const {
-    const int64_t together = std::clamp<int64_t>(
-        std::min(states_together_ / query_rows(block), heads_together_), 1, shape_.kv_heads);
-    return (shape_.kv_heads + together - 1) / together;
-  }
 
   int64_t units_of(const Block& block) const { return (block.slots + unit_ - 1) / unit_; }
   int64_t slots_of(const Block& block, int64_t first, int64_t last) const {
@@ -229,10 +211,8 @@ class Planner {
   }
   /// Seconds of the units [first, last) for all heads, `block.parts` items together.
   double seconds_of(const Block& block, int64_t first, int64_t last) const {
-    const auto parts = static_cast<double>(block.parts);
-    const double heads = shape_.kv_heads / parts;
-    return parts * costs_.kv_seconds(few(block), heads, slots_of(block, first, last),
-                                     row_slots_of(block, first, last));
+    return block_costs_.kv_seconds(block.rows(), block.parts, slots_of(block, first, last),
+                                   row_slots_of(block, first, last));
   }
 
   // --- Cutting -----------------------------------------------------------------------------------
@@ -334,7 +314,7 @@ class Planner {
     item.segment = block.segment;
     item.row_begin = block.row_begin;
     item.row_end = block.row_end;
-    item.few = few(block);
+    item.few = block_costs_.few(block.rows());
     item.span = plan_.forest.segments[block.segment].span_begin;
     block.first_item = static_cast<uint32_t>(plan_.items.size());
     block.chunks = 0;
@@ -505,11 +485,9 @@ class Planner {
 
   Plan& plan_;
   const CostModel& costs_;
+  const BlockCosts block_costs_;
   const HeadShape shape_;
   const int32_t threads_;
-  int64_t rows_at_once_ = 0;        ///< of one row tile
-  int64_t states_together_ = 0;     ///< (query row, KV head) pairs of one item
-  int64_t heads_together_ = 0;      ///< KV heads of one item
   int64_t unit_ = kRowsUnit;        ///< slots
   int64_t most_units_ = INT64_MAX;  ///< of a chunk whose heads are not all in one item
   double total_ = 0;                ///< seconds of all blocks, uncut

@@ -15,50 +15,12 @@
 #include "cpu/plan/cost_model.h"
 #include "cpu/plan/merge_tree.h"
 #include "cpu/plan/plan.h"
+#include "cpu/plan/plan_cases.h"
 #include "cpu/plan/schedule.h"
 #include "relay/forest.h"
 
 namespace relay {
 namespace {
-
-enum class Batch { kShared, kApart, kPrefill };
-
-struct Case {
-  std::string name;
-  PlanOptions options;
-  Forest forest;
-};
-
-/// Requests behind one prefix, each with a context of its own (0: of many lengths); kPrefill: the
-/// first of them brings 512 new tokens.
-Case make_case(const std::string& shape_name, HeadShape shape, DType type, int64_t prefix,
-               int32_t batch, int64_t context, Batch kind, KvLayout layout = KvLayout::kRows) {
-  Case c;
-  c.options = {.shape = shape, .k_type = type, .v_type = type, .layout = layout};
-  c.name = shape_name + " " + to_string(type) + (layout == KvLayout::kTiles ? " in tiles" : "") +
-           ", prefix " + std::to_string(prefix) + ", batch " + std::to_string(batch) +
-           ", context " + std::to_string(context) +
-           (kind == Batch::kShared  ? ""
-            : kind == Batch::kApart ? ", sharing off"
-                                    : ", one prefilling");
-  std::vector<TreeNode> nodes = {{.parent = -1, .spans = {{0, 0, prefix}}}};
-  std::vector<int32_t> leaf_of_row;
-  std::vector<int64_t> positions;
-  int64_t slot = prefix;
-  for (int32_t request = 0; request < batch; ++request) {
-    const bool prefills = kind == Batch::kPrefill && request == 0;
-    const int64_t slots = prefills ? 512 : context > 0 ? context : 16 + request * 197 % 497;
-    nodes.push_back({.parent = 0, .spans = {{slot, prefix, slots}}});
-    slot += layout == KvLayout::kTiles ? (slots + kTileSlots - 1) / kTileSlots * kTileSlots : slots;
-    for (int64_t row = prefills ? 0 : slots - 1; row < slots; ++row) {
-      leaf_of_row.push_back(request + 1);
-      positions.push_back(prefix + row);
-    }
-  }
-  build_from_tree({.nodes = nodes, .leaf_of_row = leaf_of_row, .position_of_row = positions},
-                  kind == Batch::kApart ? Sharing::kOff : Sharing::kOn, c.forest);
-  return c;
-}
 
 std::vector<Case> realistic_cases() {
   struct Named {
@@ -96,16 +58,6 @@ std::vector<Case> realistic_cases() {
     }
   }
   return cases;
-}
-
-/// The built-in costs of a machine that multiplies bf16 by pairs, whatever machine this is.
-CostModel costs_of(const PlanOptions& options) {
-  const bool pairs = options.k_type == DType::kBF16 && options.v_type == DType::kBF16;
-  CostModel costs = make_cost_model(fixed_costs(options.k_type, options.v_type, pairs), options,
-                                    guessed_read_bytes(options.threads));
-  costs.cache_bytes = int64_t{1} << 20;
-  if (options.layout == KvLayout::kRows) costs.few_rows = 8;
-  return costs;
 }
 
 PlanPtr plan_of(const Case& c, int32_t threads) {
@@ -256,12 +208,12 @@ TEST(Cutting, EverySlotOfEveryHeadOnce) {
     const PlanPtr plan = plan_of(c, 8);
     // Causal segments lose the slots that none of a row tile's rows sees; here each is seen.
     const int64_t heads = c.options.shape.kv_heads;
-    std::vector<int64_t> of_segment(c.forest.segments.size(), 0);
+    std::vector<int64_t> of_segment(plan->forest.segments.size(), 0);
     for (const WorkItem& item : plan->items) {
       of_segment[item.segment] += item.slots * item.rows() * (item.head_end - item.head_begin);
     }
     for (size_t s = 0; s < of_segment.size(); ++s) {
-      const Segment& segment = c.forest.segments[s];
+      const Segment& segment = plan->forest.segments[s];
       const int64_t all = segment.slots * segment.rows() * heads;
       if (segment.visibility == Visibility::kPositions) {
         ASSERT_LE(of_segment[s], all) << c.name;

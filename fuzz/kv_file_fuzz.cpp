@@ -25,7 +25,7 @@ const KvFileExpected kExpected = {
 
 void mend_checksum(std::string& file) {
   KvFileHeader header;
-  constexpr size_t kCounts = 8 + 64 + 64;
+  constexpr size_t kCounts = 8 + 3 * 64;
   uint32_t tokens = 0;
   if (file.size() < kCounts + 16) return;
   std::memcpy(&tokens, file.data() + kCounts, 4);

@@ -4,6 +4,8 @@
   restart      a start that computes a pinned prompt, and one that finds it in the prompt cache
   inter-token  time between tokens of requests that decode, and beside a long prompt
   prompts      users of one system prompt, and as many of two, mixed
+  together     clients that arrive together with a prompt that is new: p95 of the time to first
+               token, with llama-server's beside. Half an hour a round, on two cores
   single       one client whose prompts share nothing, with llama-server's figures beside
   overhead     what of a step is neither computing nor choosing tokens
   overload     ten times as many users as there is room for: what is still answered, how fast the
@@ -26,7 +28,10 @@ from pathlib import Path
 from common import ROOT
 from console import DemoError
 
-FIGURES = ("restart", "inter-token", "prompts", "single", "overhead", "overload", "soak")
+FIGURES = (
+    "restart", "inter-token", "prompts", "together", "single", "overhead", "overload", "soak"
+)  # fmt: skip
+OF_MANY = ("prompts", "together", "overhead")
 
 
 def main() -> None:
@@ -43,14 +48,16 @@ def main() -> None:
     parser.add_argument("-m", "--model", type=Path, required=True)
     parser.add_argument("--relay", type=Path, default=ROOT / "build/release/bin/relay")
     parser.add_argument("--prompt-tokens", type=int, help="default: 4096, and 6000 for inter-token")
-    parser.add_argument("--users", type=int, help="default: 8, 32 for prompts and overhead")
+    parser.add_argument("--users", type=int, help=f"default: 8, 32 for {', '.join(OF_MANY)}")
     parser.add_argument("--seconds", type=float, default=30, help="of one load (30)")
-    parser.add_argument("--rounds", type=int, default=3, help="of prompts and single (3)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of prompts, together, single and overload (3)"
+    )
     parser.add_argument("--minutes", type=float, default=30, help="of the soak (30)")
     args = parser.parse_args(own)
     args.more = more
     args.prompt_tokens = args.prompt_tokens or (6000 if args.figure == "inter-token" else 4096)
-    args.users = args.users or (32 if args.figure in ("prompts", "overhead") else 8)
+    args.users = args.users or (32 if args.figure in OF_MANY else 8)
     try:
         importlib.import_module(args.figure.replace("-", "_")).run(args)
     except DemoError as error:

@@ -1,6 +1,7 @@
 """What the figures share: a server, and what it is asked."""
 
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -9,12 +10,20 @@ sys.path.append(str(ROOT / "scripts/demo"))  # its servers and users
 
 from console import DemoError  # noqa: E402
 from servers import Server, clean_environment, free_port  # noqa: E402
+from users import Answer, ask  # noqa: E402
 
 
 def relay_server(args, log: Path, *more: str) -> Server:
     command = [str(args.relay), "serve", "-m", str(args.model), "--port", str(free_port())]
     command += ["--drain-timeout", "0", *more, *args.more]
     return Server("relay serve", command, clean_environment(), log)
+
+
+def llama_server(args, log: Path, *more: str) -> Server:
+    command = [str(args.relay.parent / "llama-server"), "-m", str(args.model), "--no-webui"]
+    # The copies of idle slots in host memory would only cost time here.
+    command += ["--host", "127.0.0.1", "--port", str(free_port()), "--cache-ram", "0", *more]
+    return Server("llama-server", command, clean_environment(), log)
 
 
 def words(tokens: int) -> str:
@@ -36,6 +45,24 @@ def chat(content: str, tokens: int, system: str | None = None) -> dict:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+def ask_in_background(server: Server, bodies: list[dict], begin: float = 0.0) -> list[Answer]:
+    """What each is answered, from now on."""
+    answers = [Answer(user) for user in range(len(bodies))]
+    for body, answer in zip(bodies, answers, strict=True):
+        asked = (server, body, answer, begin)
+        threading.Thread(target=ask, args=asked, daemon=True).start()
+    return answers
+
+
+def wait_decoding(server: Server, answers: list[Answer]) -> None:
+    """Until each has some tokens."""
+    while any(len(answer.times) < 8 for answer in answers):
+        server.check_alive()
+        if failed := [answer for answer in answers if answer.error]:
+            raise DemoError(f"user {failed[0].user}: {failed[0].error}")
+        time.sleep(0.1)
 
 
 def require(**targets: bool) -> None:

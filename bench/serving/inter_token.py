@@ -1,11 +1,10 @@
 """Time between tokens of requests that decode, without and with a long prompt among them."""
 
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-from common import chat, relay_server, require, words
+from common import ask_in_background, chat, relay_server, require, wait_decoding, words
 from console import DemoError, say
 from results import percentile
 from users import Answer, ask
@@ -18,14 +17,9 @@ def run(args) -> None:
         with relay_server(args, Path(folder) / "serve.log", *options) as server:
             server.wait_ready(600)
             start = time.monotonic()
-            answers = [Answer(user) for user in range(args.users)]
-            for answer in answers:
-                question = chat(f"Question {answer.user}: {words(32)}", 4000)
-                asked = (server, question, answer, start)
-                threading.Thread(target=ask, args=asked, daemon=True).start()
-            while any(len(answer.times) < 8 for answer in answers):
-                server.check_alive()
-                time.sleep(0.1)
+            questions = [f"Question {user}: {words(32)}" for user in range(args.users)]
+            answers = ask_in_background(server, [chat(q, 4000) for q in questions], start)
+            wait_decoding(server, answers)
             begin = time.monotonic() - start
             time.sleep(args.seconds)
             middle = time.monotonic() - start

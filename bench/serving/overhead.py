@@ -5,13 +5,19 @@ computing.
 """
 
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-from common import chat, metric, relay_server, require, wait_running
+from common import (
+    ask_in_background,
+    chat,
+    metric,
+    relay_server,
+    require,
+    wait_decoding,
+    wait_running,
+)
 from console import say
-from users import Answer, ask
 
 NAMES = ("relay:steps_total", "relay:compute_seconds_total", "relay:sampling_seconds_total")
 
@@ -23,14 +29,10 @@ def run(args) -> None:
         relay_server(args, Path(folder) / "serve.log", *options) as server,
     ):
         server.wait_ready(600)
-        answers = [Answer(user) for user in range(args.users)]
-        for answer in answers:
-            asked = (server, chat(f"Question {answer.user}?", 4000), answer, 0.0)
-            threading.Thread(target=ask, args=asked, daemon=True).start()
+        questions = [chat(f"Question {user}?", 4000) for user in range(args.users)]
+        answers = ask_in_background(server, questions)
         wait_running(server, args.users)
-        while any(len(answer.times) < 8 for answer in answers):
-            server.check_alive()
-            time.sleep(0.1)
+        wait_decoding(server, answers)
 
         def spent() -> tuple[float, ...]:
             """At the end of a step, of which all these are."""

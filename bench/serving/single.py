@@ -5,28 +5,21 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import chat, relay_server, require, words
+from common import chat, llama_server, relay_server, require, words
 from console import DemoError, say
-from servers import Server, clean_environment, free_port
 from users import Answer, ask
 
 TOKENS = 64  # of each answer
 
 
-def llama_server(args, log: Path, cells: int) -> Server:
-    command = [str(args.relay.parent / "llama-server"), "-m", str(args.model), "-np", "1"]
-    command += ["--host", "127.0.0.1", "--port", str(free_port()), "-c", str(cells), "--no-webui"]
-    # The copies of idle slots in host memory would only cost time here.
-    return Server("llama-server", [*command, "--cache-ram", "0"], clean_environment(), log)
-
-
 def run(args) -> None:
     cells = args.prompt_tokens + TOKENS + 256
     options = ["-c", str(cells), "--parallel", "1"]
+    slot = ["-c", str(cells), "-np", "1"]
     seconds: dict[str, dict[str, list[float]]] = {"first token": {}, "decoding": {}, "answer": {}}
     with (
         tempfile.TemporaryDirectory() as folder,
-        llama_server(args, Path(folder) / "llama-server.log", cells) as llama,
+        llama_server(args, Path(folder) / "llama-server.log", *slot) as llama,
         relay_server(args, Path(folder) / "serve.log", *options) as relay,
     ):
         for server in (llama, relay):

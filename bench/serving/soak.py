@@ -6,7 +6,6 @@ import random
 import socket
 import statistics
 import tempfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from common import chat, relay_server, require, wait_idle, words
 from console import DemoError, Ticker, say
 from servers import Server
-from users import CHAT, Answer, ask
+from users import CHAT, Answer, ask, at_once
 
 WARM_UP = 5  # minutes
 SYSTEMS = [f"You are number {number}. {words(200)}" for number in range(4)]
@@ -99,11 +98,11 @@ def run(args) -> None:
         raise DemoError(f"a soak takes more than {WARM_UP + 1} minutes")
     done: Counter[str] = Counter()
     problems: list[str] = []
-    stop = threading.Event()
+    samples: list[tuple[float, float]] = []  # minute, MiB
 
-    def user(number: int, server: Server) -> None:
+    def user(number: int, server: Server, end: float) -> None:
         source = random.Random(number)
-        while not stop.is_set():
+        while time.monotonic() < end:
             kind = source.choices(list(KINDS), list(KINDS.values()))[0]
             try:
                 kind(server, source)
@@ -111,6 +110,14 @@ def run(args) -> None:
             except (DemoError, OSError, http.client.HTTPException, ValueError) as error:
                 problems.append(f"{kind.__name__}: {error!r}")
                 time.sleep(1)
+
+    def watch(server: Server, begin: float, end: float) -> None:
+        while (now := time.monotonic()) < end:
+            samples.append(((now - begin) / 60, resident_mib(server)))
+            time.sleep(5)
+
+    def status() -> str:
+        return f"{samples[-1][0]:.0f} min, {samples[-1][1]:.0f} MiB, {done.total()} done"
 
     options = ["-c", "16384", "--max-model-len", "4096", "--parallel", str(args.users)]
     options += ["--max-queue", str(args.users)]
@@ -120,26 +127,11 @@ def run(args) -> None:
     ):
         server.wait_ready(600)
         begin = time.monotonic()
-        samples: list[tuple[float, float]] = []  # minute, MiB
-        users = 2 * args.users
-        threads = [threading.Thread(target=user, args=(n, server)) for n in range(users)]
-        for thread in threads:
-            thread.start()
-
-        def status() -> str:
-            return f"{samples[-1][0]:.0f} min, {samples[-1][1]:.0f} MiB, {done.total()} done"
-
-        try:
-            samples.append((0, resident_mib(server)))
-            with Ticker(status):
-                while (minute := (time.monotonic() - begin) / 60) < args.minutes:
-                    server.check_alive()
-                    samples.append((minute, resident_mib(server)))
-                    time.sleep(5)
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
+        end = begin + 60 * args.minutes
+        samples.append((0, resident_mib(server)))
+        everybody = [(user, number, server, end) for number in range(2 * args.users)]
+        with Ticker(status):
+            at_once(server, lambda do, *what: do(*what), [*everybody, (watch, server, begin, end)])
         server.check_alive()
         wait_idle(server)
     warm = [mib for minute, mib in samples if WARM_UP <= minute < WARM_UP + 1]

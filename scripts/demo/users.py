@@ -6,6 +6,7 @@ import http.client
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from console import DemoError, Ticker
@@ -104,13 +105,20 @@ def chat_body(prompt: str, user: int, round_number: int, tokens: int) -> dict:
     }
 
 
+def at_once(server: Server, client: Callable[..., None], arguments: list[tuple]) -> None:
+    """client(*each) in a thread of its own; raises if the server ends before they do."""
+    threads = [threading.Thread(target=client, args=each, daemon=True) for each in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.2)  # short, so that Ctrl-C is heard
+            server.check_alive()
+
+
 def run_round(server: Server, bodies: list[dict], label: str) -> list[Answer]:
     answers = [Answer(user) for user in range(len(bodies))]
     begin = time.monotonic()
-    threads = [
-        threading.Thread(target=ask, args=(server, body, answer, begin), daemon=True)
-        for body, answer in zip(bodies, answers, strict=True)
-    ]
 
     def status() -> str:
         begun = sum(1 for answer in answers if answer.pieces)
@@ -118,12 +126,8 @@ def run_round(server: Server, bodies: list[dict], label: str) -> list[Answer]:
         return f"{label}: {begun} of {len(answers)} users served, about {pieces} tokens"
 
     with Ticker(status):
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.2)  # short, so that Ctrl-C is heard
-                server.check_alive()
+        asked = zip(bodies, answers, strict=True)
+        at_once(server, ask, [(server, body, answer, begin) for body, answer in asked])
     if failed := [answer for answer in answers if answer.error]:
         raise DemoError(
             f"{server.name}: {len(failed)} of {len(answers)} requests failed, the first with\n"

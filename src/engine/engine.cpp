@@ -18,6 +18,7 @@
 #include "engine/llama_model.h"
 #include "engine/llama_sampler.h"
 #include "engine/prompt_cache.h"
+#include "engine/return_times.h"
 
 namespace relay::engine {
 
@@ -246,7 +247,7 @@ class ThreadedEngine : public Engine {
   bool is_adapter(int32_t adapter) const {
     return adapter >= 0 && static_cast<size_t>(adapter) <= options_.adapters.size();
   }
-  std::optional<Refusal> check_queue(int32_t sequences) const;  // with mutex_ held
+  std::optional<Refusal> check_queue(int32_t sequences);  // with mutex_ held
   void post(std::function<void()> message);
   void run();
   template <typename Work>
@@ -281,6 +282,7 @@ class ThreadedEngine : public Engine {
   std::vector<PinnedPrompt> pinned_;
   int32_t arriving_ = 0;  // sequences in the inbox
   int64_t refused_ = 0;
+  ReturnTimes return_times_;
   RequestId last_id_ = 0;
   bool busy_ = false;  // the engine thread has requests or messages at hand
   bool accepting_ = true;
@@ -336,14 +338,15 @@ std::optional<Refusal> ThreadedEngine::check(const GenerateRequest& request) con
   return std::nullopt;
 }
 
-std::optional<Refusal> ThreadedEngine::check_queue(int32_t sequences) const {
+std::optional<Refusal> ThreadedEngine::check_queue(int32_t sequences) {
   // Places: the queue, and those that would leave it at once.
   const int32_t waiting = stats_.waiting + arriving_;
   const int32_t idle = std::max(0, options_.parallel - stats_.running);
   if (waiting + sequences <= options_.max_queue + idle) return std::nullopt;
   Refusal full = refusal(ErrorKind::kQueueFull, "The queue is full (" + std::to_string(waiting) +
                                                     " waiting); try again later.");
-  full.retry_after_seconds = 1 + waiting / std::max(1, options_.parallel);
+  const double place = stats_.request_seconds / std::max(1, options_.parallel);
+  full.retry_after_seconds = return_times_.next(ReturnTimes::Clock::now(), place);
   return full;
 }
 

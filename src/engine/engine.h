@@ -321,6 +321,7 @@ struct EngineStats {
   int64_t kv_bytes_unshared = 0;     ///< what the running sequences would hold without sharing
   int32_t shared_group_size = 0;     ///< decode rows of the largest group that shares a prefix
   int32_t shared_prefix_tokens = 0;  ///< length of that prefix
+  double request_seconds = 0;        ///< from admission to the end, lately; 0: none has ended yet
   std::vector<int32_t> running_adapters;  ///< those of running sequences, each once; not the base
   std::vector<int32_t> waiting_adapters;  ///< the same of waiting ones
   // counters

@@ -390,6 +390,13 @@ void EngineCore::finish_request(Request& r, FinishReason reason) {
   t.decode = seconds_between(first, now);
   t.time_to_first_token = r.has_token ? seconds_between(r.submitted, first) : 0.0;
   t.total = seconds_between(r.submitted, now);
+  if (r.began) {
+    // A moving average, over some sixteen requests once there have been as many.
+    constexpr double kWeight = 1.0 / 16;
+    double& mean = counters_.request_seconds;
+    const double took = t.prefill + t.decode;
+    mean = mean > 0 ? mean + kWeight * (took - mean) : took;
+  }
   if (observer_) observer_->on_request_end(reason, r.usage, t);
   if (before_end_) before_end_();
   const auto ended = requests_.extract(r.id);

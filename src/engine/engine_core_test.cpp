@@ -13,6 +13,7 @@
 
 #include "engine/fake_model.h"
 #include "engine/kv_memory.h"
+#include "engine/return_times.h"
 #include "engine/scheduler.h"
 #include "engine/step_pacer.h"
 
@@ -540,6 +541,60 @@ TEST(EngineCore, ASmallRequestDoesNotOvertakeALargeOneThatWaitsForRoom) {
   bench.run();
   EXPECT_TRUE(running->done && large->done && small->done);
   bench.expect_no_leak();
+}
+
+TEST(EngineCore, HowLongRequestsTakeLatelyIsKnown) {
+  Bench bench(2000);
+  EXPECT_EQ(bench.core.stats().request_seconds, 0);
+  double step = 0.02;
+  bench.model.on_decode = [&](const Batch&) {
+    std::this_thread::sleep_for(std::chrono::duration<double>(step));
+    return DecodeStatus::kOk;
+  };
+  const auto both = [&](unsigned seed) {
+    bench.submit(sequence_of(5, seed), 4);
+    bench.submit(sequence_of(5, seed + 1), 4);
+    bench.run();
+    return bench.core.stats().request_seconds;
+  };
+  EXPECT_GT(both(900), 3 * step);  // four steps, of which the last ends it
+  EXPECT_LT(both(902), 1.0);
+  step = 0;
+  double before = both(904);
+  for (unsigned i = 0; i < 40; ++i) both(906 + 2 * i);
+  EXPECT_LT(bench.core.stats().request_seconds, before / 4) << "what was long ago counts no more";
+  before = bench.core.stats().request_seconds;
+  bench.submit(sequence_of(5, 999), 400);
+  bench.core.cancel(bench.last_id);
+  EXPECT_EQ(bench.core.stats().request_seconds, before) << "it had not begun";
+}
+
+TEST(ReturnTimes, EachPlaceIsPromisedToAFew) {
+  const auto begin = ReturnTimes::Clock::now();
+  const auto at = [&](double seconds) {
+    return begin + std::chrono::duration_cast<ReturnTimes::Clock::duration>(
+                       std::chrono::duration<double>(seconds));
+  };
+  {
+    ReturnTimes times;
+    EXPECT_EQ(times.next(begin, 0), 1) << "nothing is known";
+    EXPECT_EQ(times.next(begin, 0), 1);
+    EXPECT_EQ(times.next(begin, 0.001), 1);
+    EXPECT_EQ(times.next(begin, 2.5), 3) << "not before a place is likely";
+  }
+  ReturnTimes times;
+  // A place becomes free every half second, and so eight clients come a second.
+  std::map<int32_t, int> in;
+  for (int i = 0; i < 100; ++i) ++in[times.next(begin, 0.5)];
+  EXPECT_EQ(in[1], 5) << "from half a second on";
+  for (int32_t second = 2; second <= 12; ++second) EXPECT_EQ(in[second], 8) << second;
+  // Whoever comes later comes after these; once their turns are over, next.
+  EXPECT_EQ(times.next(at(5), 0.5), 8);
+  EXPECT_EQ(times.next(at(100), 0.5), 1);
+  // Nobody is sent away for longer than half a minute.
+  for (int i = 0; i < 1000; ++i) EXPECT_LE(times.next(at(100), 0.5), ReturnTimes::kLongest);
+  EXPECT_EQ(times.next(at(100), 0.5), ReturnTimes::kLongest);
+  EXPECT_EQ(times.next(at(200), 1000), ReturnTimes::kLongest);
 }
 
 TEST(Scheduler, PrefillKeepsToItsRowsBesideDecoding) {

@@ -45,7 +45,8 @@ class Random {
 struct Store {
   struct Entry {
     int32_t adapter = 0;
-    std::string salt;  // its digest; empty: for all
+    std::string salt;    // its digest; empty: for all
+    std::string within;  // likewise; empty: nothing
     Tokens tokens;
     std::vector<uint8_t> kv;
   };
@@ -54,7 +55,8 @@ struct Store {
   void save(KvMemory& kv, uint32_t hits) {
     for (const PrefixTree::Prefix& prefix : kv.lasting(hits)) {
       const auto& [adapter, salt] = prefix.scope;
-      Entry entry{adapter, salt ? salt->digest : "", prefix.tokens, {}};
+      const std::string within = salt && salt->within ? salt->within->digest : "";
+      Entry entry{adapter, salt ? salt->digest : "", within, prefix.tokens, {}};
       const auto length = static_cast<int32_t>(prefix.tokens.size());
       for (int32_t at = 0; at < length; at += 5) {
         const auto piece =
@@ -80,7 +82,7 @@ struct Store {
                                   e.kv.begin() + static_cast<std::ptrdiff_t>(at));
     };
     Scope scope{e.adapter, nullptr};
-    if (!e.salt.empty()) scope.salt = kv.salt_of_digest(e.salt);
+    if (!e.salt.empty()) scope.salt = kv.salt_of_digest(e.salt, e.within);
     kv.restore(scope, e.tokens, FakeModel::kBytesPerToken, next);
   }
 };

@@ -12,7 +12,8 @@ namespace {
 constexpr size_t kMaxElements = 1 << 20;
 constexpr uint64_t kMaxRepetitions = 100'000;
 constexpr int kMaxNesting = 200;
-// What following a grammar may hold in memory, some 100 MB at worst.
+// What following a grammar may hold in memory, some 100 MB at worst. The last three are what can be
+// found again, at most 17 MB of it.
 constexpr size_t kMaxNodes = 1 << 20;
 constexpr size_t kMaxStateEntries = 1 << 22;
 constexpr size_t kMaxAsciiRows = 1 << 13;
@@ -30,6 +31,10 @@ uint64_t mix(uint64_t hash, uint64_t value) {
   return hash * 0xff51afd7ed558ccdu;
 }
 
+[[noreturn]] void throw_memory_full() {
+  throw GrammarMemoryFull("the grammars of all requests together take too much memory");
+}
+
 [[noreturn]] void too_large() {
   throw GrammarTooCostly("the grammar is too large: its repetitions written out have more than " +
                          std::to_string(kMaxElements) + " symbols");
@@ -37,12 +42,12 @@ uint64_t mix(uint64_t hash, uint64_t value) {
 
 }  // namespace
 
-void GrammarMemory::grow_to(int64_t bytes) {
+void GrammarMemory::resize(int64_t bytes) {
   const int64_t more = bytes - bytes_;
   const int64_t all = total_ += more;
-  if (all > limit_ && bytes > kFree) {
+  if (more > 0 && all > limit_ && bytes > kFree) {
     total_ -= more;
-    throw GrammarMemoryFull("the grammars of all requests together take too much memory");
+    throw_memory_full();
   }
   bytes_ = bytes;
 }
@@ -145,8 +150,8 @@ class GrammarParser {
     }
     size_t ranges = 0;
     for (const Grammar::Set& set : g.sets_) ranges += sizeof(set) / 8 + set.ranges.size();
-    g.memory_.grow_to(static_cast<int64_t>(elements * sizeof(Element) + 8 * ranges +
-                                           (begins + alternatives_.size()) * sizeof(uint32_t)));
+    g.memory_.resize(static_cast<int64_t>(elements * sizeof(Element) + 8 * ranges +
+                                          (begins + alternatives_.size()) * sizeof(uint32_t)));
     g.elements_.reserve(elements);
     g.begins_.reserve(begins);
     g.rules_.reserve(alternatives_.size() + 1);
@@ -581,18 +586,40 @@ GrammarMatcher::GrammarMatcher(std::shared_ptr<const Grammar> grammar, const Tok
   expanded_.push_back({0});
 }
 
-void GrammarMatcher::throw_too_costly() {
+void GrammarMatcher::throw_too_costly() const {
+  if (forgot_) throw_memory_full();
   throw GrammarTooCostly(
       "the grammar takes too long to follow: it can be read in too many ways at once");
 }
 
-void GrammarMatcher::count_memory() {
-  constexpr size_t kStep = 1 << 16;
+int64_t GrammarMatcher::bytes() const {
   // A node has its place in three tables, and an entry about two.
-  const size_t bytes = nodes_.size() * 100 + state_entries_ * 8;
-  if (bytes >= static_cast<size_t>(memory_.bytes()) + kStep) {
-    memory_.grow_to(static_cast<int64_t>(bytes));
+  size_t bytes = nodes_.size() * 100 + state_entries_ * 8;
+  bytes += ascii_.capacity() * sizeof(AsciiRow);
+  bytes += others_.size() * 48 + others_.bucket_count() * sizeof(void*);
+  bytes += (masks_.size() + 1) * (tokens_.size() / 8 + 40);  // and scratch_
+  return static_cast<int64_t>(bytes);
+}
+
+void GrammarMatcher::count_memory() {
+  constexpr int64_t kStep = 1 << 16;
+  if (bytes() < memory_.bytes() + kStep) return;
+  try {
+    memory_.resize(bytes());
+  } catch (const GrammarMemoryFull&) {
+    if (masks_.empty() && ascii_.empty() && others_.empty()) throw;
+    forget();
+    memory_.resize(bytes());
   }
+}
+
+void GrammarMatcher::forget() {
+  forgot_ = true;
+  for (State& each : states_) each.ascii = each.mask = -1;
+  std::vector<AsciiRow>().swap(ascii_);
+  std::unordered_map<uint64_t, int32_t>().swap(others_);
+  masks_.clear();
+  spend(static_cast<int64_t>(states_.size()));
 }
 
 int32_t GrammarMatcher::push(uint32_t element, int32_t below) {
@@ -707,9 +734,16 @@ int32_t GrammarMatcher::next(int32_t state, uint32_t character) {
     const int32_t to = find_next(state, character);
     if (others_.size() >= kMaxOthers) others_.clear();
     others_[key] = to;
+    count_memory();
     return to;
   }
-  if (states_[index].ascii < 0) {
+  if (const int32_t row = states_[index].ascii; row >= 0) {
+    const int32_t known = ascii_[static_cast<size_t>(row)].next[character];
+    if (known != kUnknown) return known;
+  }
+  const int32_t to = find_next(state, character);  // makes states, and may forget rows
+  const bool is_new = states_[index].ascii < 0;
+  if (is_new) {
     spend(32);
     if (ascii_.size() >= kMaxAsciiRows) {
       spend(static_cast<int64_t>(states_.size()));
@@ -719,12 +753,9 @@ int32_t GrammarMatcher::next(int32_t state, uint32_t character) {
     states_[index].ascii = static_cast<int32_t>(ascii_.size());
     std::fill_n(ascii_.emplace_back().next, 128, kUnknown);
   }
-  const auto row = static_cast<size_t>(states_[index].ascii);
-  if (ascii_[row].next[character] == kUnknown) {
-    const int32_t to = find_next(state, character);  // makes states, but no rows
-    ascii_[row].next[character] = to;
-  }
-  return ascii_[row].next[character];
+  ascii_[static_cast<size_t>(states_[index].ascii)].next[character] = to;
+  if (is_new) count_memory();  // may forget it again
+  return to;
 }
 
 bool GrammarMatcher::meets(int32_t state, uint32_t low, uint32_t high) {
@@ -840,22 +871,21 @@ void GrammarMatcher::fill(const Position& from, std::vector<uint64_t>& mask) {
 }
 
 const std::vector<uint64_t>& GrammarMatcher::allowed(const Position& at) {
-  if (at.missing > 0) {
-    fill(at, scratch_);
-    return scratch_;
-  }
   const auto index = static_cast<size_t>(at.state);
-  if (states_[index].mask < 0) {
-    std::vector<uint64_t> mask;
-    fill(at, mask);
-    if ((masks_.size() + 1) * mask.size() * sizeof(uint64_t) > kMaxMaskBytes) {
+  if (at.missing == 0 && states_[index].mask >= 0) {
+    return masks_[static_cast<size_t>(states_[index].mask)];
+  }
+  fill(at, scratch_);
+  if (at.missing == 0) {
+    if ((masks_.size() + 1) * scratch_.size() * sizeof(uint64_t) > kMaxMaskBytes) {
       for (State& each : states_) each.mask = -1;
       masks_.clear();
     }
     states_[index].mask = static_cast<int32_t>(masks_.size());
-    masks_.push_back(std::move(mask));
+    masks_.push_back(scratch_);
+    count_memory();  // may forget it again
   }
-  return masks_[static_cast<size_t>(states_[index].mask)];
+  return scratch_;
 }
 
 }  // namespace relay::engine

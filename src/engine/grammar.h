@@ -70,8 +70,8 @@ class GrammarMemory {
   GrammarMemory(const GrammarMemory&) = delete;
   GrammarMemory& operator=(const GrammarMemory&) = delete;
 
-  /// Throws GrammarMemoryFull; then the share is as it was.
-  void grow_to(int64_t bytes);
+  /// Throws GrammarMemoryFull where it would grow; then the share is as it was.
+  void resize(int64_t bytes);
   int64_t bytes() const { return bytes_; }
 
   static int64_t total() { return total_; }
@@ -184,8 +184,11 @@ class GrammarMatcher {
     budget_ -= steps;
     if (budget_ < 0) throw_too_costly();
   }
-  [[noreturn]] static void throw_too_costly();
+  [[noreturn]] void throw_too_costly() const;
+  int64_t bytes() const;
+  /// Where there is no memory left, forgets first what can be found again.
   void count_memory();
+  void forget();
   int32_t push(uint32_t element, int32_t below);
   /// Adds the nodes of a state that `node` leads to.
   void expand(int32_t node, std::vector<int32_t>& out);
@@ -206,7 +209,8 @@ class GrammarMatcher {
   std::vector<State> states_;
   std::unordered_multimap<uint64_t, int32_t> state_ids_;  ///< by hash
   size_t state_entries_ = 0;
-  GrammarMemory memory_;  ///< of nodes and states; the rest is small, and bounded
+  GrammarMemory memory_;  ///< of all this and what follows
+  bool forgot_ = false;   ///< and may have to find much again
   std::vector<AsciiRow> ascii_;
   std::unordered_map<uint64_t, int32_t> others_;  ///< state and character -> state
   std::vector<std::vector<uint64_t>> masks_;

@@ -286,6 +286,65 @@ TEST(Grammar, WhatAMatcherRemembersCounts) {
   EXPECT_EQ(GrammarMemory::total(), before);
 }
 
+/// In UTF-8; of two bytes or more.
+std::string utf8(uint32_t c) {
+  const auto tail = [&](int shift) { return static_cast<char>(0x80 | (c >> shift & 0x3F)); };
+  if (c < 0x800) return {static_cast<char>(0xC0 | c >> 6), tail(0)};
+  if (c < 0x10000) return {static_cast<char>(0xE0 | c >> 12), tail(6), tail(0)};
+  return {static_cast<char>(0xF0 | c >> 18), tail(12), tail(6), tail(0)};
+}
+
+TEST(Grammar, WhatAMatcherCanFindAgainCountsToo) {
+  const TokenTexts texts = byte_texts(std::vector<std::string>(60'000, "longer"));
+  const auto grammar = Grammar::compile("root ::= [a\u0430]{8000}", texts);
+  /// Bytes that a matcher takes for 4000 steps.
+  const auto taken = [&](const std::string& character, bool masks) {
+    const int64_t before = GrammarMemory::total();
+    GrammarMatcher matcher(grammar, texts);
+    auto at = matcher.start();
+    for (int step = 0; step < 4000; ++step) {
+      if (masks && step % 10 == 0) matcher.allowed(at);
+      at = matcher.advance(at, 1, character);
+    }
+    EXPECT_GE(at.state, 0);
+    return GrammarMemory::total() - before;
+  };
+  const int64_t others = taken(utf8(0x430), false);
+  EXPECT_GE(taken("a", false) - others, 4000 * 400) << "a row of 128 places each";
+  EXPECT_GE(taken(utf8(0x430), true) - others, 400 * 60'000 / 8) << "a bit for each token";
+  const int64_t before = GrammarMemory::total();
+  GrammarMatcher matcher(Grammar::compile("root ::= [\u0800-\uFFFF]+", texts), texts);
+  auto at = matcher.start();
+  for (uint32_t c = 0x800; c < 0xD800; ++c) at = matcher.advance(at, 1, utf8(c));
+  EXPECT_GE(GrammarMemory::total() - before, 40 * (0xD800 - 0x800)) << "a place for each character";
+}
+
+TEST(Grammar, WhereMemoryIsFullAMatcherForgetsWhatItCanFindAgain) {
+  const TokenTexts texts = byte_texts();
+  const int64_t before = GrammarMemory::total();
+  constexpr int64_t kLimit = int64_t{4} << 20;
+  const MemoryLimit limit(kLimit);
+  {
+    GrammarMatcher matcher(Grammar::compile("root ::= [a\u0800-\U0001FFFF]+", texts), texts);
+    const auto start = matcher.start();
+    auto at = matcher.advance(start, 1, "a");
+    const auto loop = at;
+    for (uint32_t c = 0x800; c < 0x20000; ++c) {  // would take 6 MB
+      if (c >= 0xD800 && c < 0xE000) continue;
+      at = matcher.advance(at, 1, utf8(c));
+      ASSERT_EQ(at, loop) << c;
+      ASSERT_LE(GrammarMemory::total() - before, kLimit);
+    }
+    EXPECT_EQ(matcher.advance(at, 1, "b").state, -1);
+    EXPECT_TRUE(matcher.allows(at, 1 + 'a'));
+    EXPECT_TRUE(matcher.may_end(at));
+    // To find it again may be too much: that is for want of memory, and may be asked for later.
+    matcher.set_budget(2);
+    EXPECT_THROW(matcher.advance(at, 1, utf8(0x800)), GrammarMemoryFull);
+  }
+  EXPECT_EQ(GrammarMemory::total(), before);
+}
+
 /// Logits that are the same for every row; token 1 + 'z' is the likeliest.
 class FixedLogits : public FakeModel {
  public:

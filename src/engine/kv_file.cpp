@@ -10,9 +10,9 @@ namespace relay::engine {
 
 namespace {
 
-constexpr std::string_view kMagic = "RELAYKV1";
+constexpr std::string_view kMagic = "RELAYKV2";
 constexpr size_t kDigest = 64;
-constexpr size_t kFixed = 8 + kDigest + kDigest + 4 + 4 + 8;
+constexpr size_t kFixed = 8 + 3 * kDigest + 4 + 4 + 8;
 constexpr uint64_t kMostPieceBytes = uint64_t{1} << 30;
 const std::string kNoSalt(kDigest, '0');
 
@@ -63,7 +63,9 @@ uint64_t KvFileHeader::offset_of(uint32_t piece) const {
 std::string encode_kv_header(const KvFileHeader& header) {
   std::string out(kMagic);
   out += header.key;
-  out += header.salt.empty() ? kNoSalt : header.salt;
+  for (const std::string& salt : {header.salt, header.within}) {
+    out += salt.empty() ? kNoSalt : salt;
+  }
   put(out, static_cast<uint32_t>(header.tokens.size()));
   put(out, header.piece_tokens);
   put(out, header.token_bytes);
@@ -82,13 +84,17 @@ KvFileHeader read_kv_header(const KvFileSource& source, const KvFileExpected& ex
   size_t at = kMagic.size();
   header.key = text.substr(at, kDigest);
   header.salt = text.substr(at + kDigest, kDigest);
-  at += 2 * kDigest;
+  header.within = text.substr(at + 2 * kDigest, kDigest);
+  at += 3 * kDigest;
   const auto tokens = get<uint32_t>(text, at);
   header.piece_tokens = get<uint32_t>(text, at + 4);
   header.token_bytes = get<uint64_t>(text, at + 8);
   require(header.key == expected.key, "is of another model, KV type or version");
-  require(is_digest(header.salt), "has a broken header");
-  if (header.salt == kNoSalt) header.salt.clear();
+  for (std::string* salt : {&header.salt, &header.within}) {
+    require(is_digest(*salt), "has a broken header");
+    if (*salt == kNoSalt) salt->clear();
+  }
+  require(header.within.empty() || !header.salt.empty(), "has a broken header");
   require(tokens >= 1 && tokens <= expected.most_tokens, "has more tokens than the cache, or none");
   require(header.token_bytes == expected.token_bytes, "has KV of another size");
   require(header.piece_tokens >= 1 && header.piece_tokens <= tokens &&

@@ -1,9 +1,10 @@
 // A prefix on disk: its tokens and their KV, with a digest of each piece. What comes from a file is
 // untrusted: nothing is allocated, skipped or handed on that was not checked before.
 //
-//   "RELAYKV1", then as text of 64 hex digits: the key (which model, in which form), the salt (or
-//   zeros); tokens and tokens of a piece (u32), bytes of KV for a token (u64); the tokens (i32
-//   each); a SHA-256 of each piece, as text; a SHA-256 of all this; then the pieces
+//   "RELAYKV2", then as text of 64 hex digits: the key (which model, in which form), the salt and
+//   the one that it is within (or zeros); tokens and tokens of a piece (u32), bytes of KV for a
+//   token (u64); the tokens (i32 each); a SHA-256 of each piece, as text; a SHA-256 of all this;
+//   then the pieces
 //
 // in the byte order of the machine. A digest finds damage, not malice: whoever can write as this
 // user can write a digest, too. What he can do is in kv_state.h.
@@ -28,6 +29,8 @@ struct KvFileError : std::runtime_error {
 struct KvFileHeader {
   std::string key;   ///< 64 hex digits
   std::string salt;  ///< 64 hex digits; empty: for all
+  /// The salt whose KV those of `salt` may share, too: 64 hex digits; empty: none.
+  std::string within;
   std::vector<Token> tokens;
   uint32_t piece_tokens = 1;
   uint64_t token_bytes = 0;

@@ -28,7 +28,9 @@ class KvMemory {
   Salt salt(const std::string& text, const Salt& within = nullptr) {
     return salts_.intern(text, within);
   }
-  Salt salt_of_digest(const std::string& digest) { return salts_.intern_digest(digest); }
+  Salt salt_of_digest(const std::string& digest, const std::string& within) {
+    return salts_.intern_digest(digest, within);
+  }
   bool prefix_caching() const { return prefix_caching_; }
 
   /// Tokens of the longest cached prefix, at most `limit`. Changes nothing.

@@ -45,8 +45,15 @@ void for_each_node(const PrefixTree::Node* node, const Visit& visit) {
 }  // namespace
 
 Salt SaltTable::intern(const std::string& text, const Salt& within) {
-  const auto entry = entry_of(sha256_hex(text));
-  // Where it came back from disk by its digest, that was not known. Never in a circle.
+  return put_within(entry_of(sha256_hex(text)), within);
+}
+
+Salt SaltTable::intern_digest(const std::string& digest, const std::string& within) {
+  return put_within(entry_of(digest), within.empty() ? nullptr : entry_of(within));
+}
+
+Salt SaltTable::put_within(const std::shared_ptr<SaltEntry>& entry, const Salt& within) {
+  // Never in a circle.
   if (within && !is_within(within.get(), entry.get())) entry->within = within;
   return entry;
 }

@@ -45,11 +45,13 @@ class SaltTable {
  public:
   /// Salts are known by the SHA-256 of their texts: what is kept on disk does not show these.
   Salt intern(const std::string& text, const Salt& within = nullptr);
-  Salt intern_digest(const std::string& digest) { return entry_of(digest); }
+  /// The same of their digests; `within` empty: of no other.
+  Salt intern_digest(const std::string& digest, const std::string& within);
   size_t size() const { return entries_.size(); }
 
  private:
   std::shared_ptr<SaltEntry> entry_of(const std::string& digest);
+  Salt put_within(const std::shared_ptr<SaltEntry>& entry, const Salt& within);
 
   std::unordered_map<std::string, std::weak_ptr<SaltEntry>> entries_;
   size_t sweep_at_ = 64;

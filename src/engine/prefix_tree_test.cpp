@@ -96,12 +96,16 @@ TEST(PrefixTree, ASaltKnownByItsDigestAloneLearnsWhatItIsWithin) {
   PrefixTree tree;
   SaltTable salts;
   const Salt group = salts.intern("group");
-  const Salt restored = salts.intern_digest(SaltTable().intern("a")->digest);
+  const Salt restored = salts.intern_digest(SaltTable().intern("a")->digest, "");
   insert(tree, 0, {0, group}, {1, 2, 3});
   EXPECT_EQ(tree.match({0, restored}, Tokens{1, 2, 3}, 3).length, 0);
   EXPECT_EQ(salts.intern("a", group), restored);
   EXPECT_EQ(salts.intern("group", restored)->within, nullptr) << "no circle";
+  EXPECT_EQ(salts.intern_digest(group->digest, restored->digest)->within, nullptr) << "no circle";
+  EXPECT_EQ(salts.intern_digest(group->digest, group->digest)->within, nullptr) << "no circle";
   EXPECT_EQ(tree.match({0, restored}, Tokens{1, 2, 3}, 3).length, 3);
+  const Salt other = salts.intern_digest(SaltTable().intern("b")->digest, group->digest);
+  EXPECT_EQ(tree.match({0, other}, Tokens{1, 2, 3}, 3).length, 3) << "it says so itself";
 }
 
 TEST(PrefixTree, NothingCrossesAdapters) {

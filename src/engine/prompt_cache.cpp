@@ -262,12 +262,13 @@ bool PromptCache::wants(int32_t adapter, const std::string& salt,
   return std::chrono::steady_clock::now() >= paused_until_;
 }
 
-void PromptCache::begin(int32_t adapter, const std::string& salt,
+void PromptCache::begin(int32_t adapter, const std::string& salt, const std::string& within,
                         const std::vector<Token>& tokens) {
   current_ = std::make_shared<File>();
   KvFileHeader& header = current_->header;
   header.key = key_of(adapter);
   header.salt = salt;
+  header.within = within;
   header.tokens = tokens;
   header.token_bytes = options_.expected.token_bytes;
   const uint64_t piece =

@@ -56,7 +56,9 @@ class PromptCache {
   bool wants(int32_t adapter, const std::string& salt, const std::vector<Token>& tokens);
 
   // Storing: one prefix at a time, its KV in pieces.
-  void begin(int32_t adapter, const std::string& salt, const std::vector<Token>& tokens);
+  /// `within`: as in KvFileHeader.
+  void begin(int32_t adapter, const std::string& salt, const std::string& within,
+             const std::vector<Token>& tokens);
   /// A piece can be taken without waiting for the disk.
   bool ready() const;
   /// ready(), or the time is over.

@@ -86,8 +86,8 @@ class PromptCacheTest : public testing::Test {
     }
     EXPECT_TRUE(pinned);
   }
-  static void submit(EngineCore& core, RequestId id, const Tokens& prompt,
-                     const std::string& salt) {
+  static void submit(EngineCore& core, RequestId id, const Tokens& prompt, const std::string& salt,
+                     const std::string& pin_salt = {}) {
     class Quiet : public Sink {
       void on_tokens(int32_t, TokensDelta) override {}
       void on_choice_finish(int32_t, FinishReason, const std::string&) override {}
@@ -99,12 +99,14 @@ class PromptCacheTest : public testing::Test {
     r->sink = std::make_shared<Quiet>();
     r->prompt = prompt;
     r->cache_salt = salt;
+    r->pin_salt = pin_salt;
     r->max_tokens = 3;
     r->samplers.push_back(std::make_unique<GreedySampler>());
     core.submit(std::move(r));
   }
-  static void ask(EngineCore& core, RequestId id, const Tokens& prompt, const std::string& salt) {
-    submit(core, id, prompt, salt);
+  static void ask(EngineCore& core, RequestId id, const Tokens& prompt, const std::string& salt,
+                  const std::string& pin_salt = {}) {
+    submit(core, id, prompt, salt, pin_salt);
     while (!core.idle()) core.step();
   }
   /// So many requests that begin with the same tokens, and go on each in its own way.
@@ -249,6 +251,36 @@ TEST_F(PromptCacheTest, EachSaltHasItsOwnFile) {
   EXPECT_EQ(files().size(), 2u);
 }
 
+TEST_F(PromptCacheTest, WhatGoesOnFromAPinOfItsSaltComesBackOnTopOfIt) {
+  const Tokens pinned = sequence_of(300, 34);
+  Tokens prompt = pinned;
+  for (const Token t : sequence_of(50, 42)) prompt.push_back(t);
+  engine(
+      [&](FakeModel&, EngineCore& core) {
+        pin(core, pinned, "group");
+        for (RequestId id = 1; id <= 4; ++id) ask(core, id, prompt, "tenant", "group");
+      },
+      options());
+  std::vector<fs::path> both = files();
+  ASSERT_EQ(both.size(), 2u);
+  const auto now = fs::file_time_type::clock::now();
+  for (const int newer : {0, 1}) {
+    fs::last_write_time(both[static_cast<size_t>(newer)], now);
+    fs::last_write_time(both[static_cast<size_t>(1 - newer)], now - std::chrono::hours(1));
+    engine(
+        [&](FakeModel& model, EngineCore& core) {
+          // Of the completion all but its last token.
+          EXPECT_EQ(core.kv().cells_used(), 350 + 2) << "the pinned tokens are there once";
+          pin(core, pinned, "group");
+          EXPECT_EQ(model.rows_computed, 0);
+          EXPECT_EQ(core.kv().cells_pinned(), 300);
+          EXPECT_EQ(core.kv().cells_used(), 350 + 2);
+        },
+        options());
+  }
+  EXPECT_EQ(notices, "");
+}
+
 TEST_F(PromptCacheTest, EachAdapterHasItsOwnFilesWhateverItsPlace) {
   const Tokens prompt = sequence_of(200, 35);
   const auto with_adapters = [&](const std::vector<std::string>& keys) {
@@ -318,11 +350,11 @@ TEST_F(PromptCacheTest, ADamagedFileIsRefusedAndComputedAnew) {
   damaged(whole.substr(0, 100), "cut short");
   damaged(whole.substr(0, whole.size() - 1), "cut short");
   damaged(whole + "x", "too long");
-  for (const size_t at : {size_t{0}, size_t{10}, size_t{80}, size_t{136}, size_t{140}, size_t{144},
-                          size_t{152}, size_t{160}, whole.size() - 1}) {
+  for (const size_t at : {size_t{0}, size_t{10}, size_t{80}, size_t{136}, size_t{200}, size_t{204},
+                          size_t{208}, size_t{216}, size_t{224}, whole.size() - 1}) {
     std::string changed = whole;
     changed[at] = static_cast<char>(changed[at] ^ 1);
-    const bool token = at == 152 || at == 160;
+    const bool token = at == 216 || at == 224;
     damaged(changed, token ? "is damaged: its checksum differs" : "is not used: it ");
   }
 }
@@ -408,11 +440,11 @@ TEST_F(PromptCacheTest, TwoProcessesMayWriteTheSameAtOnce) {
   };
   {
     PromptCache one(options());
-    one.begin(0, "", prompt);
+    one.begin(0, "", "", prompt);
     add_piece(one);
     PromptCache other(options());  // leaves alone what the first is writing
     EXPECT_EQ(files().size(), 1u);
-    other.begin(0, "", prompt);
+    other.begin(0, "", "", prompt);
     add_piece(other);
     EXPECT_EQ(files().size(), 2u);
     while (add_piece(one)) {
@@ -443,7 +475,7 @@ TEST_F(PromptCacheTest, WhatIsBeingWrittenTakesRoomToo) {
   ASSERT_EQ(files().size(), 1u);
   const fs::path oldest = files()[0];
   PromptCache other(small);
-  other.begin(0, "", sequence_of(300, 39));
+  other.begin(0, "", "", sequence_of(300, 39));
   while (other.next_piece().second > 0 && other.next_piece().first < 256) {
     other.add(std::vector<uint8_t>(other.next_piece().second * FakeModel::kBytesPerToken));
   }
@@ -486,7 +518,7 @@ TEST_F(PromptCacheTest, AfterAFailureItWaitsBeforeItTriesAgain) {
   PromptCache cache(small);
   const Tokens prompt = sequence_of(32, 36);
   ASSERT_TRUE(cache.wants(0, "", prompt));
-  cache.begin(0, "", prompt);
+  cache.begin(0, "", "", prompt);
   cache.add(std::vector<uint8_t>(cache.next_piece().second * FakeModel::kBytesPerToken));
   cache.flush();
   EXPECT_NE(notices.find("was not written"), std::string::npos) << notices;

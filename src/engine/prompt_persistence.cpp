@@ -16,6 +16,12 @@ constexpr uint32_t kHotHits = 3;  // sequences that shared a prefix after the on
 constexpr size_t kLeastTokens = 32;  // below that it is computed as fast
 
 std::string digest_of(const Salt& salt) { return salt ? salt->digest : std::string(); }
+std::string digest_within(const Salt& salt) { return salt ? digest_of(salt->within) : ""; }
+
+/// How many salts' KV a stored prefix may begin with, besides its own.
+int depth_of(const KvFileHeader& header) {
+  return header.salt.empty() ? 0 : header.within.empty() ? 1 : 2;
+}
 
 }  // namespace
 
@@ -28,16 +34,19 @@ int64_t PromptPersistence::restore(int32_t most, const ProgressFn& progress) {
     room -= stored.header.tokens.size();
     chosen.push_back(std::move(stored));
   }
-  // Those for all first, so that others share them; then the oldest, which are evicted first.
+  // Those for all first, then those of salts that others are within, so that these share them; then
+  // the oldest, which are evicted first.
   std::reverse(chosen.begin(), chosen.end());
-  std::stable_partition(chosen.begin(), chosen.end(),
-                        [](const PromptCache::Stored& s) { return s.header.salt.empty(); });
+  std::stable_sort(chosen.begin(), chosen.end(),
+                   [](const PromptCache::Stored& a, const PromptCache::Stored& b) {
+                     return depth_of(a.header) < depth_of(b.header);
+                   });
   int64_t tokens = 0;
   size_t done = 0;
   for (const PromptCache::Stored& stored : chosen) {
     const KvFileHeader& header = stored.header;
     Scope scope{stored.adapter, nullptr};
-    if (!header.salt.empty()) scope.salt = kv_.salt_of_digest(header.salt);
+    if (!header.salt.empty()) scope.salt = kv_.salt_of_digest(header.salt, header.within);
     if (kv_.restore(scope, header.tokens, header.token_bytes, cache_->read(stored))) {
       tokens += static_cast<int64_t>(header.tokens.size());
     }
@@ -81,7 +90,7 @@ bool PromptPersistence::advance(bool idle) {
     const auto& [adapter, salt] = prefix.scope;
     storing_ = cache_->wants(adapter, digest_of(salt), prefix.tokens);
     if (storing_) {
-      cache_->begin(adapter, digest_of(salt), prefix.tokens);
+      cache_->begin(adapter, digest_of(salt), digest_within(salt), prefix.tokens);
     } else {
       queue_.pop_front();
     }

@@ -35,6 +35,9 @@ namespace {
 constexpr auto kUse = net::as_tuple(net::use_awaitable);
 /// What a client may send ahead while its answer is being made.
 constexpr size_t kMaxAhead = 32 * 1024;
+/// Of a request that is refused, a body up to this size is read all the same: it has arrived with
+/// the header or nearly so, and the connection can go on.
+constexpr size_t kMaxSmallBody = 64 * 1024;
 constexpr size_t kMaxDiscarded = 64 * 1024 * 1024;
 constexpr std::chrono::milliseconds kLingerTime{3000};
 constexpr size_t kMaxRequestIdBytes = 256;
@@ -341,6 +344,9 @@ HttpSession::Awaitable<void> HttpSession::handle(Parser& parser, Exchange& excha
   const bool compressed = is_compressed(request);
   if (parser.content_length().value_or(0) > options_.max_body_bytes) {
     throw payload_too_large(options_.max_body_bytes);
+  }
+  if (route.work == Work::kGeneration && parser.content_length().value_or(0) > kMaxSmallBody) {
+    runtime_.service.require_room();
   }
   Body body(runtime_);
   if (!parser.is_done()) {

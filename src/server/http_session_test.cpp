@@ -690,6 +690,29 @@ TEST_P(HttpSessionTest, QueueFull) {
   EXPECT_TRUE(refused.has("Retry-After: 7\r\n"));
 }
 
+TEST_P(HttpSessionTest, AFullQueueIsToldBeforeALargeBodyIsSent) {
+  FakeScript script = endless();
+  script.max_requests = 1;
+  start(script);
+  Client first = connect();
+  first.send(Client::post_text(kChat, chat()));
+  wait_running(1);
+  const auto refused = [&](size_t body) {
+    Client client = connect();
+    client.send(std::string("POST ") + kChat +
+                " HTTP/1.1\r\nHost: x\r\nContent-Length: " + std::to_string(body) + "\r\n\r\n{");
+    return client.read_reply();
+  };
+  const Reply large = refused(1 << 20);
+  EXPECT_EQ(large.status, 429);
+  EXPECT_TRUE(large.has("Retry-After: 7\r\n"));
+  EXPECT_TRUE(large.has("Connection: close\r\n"));
+  // After a small one the connection goes on.
+  Client small = connect();
+  EXPECT_TRUE(small.post(kChat, chat()).has("Connection: keep-alive\r\n"));
+  EXPECT_EQ(small.post(kChat, chat()).status, 429);
+}
+
 TEST_P(HttpSessionTest, MorePromptsThanHaveAPlaceAreNoMatterOfTrying) {
   start();
   std::string prompts = R"("a")";

@@ -104,6 +104,10 @@ void Service::require_ready() const {
   }
 }
 
+void Service::require_room() {
+  if (const auto full = engine()->refuse_if_full(preparing_)) throw from_refusal(*full);
+}
+
 Service::Place::Place(Service& service) : preparing_(service.preparing_) {
   const std::shared_ptr<engine::Engine> engine = service.engine();
   const auto full = engine->refuse_if_full(preparing_++);

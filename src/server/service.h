@@ -53,6 +53,8 @@ class Service {
                    std::string_view x_api_key) const;
   /// Throws ApiError 503 unless ready.
   void require_ready() const;
+  /// Throws ApiError 429 where the queue is full already, and 503 unless ready.
+  void require_room();
 
   /// A request's claim to a place in the engine's queue, to be held from before generate() until it
   /// has returned: so a full queue is told without the work of making a prompt.

@@ -42,7 +42,8 @@ struct TraceProblem {
   int32_t max_batch = 0;        ///< requests at once, later ones wait; 0: no limit
 };
 
-/// KV slots of one layer.
+/// KV slots of one layer, as the trace has them: a plan reads what is shared by too few tokens more
+/// often (cpu/plan/fold.h).
 struct SlotReads {
   double attended = 0;  ///< read by each request for itself
   double read = 0;      ///< once

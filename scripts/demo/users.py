@@ -24,6 +24,10 @@ QUESTIONS = [
     "Who gives a warranty for the program?",
 ]
 
+# Seconds. Where a server computes a long prompt once for each of many users, the last one waits for
+# half an hour.
+LONGEST_WAIT = 3600
+
 
 @dataclass
 class Answer:
@@ -50,7 +54,7 @@ CHAT = "/v1/chat/completions"
 
 def ask(server: Server, body: dict, answer: Answer, begin: float, path: str = CHAT) -> None:
     """Sends one streaming request and fills `answer`."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=LONGEST_WAIT)
     try:
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         connection.request("POST", path, json.dumps(body), headers)

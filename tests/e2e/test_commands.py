@@ -64,9 +64,9 @@ def test_types_of_kv_are_those_of_the_device(command, device, kv_type):
 
 
 def test_bench_op_reports_as_json():
-    # Long enough for its sharing to pay, for eight requests.
-    small = "--heads 2 --kv-heads 2 --head-dim 32 --prefix 512 --context 8 --batch 1,8 --rounds 1"
+    # Long enough to be shared on any machine.
+    small = "--heads 2 --kv-heads 2 --head-dim 32 --prefix 2048 --context 8 --batch 1,8 --rounds 1"
     report = json.loads(relay("bench", "op", "--json", *small.split()))
     assert [result["batch"] for result in report["results"]] == [1, 8]
-    assert report["results"][1]["sharing_on"]["kv_slots_read"] == 512 + 8 * 8
-    assert report["results"][1]["sharing_off"]["kv_slots_read"] == 8 * (512 + 8)
+    assert report["results"][1]["sharing_on"]["kv_slots_read"] == 2048 + 8 * 8
+    assert report["results"][1]["sharing_off"]["kv_slots_read"] == 8 * (2048 + 8)

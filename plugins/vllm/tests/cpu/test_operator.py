@@ -108,7 +108,7 @@ def test_sharing_off_is_the_same_up_to_rounding(monkeypatch):
 
 def test_sharing_reads_a_prompt_once():
     batch = batches.make_batch(
-        [Request(1024, 1) for _ in range(10)],
+        [Request(2048, 1) for _ in range(10)],
         q_heads=8,
         kv_heads=2,
         head_size=64,
@@ -120,7 +120,7 @@ def test_sharing_reads_a_prompt_once():
     output = torch.empty_like(batch.query)
     operator.attend(batch.query, batch.kv_cache, output, planner, batch.step)
     plan = planner.plan(batch.step, operator.shape)
-    assert plan.slots() == (1024 + 10, 10 * 1025)
+    assert plan.slots() == (2048 + 10, 10 * 2049)
 
 
 def test_one_plan_for_all_layers_of_a_step():

@@ -1,14 +1,18 @@
 """What the figures share: a server, and what it is asked."""
 
+import contextlib
+import statistics
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts/demo"))  # its servers and users
 
-from console import DemoError  # noqa: E402
+from console import DemoError, say  # noqa: E402
 from servers import Server, clean_environment, free_port  # noqa: E402
 from users import Answer, ask  # noqa: E402
 
@@ -45,6 +49,31 @@ def chat(content: str, tokens: int, system: str | None = None) -> dict:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+@contextlib.contextmanager
+def both_servers(args, slots: list[str], own: list[str]) -> Iterator[tuple[Server, Server]]:
+    """llama-server and relay serve, ready, with these options."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        llama_server(args, Path(folder) / "llama-server.log", *slots) as llama,
+        relay_server(args, Path(folder) / "serve.log", *own) as relay,
+    ):
+        for server in (llama, relay):
+            server.wait_ready(600)
+        yield llama, relay
+
+
+def say_ratio(what: str, llama: list[float], relay: list[float]) -> float:
+    """The median of how many times as fast relay serve was, round by round, in seconds."""
+    pairs = [a / b for a, b in zip(llama, relay, strict=True)]
+    ratio = statistics.median(pairs)
+    say(
+        f"{what}: llama-server {statistics.median(llama):.2f} s, relay serve "
+        f"{statistics.median(relay):.2f} s: {ratio:.2f}x as fast "
+        f"({min(pairs):.2f} to {max(pairs):.2f} in {len(pairs)} rounds)"
+    )
+    return ratio
 
 
 def ask_in_background(server: Server, bodies: list[dict], begin: float = 0.0) -> list[Answer]:

@@ -1,12 +1,9 @@
 """One client whose prompts share nothing, with relay serve and with llama-server by turns."""
 
-import statistics
-import tempfile
 import time
-from pathlib import Path
 
-from common import chat, llama_server, relay_server, require, words
-from console import DemoError, say
+from common import both_servers, chat, require, say_ratio, words
+from console import DemoError
 from users import Answer, ask
 
 TOKENS = 64  # of each answer
@@ -17,13 +14,7 @@ def run(args) -> None:
     options = ["-c", str(cells), "--parallel", "1"]
     slot = ["-c", str(cells), "-np", "1"]
     seconds: dict[str, dict[str, list[float]]] = {"first token": {}, "decoding": {}, "answer": {}}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        llama_server(args, Path(folder) / "llama-server.log", *slot) as llama,
-        relay_server(args, Path(folder) / "serve.log", *options) as relay,
-    ):
-        for server in (llama, relay):
-            server.wait_ready(600)
+    with both_servers(args, slot, options) as (llama, relay):
         for turn in range(args.rounds + 1):
             for server in (llama, relay) if turn % 2 == 0 else (relay, llama):
                 answer = Answer(0)
@@ -38,13 +29,5 @@ def run(args) -> None:
                 took = {"first token": first, "decoding": last - first, "answer": last}
                 for name, value in took.items():
                     seconds[name].setdefault(server.name, []).append(value)
-    ratios = {}
-    for name, by in seconds.items():
-        pairs = [a / b for a, b in zip(by[llama.name], by[relay.name], strict=True)]
-        ratios[name] = statistics.median(pairs)
-        say(
-            f"{name}: llama-server {statistics.median(by[llama.name]):.2f} s, relay serve "
-            f"{statistics.median(by[relay.name]):.2f} s: {ratios[name]:.2f}x as fast "
-            f"({min(pairs):.2f} to {max(pairs):.2f} in {args.rounds} rounds)"
-        )
+    ratios = {name: say_ratio(name, by[llama.name], by[relay.name]) for name, by in seconds.items()}
     require(never_below_098=ratios["answer"] >= 0.98)

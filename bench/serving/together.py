@@ -5,12 +5,9 @@ defaults have it, but for as many slots as there are clients, each with its own 
 attention reads fastest. At the second question of each client both engines have the prompt.
 """
 
-import statistics
-import tempfile
 import time
-from pathlib import Path
 
-from common import chat, llama_server, relay_server, require, words
+from common import both_servers, chat, require, say_ratio, words
 from console import say
 from results import percentile
 from users import run_round
@@ -24,14 +21,8 @@ def run(args) -> None:
     own += ["--parallel", str(args.users), "--max-model-len", str(each)]
     slots = ["-np", str(args.users), "-c", str(args.users * each), "--no-kv-unified"]
     rounds = ("unseen prompt", "seen prompt")
-    seconds: dict[str, dict[str, list[list[float]]]] = {name: {} for name in rounds}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        llama_server(args, Path(folder) / "llama-server.log", *slots) as llama,
-        relay_server(args, Path(folder) / "serve.log", *own) as relay,
-    ):
-        for server in (llama, relay):
-            server.wait_ready(600)
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in rounds}
+    with both_servers(args, slots, own) as (llama, relay):
         for turn in range(args.rounds):
             system = f"Prompt {turn}. {words(args.prompt_tokens)}"
             for server in (llama, relay) if turn % 2 == 0 else (relay, llama):
@@ -44,7 +35,7 @@ def run(args) -> None:
                     begin = time.monotonic()
                     answers = run_round(server, bodies, f"{server.name}, {name}")
                     first = sorted(answer.times[0] for answer in answers)
-                    seconds[name].setdefault(server.name, []).append(first)
+                    seconds[name].setdefault(server.name, []).append(percentile(first, 95))
                     say(
                         f"{server.name}, {name}, {args.users} clients: first token after "
                         f"{percentile(first, 50):.2f} s, p95 {percentile(first, 95):.2f} s; "
@@ -52,13 +43,7 @@ def run(args) -> None:
                     )
     ratios = {}
     for name, by in seconds.items():
-        p95 = {who: [percentile(first, 95) for first in of] for who, of in by.items()}
-        pairs = [a / b for a, b in zip(p95[llama.name], p95[relay.name], strict=True)]
-        ratios[name] = statistics.median(pairs)
-        say(
-            f"{name} of {args.prompt_tokens} tokens, {args.users} clients together, p95 of the "
-            f"time to first token: llama-server {statistics.median(p95[llama.name]):.2f} s, relay "
-            f"serve {statistics.median(p95[relay.name]):.2f} s: {ratios[name]:.2f}x "
-            f"({min(pairs):.2f} to {max(pairs):.2f} in {args.rounds} rounds)"
-        )
+        what = f"{name} of {args.prompt_tokens} tokens, {args.users} clients together, "
+        what += "p95 of the time to first token"
+        ratios[name] = say_ratio(what, by[llama.name], by[relay.name])
     require(tenth_of_llama_servers_p95=ratios["unseen prompt"] >= 10)

@@ -235,6 +235,16 @@ class HttpSessionTest : public testing::TestWithParam<bool> {
     }
     ASSERT_EQ(engine_->running, count);
   }
+  /// Starts with a single place, which is taken as long as the client lives.
+  std::unique_ptr<Client> start_full() {
+    FakeScript script = endless();
+    script.max_requests = 1;
+    start(script);
+    std::unique_ptr<Client> first(new Client(connect()));  // which cannot be moved
+    first->send(Client::post_text(kChat, chat()));
+    wait_running(1);
+    return first;
+  }
   static FakeScript endless() {
     FakeScript script;
     script.endless = true;
@@ -678,12 +688,7 @@ TEST_P(HttpSessionTest, LoadingAndDraining) {
 }
 
 TEST_P(HttpSessionTest, QueueFull) {
-  FakeScript script = endless();
-  script.max_requests = 1;
-  start(script);
-  Client first = connect();
-  first.send(Client::post_text(kChat, chat()));
-  wait_running(1);
+  const std::unique_ptr<Client> first = start_full();
   const Reply refused = connect().post(kChat, chat());
   EXPECT_EQ(refused.status, 429);
   EXPECT_EQ(refused.code(), "rate_limit_exceeded");
@@ -691,12 +696,7 @@ TEST_P(HttpSessionTest, QueueFull) {
 }
 
 TEST_P(HttpSessionTest, AFullQueueIsToldBeforeALargeBodyIsSent) {
-  FakeScript script = endless();
-  script.max_requests = 1;
-  start(script);
-  Client first = connect();
-  first.send(Client::post_text(kChat, chat()));
-  wait_running(1);
+  const std::unique_ptr<Client> first = start_full();
   const auto refused = [&](size_t body) {
     Client client = connect();
     client.send(std::string("POST ") + kChat +

@@ -24,6 +24,7 @@ constexpr int32_t kMinSharedSlots = 64;
 /// rows than these in all. A batch that needs more shares in coarser pieces.
 constexpr int64_t kPartialsPerRow = 12;
 constexpr int64_t kMaxPartials = 4096;
+static_assert(kMaxRequests <= kMaxOwners);
 constexpr int32_t kMaxBlockSize = 1 << 16;  // wgmma::Maps::column_of()
 
 [[noreturn]] void fail(const std::string& what) { throw Error("cuda: " + what); }

@@ -16,8 +16,10 @@ namespace relay::cuda {
 
 #ifdef __CUDACC__
 #define RELAY_HD __host__ __device__
+#define RELAY_NOINLINE __noinline__
 #else
 #define RELAY_HD
+#define RELAY_NOINLINE
 #endif
 /// Before a loop on the device: where code runs once, reading it from memory takes longest.
 #ifdef __CUDA_ARCH__
@@ -224,14 +226,16 @@ RELAY_HD inline bool sharable(const PlanShape& shape, int32_t rows) {
   return rows > 0 && rows * shape.group <= shape.tile_rows;
 }
 
+/// Requests that keys have room for.
+inline constexpr int32_t kMaxOwners = 1024;
 /// Who owns a block of KV that several requests list: the greatest of their keys. That is the one
 /// with the most blocks that may be shared (at most 2^20, see validate() in operator.cpp), of
 /// several the first.
 RELAY_HD inline uint32_t owner_key(int32_t blocks, int32_t request) {
-  return static_cast<uint32_t>(blocks) << 10 | static_cast<uint32_t>(1023 - request);
+  return static_cast<uint32_t>(blocks * kMaxOwners + kMaxOwners - 1 - request);
 }
 RELAY_HD inline int32_t owner_of_key(uint32_t key) {
-  return 1023 - static_cast<int32_t>(key & 1023);
+  return kMaxOwners - 1 - static_cast<int32_t>(key % kMaxOwners);
 }
 
 RELAY_HD inline int32_t rows_per_tile(const PlanShape& shape) {
@@ -274,13 +278,7 @@ RELAY_HD T load(const T* from) {
 }
 
 /// a / b. A GPU divides by some 25 instructions: here once, for all of the planner.
-#ifdef __CUDACC__
-__noinline__
-#endif
-    RELAY_HD inline int32_t
-    quotient(int32_t a, int32_t b) {
-  return a / b;
-}
+RELAY_NOINLINE RELAY_HD inline int32_t quotient(int32_t a, int32_t b) { return a / b; }
 
 RELAY_HD inline int32_t log2_of(int32_t power) {
 #ifdef __CUDA_ARCH__

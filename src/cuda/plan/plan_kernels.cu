@@ -29,11 +29,10 @@ constexpr int kMaxArrays = 6;  // scanned at once
 constexpr int kListThreads = 128;
 
 /// Inclusive prefix sums of the lanes' numbers. One warp.
-template <typename V>
-__device__ V scan_warp(V v) {
+__device__ int32_t scan_warp(int32_t v) {
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
-    const V other = __shfl_up_sync(~0u, v, d);
+    const int32_t other = __shfl_up_sync(~0u, v, d);
     if (threadIdx.x % 32 >= d) v += other;
   }
   return v;

@@ -41,6 +41,7 @@ OURS = {
     "relay-off": {"sharing": "off"},
     "relay-mma": {"path": "mma"},
     "relay-wgmma": {"path": "wgmma"},
+    "relay-q8": {"queries": "fp8"},
 }
 PEERS = ["fa3", "fi", "fi-cascade", "fi-cascade-fa2"]
 COLUMNS = [
@@ -405,6 +406,7 @@ def line(result):
         "relay-off": "off",
         "relay-mma": "mma",
         "relay-wgmma": "wgmma",
+        "relay-q8": "fp8 queries",
         "fi-cascade": "casc",
         "fi-cascade-fa2": "casc2",
     }

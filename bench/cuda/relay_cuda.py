@@ -56,7 +56,7 @@ class Inputs(Structure):
         + fields(c_int64, "q_row_stride q_head_stride out_row_stride out_head_stride")
         + fields(Kv, "k v")
         + fields(c_float, "scale softcap")
-        + fields(c_void_p, "slopes sinks k_scale v_scale lse")
+        + fields(c_void_p, "slopes sinks k_scale v_scale lse q_scale")
     )
 
 
@@ -117,14 +117,14 @@ class Library:
         if getattr(self.lib, f"relay_cuda_{name}")(*arguments):
             raise RuntimeError(f"{name}: {self.lib.relay_cuda_last_error().decode()}")
 
-    def plan(self, p, sharing="on", path="auto"):
-        return Plan(self, p, sharing, path)
+    def plan(self, p, sharing="on", path="auto", queries="bf16"):
+        return Plan(self, p, sharing, path, queries)
 
 
 class Plan:
     """A plan for one problem, its workspace, and its calls in torch's current stream."""
 
-    def __init__(self, library, p, sharing, path):
+    def __init__(self, library, p, sharing, path, queries):
         self.call, self.lib, self.p = library.call, library.lib, p
         options = sized(
             Options, q_heads=p.q_heads, kv_heads=p.kv_heads, head_dim=p.dim, q_type=BF16,
@@ -136,6 +136,11 @@ class Plan:
         size = c_size_t()
         self.call("workspace_bytes", byref(options), byref(size))
         self.workspace = torch.empty(max(size.value, 1), dtype=torch.uint8, device=p.device)
+        # As vLLM gives them where KV is fp8, with a scale of 1.
+        self.q = p.q if queries == "bf16" else p.q.to(p.kv.dtype)
+        self.q_scale = None
+        if queries == "fp8":
+            self.q_scale = torch.ones(1, dtype=torch.float32, device=p.device)
         self.handle = c_void_p()
         self.call("plan_create", byref(self.handle), byref(options), self.workspace.data_ptr(),
                   size.value, stream())  # fmt: skip
@@ -151,11 +156,13 @@ class Plan:
 
     def attend_call(self, out):
         p = self.p
-        row, head, _ = (stride * p.q.element_size() for stride in p.q.stride())
+        row, head, _ = (stride * self.q.element_size() for stride in self.q.stride())
+        out_row, out_head, _ = (stride * out.element_size() for stride in out.stride())
         inputs = sized(
-            Inputs, q=p.q.data_ptr(), out=out.data_ptr(), q_row_stride=row, q_head_stride=head,
-            out_row_stride=row, out_head_stride=head, k=strided(p.k), v=strided(p.v),
+            Inputs, q=self.q.data_ptr(), out=out.data_ptr(), q_row_stride=row, q_head_stride=head,
+            out_row_stride=out_row, out_head_stride=out_head, k=strided(p.k), v=strided(p.v),
             scale=p.scale,
+            q_scale=self.q_scale.data_ptr() if self.q_scale is not None else None,
         )  # fmt: skip
 
         def run():

@@ -75,10 +75,10 @@ struct Batch {
 /// Operands of one layer, in device memory. Strides in bytes, multiples of 16 as the data pointers
 /// are; elements of a vector are contiguous.
 struct Inputs {
-  const void* q = nullptr;  ///< [rows][q_heads][dim] of q_type
+  const void* q = nullptr;  ///< [rows][q_heads][dim] of q_type, or see q_scale
   int64_t q_row_stride = 0;
   int64_t q_head_stride = 0;
-  void* out = nullptr;  ///< likewise; must not overlap the inputs
+  void* out = nullptr;  ///< likewise, of q_type; must not overlap the inputs
   int64_t out_row_stride = 0;
   int64_t out_head_stride = 0;
   /// K and V of slot s, KV head h: data + (s / block_size) * block_stride
@@ -94,6 +94,8 @@ struct Inputs {
   const float* k_scale = nullptr;  ///< device scalars that kF8E4M3 values are multiplied by,
   const float* v_scale = nullptr;  ///< or null for 1
   float* lse = nullptr;            ///< [rows][q_heads] natural log-sum-exp (with sink), or null
+  /// Not null: q is kF8E4M3, which needs KV of it too, and is multiplied by this device scalar.
+  const float* q_scale = nullptr;
 };
 
 class Plan;

@@ -23,7 +23,7 @@ typedef struct relay_cuda_plan relay_cuda_plan;
 enum {
   RELAY_CUDA_PATH_AUTO = 0, /* RELAY_CUDA_PATH (mma | wgmma) if set, else the fastest */
   RELAY_CUDA_PATH_MMA = 1,
-  RELAY_CUDA_PATH_WGMMA = 2 /* compute capability 9.0, KV of the queries' type */
+  RELAY_CUDA_PATH_WGMMA = 2 /* compute capability 9.0 */
 };
 
 /* What stays the same from batch to batch: it decides the workspace and the kernels. */
@@ -68,8 +68,8 @@ typedef struct {
  * of a vector are contiguous. */
 typedef struct {
   size_t size;
-  const void* q; /* [rows][q_heads][head_dim] of q_type */
-  void* out;     /* likewise; must not overlap the inputs */
+  const void* q; /* [rows][q_heads][head_dim] of q_type, or see q_scale */
+  void* out;     /* likewise, of q_type; must not overlap the inputs */
   int64_t q_row_stride, q_head_stride;
   int64_t out_row_stride, out_head_stride;
   relay_kv k, v; /* vectors as RELAY_ROWS places them */
@@ -80,6 +80,9 @@ typedef struct {
   const float* k_scale; /* scalars that RELAY_CUDA_F8_E4M3 values are multiplied by, */
   const float* v_scale; /* or null for 1 */
   float* lse;           /* [rows][q_heads] natural log-sum-exp (with sink), or null */
+  /* Not null: q is RELAY_CUDA_F8_E4M3, which needs KV of it too, and is multiplied by this
+   * scalar. */
+  const float* q_scale;
 } relay_cuda_inputs;
 
 /* Tokens to be written into a cache: [tokens][kv_heads][head_dim] of q_type, strides in bytes. */

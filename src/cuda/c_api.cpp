@@ -41,14 +41,19 @@ void require(bool condition, const char* what) {
 /// No struct will ever be as large: such a size is a mistake, and no memory to look at.
 constexpr size_t kAbsurdSize = 4096;
 
+/// The size in the first version that had the struct: what every caller has.
+template <typename T>
+constexpr size_t kFirstSize = sizeof(T);
+template <>
+constexpr size_t kFirstSize<relay_cuda_inputs> = offsetof(relay_cuda_inputs, q_scale);
+
 /// The bytes of a caller's struct that this version knows.
 template <typename T>
 size_t known_size(const T* given, const char* name) {
-  constexpr size_t kFirstSize = sizeof(T);  // there is one version so far
   if (given == nullptr) throw relay::Error(std::string(name) + " is null");
   size_t size;
   std::memcpy(&size, given, sizeof(size));
-  if (size < kFirstSize || size >= kAbsurdSize) {
+  if (size < kFirstSize<T> || size >= kAbsurdSize) {
     throw relay::Error(std::string(name) + ".size is " + std::to_string(size) +
                        ", which no version has: set it with sizeof");
   }
@@ -173,6 +178,7 @@ cuda::Inputs convert(const relay_cuda_inputs* given) {
   out.k_scale = in.k_scale;
   out.v_scale = in.v_scale;
   out.lse = in.lse;
+  out.q_scale = in.q_scale;
   return out;
 }
 
@@ -237,7 +243,10 @@ relay_status relay_cuda_plan_batch(const relay_cuda_plan* plan, const relay_cuda
 
 relay_status relay_cuda_attend(const relay_cuda_plan* plan, const relay_cuda_inputs* inputs,
                                void* stream) {
-  return guarded([&] { cuda::attend(plan_of(plan), convert(inputs), stream); });
+  return guarded([&] {
+    const cuda::Inputs converted = convert(inputs);
+    cuda::attend(plan_of(plan), converted, stream);
+  });
 }
 
 relay_status relay_cuda_write_kv(const relay_cuda_plan* plan, const relay_cuda_kv_write* write,

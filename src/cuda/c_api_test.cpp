@@ -66,7 +66,7 @@ TEST(CudaCApi, LayoutOfTheFirstVersion) {
             sizeof(relay_cuda_plan_options));
   EXPECT_EQ(sizeof(relay_cuda_plan_options), 72u);
   EXPECT_EQ(sizeof(relay_cuda_batch), 48u);
-  EXPECT_EQ(sizeof(relay_cuda_inputs), 168u);
+  EXPECT_EQ(offsetof(relay_cuda_inputs, q_scale), 168u);  // appended since
   EXPECT_EQ(sizeof(relay_cuda_kv_write), 72u);
   EXPECT_EQ(sizeof(relay_cuda_summary), 64u);
   EXPECT_TRUE(std::is_standard_layout_v<relay_cuda_inputs>);
@@ -107,6 +107,14 @@ TEST(CudaCApi, SizesThatNoVersionHas) {
     expect_options_invalid([&](relay_cuda_plan_options& o) { o.size = size; },
                            "relay_cuda_plan_options.size");
   }
+}
+
+TEST(CudaCApi, StructsOfTheFirstVersion) {
+  relay_cuda_inputs inputs = {};
+  inputs.size = offsetof(relay_cuda_inputs, q_scale);
+  expect_invalid(relay_cuda_attend(nullptr, &inputs, nullptr), "plan is null");
+  inputs.size -= 1;
+  expect_invalid(relay_cuda_attend(nullptr, &inputs, nullptr), "relay_cuda_inputs.size");
 }
 
 TEST(CudaCApi, StructsOfALaterVersion) {

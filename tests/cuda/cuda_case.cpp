@@ -66,18 +66,27 @@ int64_t blocks_of(const ForestCase& forest, const ForestCase::Request& request) 
 /// A cache of 8 bits on the host is f32, as the oracle reads it.
 bool is_fp8(const CudaConfig& config) { return config.kv_type == DType::kF8E4M3; }
 
+/// The nearest that fp8 can say with such a scale.
+std::vector<float> on_grid(std::span<const float> values, float scale) {
+  std::vector<float> nearest(values.size());
+  std::ranges::transform(values, nearest.begin(),
+                         [&](float x) { return from_e4m3(to_e4m3(x / scale)) * scale; });
+  return nearest;
+}
+
 void put_on_grid(KvTensor& tensor, float scale, int64_t slots) {
-  std::vector<float> values(tensor.dim());
   for (int64_t slot = 0; slot < slots; ++slot) {
     for (int32_t head = 0; head < tensor.heads(); ++head) {
       const std::span<const float> decoded = tensor.decoded(slot, head);
-      if (std::isnan(decoded[0])) continue;
-      for (size_t i = 0; i < values.size(); ++i) {
-        values[i] = from_e4m3(to_e4m3(decoded[i] / scale)) * scale;
-      }
-      tensor.set(slot, head, values);
+      if (!std::isnan(decoded[0])) tensor.set(slot, head, on_grid(decoded, scale));
     }
   }
+}
+
+/// A query as the oracle reads it.
+std::span<const float> decoded_query(const OperatorCase& op, int64_t row, int64_t head) {
+  return {static_cast<const float*>(op.q.oracle_view().at(row, head)),
+          static_cast<size_t>(op.config.shape.qk_dim)};
 }
 
 /// Whether all bytes are the guard's.
@@ -121,8 +130,8 @@ std::string CudaConfig::describe() const {
        << short_name(type) << " over " << short_name(kv_type) << ", cache " << text_of(cache)
        << ", q " << text_of(q_rows) << ", out " << text_of(out_rows) << ", sharpness " << sharpness
        << ", softcap " << softcap << (slopes ? ", slopes" : "") << (sinks ? ", sinks" : "")
-       << (lse ? "" : ", no lse") << ", scales " << k_scale << " and " << v_scale << ", slack "
-       << slack << (check ? ", checked" : "");
+       << (lse ? "" : ", no lse") << ", scales " << q_scale << ", " << k_scale << " and " << v_scale
+       << ", slack " << slack << (check ? ", checked" : "");
   return text.str();
 }
 
@@ -150,6 +159,7 @@ CudaConfig random_cuda_config(Random& random) {
   const DType type = random.chance(0.5) ? DType::kBF16 : DType::kF16;
   CudaConfig c = random.chance(0.2) ? fp8_config_of(type, dim, kv_heads, group)
                                     : config_of(type, dim, kv_heads, group);
+  if (is_fp8(c) && random.chance(0.5)) c.q_scale = kQueryScale;
   c.cache = random.pick(kCachePlacements);
   c.q_rows = random.pick(kRowsPlacements);
   c.out_rows = random.pick(kRowsPlacements);
@@ -252,6 +262,11 @@ std::unique_ptr<OperatorCase> make_operator(const CudaConfig& config, const Fore
   if (is_fp8(config)) {
     put_on_grid(op->kv.k, config.k_scale, forest.slots());
     put_on_grid(op->kv.v, config.v_scale, forest.slots());
+  }
+  for (int64_t row = 0; config.q_scale != 0.0f && row < op->rows; ++row) {
+    for (int64_t head = 0; head < config.shape.q_heads; ++head) {
+      op->q.set(row, head, on_grid(decoded_query(*op, row, head), config.q_scale));
+    }
   }
   return op;
 }
@@ -428,7 +443,7 @@ DeviceOperator::DeviceOperator(const CudaConfig& config, const BatchLimits& limi
     : config_(config),
       limits_(limits),
       table_stride_(limits.blocks + 3),
-      q_geometry_(geometry(config.q_rows, vector_bytes(), config.shape.q_heads, limits.rows)),
+      q_geometry_(geometry(config.q_rows, query_bytes(), config.shape.q_heads, limits.rows)),
       out_geometry_(geometry(config.out_rows, vector_bytes(), config.shape.q_heads, limits.rows)),
       kv_(cache_geometry(config, limits).extent),
       q_(q_geometry_.extent),
@@ -436,7 +451,7 @@ DeviceOperator::DeviceOperator(const CudaConfig& config, const BatchLimits& limi
       lse_(bytes_of<float>(int64_t{limits.rows} * config.shape.q_heads), kGuardByte),
       slopes_(bytes_of<float>(config.shape.q_heads)),
       sinks_(bytes_of<float>(config.shape.q_heads)),
-      scales_(bytes_of<float>(2)),
+      scales_(bytes_of<float>(3)),
       query_starts_(bytes_of<int32_t>(limits.requests + 1)),
       kv_lengths_(bytes_of<int32_t>(limits.requests)),
       table_(bytes_of<int32_t>(limits.requests * table_stride_)) {
@@ -475,14 +490,19 @@ void DeviceOperator::upload(const OperatorCase& op, const ForestCase& forest) {
   const ConstRows q = op.q.view();
   for (int64_t row = 0; row < op.rows; ++row) {
     for (int64_t head = 0; head < config_.shape.q_heads; ++head) {
-      std::memcpy(q_bytes_.data() + row * q_geometry_.row + head * q_geometry_.head,
-                  q.at(row, head), vector_bytes());
+      unsigned char* to = q_bytes_.data() + row * q_geometry_.row + head * q_geometry_.head;
+      if (config_.q_scale != 0.0f) {
+        std::ranges::transform(decoded_query(op, row, head), to,
+                               [&](float x) { return to_e4m3(x / config_.q_scale); });
+      } else {
+        std::memcpy(to, q.at(row, head), vector_bytes());
+      }
     }
   }
   q_.upload<unsigned char>(q_bytes_);
   slopes_.upload<float>(op.slopes);
   sinks_.upload<float>(op.sinks);
-  scales_.upload<float>(std::vector<float>{config_.k_scale, config_.v_scale});
+  scales_.upload<float>(std::vector<float>{config_.k_scale, config_.v_scale, config_.q_scale});
   scale_ = op.scale;
 }
 
@@ -552,6 +572,7 @@ cuda::Inputs DeviceOperator::inputs() const {
   if (is_fp8(config_)) {
     in.k_scale = config_.k_scale == 1.0f ? nullptr : scales_.as<float>();
     in.v_scale = config_.v_scale == 1.0f ? nullptr : scales_.as<float>() + 1;
+    in.q_scale = config_.q_scale == 0.0f ? nullptr : scales_.as<float>() + 2;
   }
   in.lse = config_.lse ? lse_.as<float>() : nullptr;
   return in;

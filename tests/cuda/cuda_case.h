@@ -73,8 +73,9 @@ struct CudaConfig {
   bool lse = true;
   float k_scale = 1.0f;  ///< of kF8E4M3; 1 is given as a null pointer
   float v_scale = 1.0f;
-  int32_t slack = 0;   ///< how far the plan's limits lie above what the batch needs
-  bool check = false;  ///< PlanOptions::check
+  float q_scale = 0.0f;  ///< not 0: queries are kF8E4M3, as the cache is
+  int32_t slack = 0;     ///< how far the plan's limits lie above what the batch needs
+  bool check = false;    ///< PlanOptions::check
 
   std::string describe() const;
 };
@@ -82,6 +83,8 @@ struct CudaConfig {
 CudaConfig config_of(DType type, int32_t dim, int32_t kv_heads, int32_t group);
 /// A cache of fp8 with scales that use its range.
 CudaConfig fp8_config_of(DType type, int32_t dim, int32_t kv_heads, int32_t group);
+/// Of such queries. Values times it are exact in bf16 and f16, in which the host keeps them.
+inline constexpr float kQueryScale = 5 * 0x1p-8f;
 /// Any mix of everything above.
 CudaConfig random_cuda_config(Random& random);
 
@@ -136,7 +139,7 @@ struct CudaCase {
   int64_t budget = 150'000;                      ///< of the oracle
 };
 
-/// The tensors of a case on the host; K and V of fp8 caches are f32 on the grid of their scale.
+/// The tensors of a case on the host; what is fp8 lies on the grid of its scale, K and V in f32.
 std::unique_ptr<OperatorCase> make_operator(const CudaConfig& config, const ForestCase& forest,
                                             const std::function<void(OperatorCase&)>& edit = {});
 Arithmetic arithmetic_on_gpu(const CudaConfig& config);
@@ -204,6 +207,7 @@ class DeviceOperator {
   };
   static Geometry geometry(RowsPlacement placement, int64_t vector, int64_t heads, int64_t rows);
   int64_t vector_bytes() const { return int64_t{2} * config_.shape.qk_dim; }
+  int64_t query_bytes() const { return vector_bytes() / (config_.q_scale != 0.0f ? 2 : 1); }
 
   CudaConfig config_;
   BatchLimits limits_;

@@ -248,6 +248,8 @@ TEST(CudaErrors, Inputs) {
     }
     EXPECT_EQ(attend_with([](In& x) { x.softcap = -1.0f; }), "");
     EXPECT_EQ(attend_with([](In& x) { x.scale = -1.0f; }), "");
+    // fp8 queries over a cache that is not.
+    EXPECT_EQ(attend_with([](In& x) { x.q_scale = static_cast<const float*>(x.out); }), "");
     stream.wait("refused inputs");
     OutputTensor untouched(b.op_->config, 0);
     EXPECT_EQ(b.device_->download(untouched, 0), "") << "refused, but something was launched";

@@ -824,6 +824,22 @@ TEST(CudaFp8, HeadSizesAndTypes) {
   run_cases(std::move(cases));
 }
 
+TEST(CudaFp8, QueriesToo) {
+  RELAY_REQUIRE_GPU();
+  std::vector<CudaCase> cases;
+  for (const DType type : kTypes) {
+    for (const int32_t dim : kDims) {
+      const size_t i = cases.size();
+      CudaConfig config = varied(fp8_config_of(type, dim, 2, 1 + i % 5), i);
+      config.q_scale = kQueryScale;
+      cases.push_back({.name = "fp8 queries",
+                       .config = config,
+                       .forest = mixed_batch(nth(kBlockSizes, i), 7, 3500 + i)});
+    }
+  }
+  run_cases(std::move(cases));
+}
+
 TEST(CudaFp8, Scales) {
   RELAY_REQUIRE_GPU();
   std::vector<CudaCase> cases;

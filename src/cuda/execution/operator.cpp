@@ -329,6 +329,7 @@ AttendParams params_of(const Plan& plan, const Inputs& in) {
   p.softcap = in.softcap;
   p.slopes = in.slopes;
   p.sinks = in.sinks;
+  p.q_scale = in.q_scale;
   p.k_scale = in.k_scale;
   p.v_scale = in.v_scale;
   p.lse = in.lse;
@@ -348,6 +349,9 @@ void attend(const Plan& plan, const Inputs& in, Stream stream) {
   if (!(in.softcap >= 0.0f)) fail("softcap must not be negative");
   if (!(in.scale >= 0.0f)) fail("scale must not be negative");
   if (in.q == in.out) fail("out must not overlap q");
+  if (in.q_scale != nullptr && plan.options.kv_type != DType::kF8E4M3) {
+    fail("queries in f8_e4m3 (q_scale) need KV in f8_e4m3");
+  }
   const AttendParams p = params_of(plan, in);
   const auto s = static_cast<cudaStream_t>(stream);
   const PlanOptions& o = plan.options;

@@ -173,7 +173,8 @@ struct Logits {
   float softcap;  ///< 0: none
 
   __device__ Logits(const AttendParams& p) {
-    scale = p.scale * (p.k_scale != nullptr ? *p.k_scale : 1.0f);
+    scale = p.scale * (p.q_scale != nullptr ? *p.q_scale : 1.0f) *
+            (p.k_scale != nullptr ? *p.k_scale : 1.0f);
     softcap = p.softcap;
     if (softcap == 0.0f) scale *= kLog2E;
   }

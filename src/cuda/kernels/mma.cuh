@@ -82,12 +82,19 @@ struct Kernel {
       const int m = i / kChunks;
       const int chunk = i % kChunks;
       const bool valid = m < item.rows && chunk * 8 < p.head_size;
+      const bool bytes = kByteKv && p.q_scale != nullptr;
+      T* to = q + m * kStride + chunk * 8;
       const char* from = p.q;
       if (valid) {
         const RowHead at = row_head(p, item, m);
-        from += at.row * p.q_row + at.head * p.q_head + chunk * 16;
+        from += at.row * p.q_row + at.head * p.q_head + chunk * (bytes ? 8 : 16);
       }
-      copy_chunk(q + m * kStride + chunk * 8, from, valid ? 16 : 0);
+      if (bytes) {
+        const uint2 narrow = valid ? __ldg(reinterpret_cast<const uint2*>(from)) : uint2{0, 0};
+        *reinterpret_cast<uint4*>(to) = widen<T>(narrow);
+      } else {
+        copy_chunk(to, from, valid ? 16 : 0);
+      }
     }
   }
 

@@ -32,6 +32,7 @@ struct AttendParams {
   float softcap;
   const float* slopes;
   const float* sinks;
+  const float* q_scale;  ///< not null: queries in e4m3
   const float* k_scale;
   const float* v_scale;
   float* lse;

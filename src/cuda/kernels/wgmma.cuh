@@ -681,15 +681,23 @@ struct Kernel {
     }
   }
 
-  /// Copies query rows [first, first + rows) of an item's tile. One warp.
+  /// Where piece `piece` of 16 bytes of a query row lies.
+  __device__ static char* query_place(char* to, int row, int piece) {
+    return to + piece / 8 * (kGroupRows * 128) + row * 128 + (piece % 8 ^ row % 8) * 16;
+  }
+
+  __device__ static bool byte_queries(const AttendParams& p) {
+    return kByteKv && p.q_scale != nullptr;
+  }
+
+  /// Copies query rows [first, first + rows) of an item's tile; those of e4m3 fill the front of
+  /// their places, for widen_queries(). One warp.
   __device__ static void copy_queries(const AttendParams& p, const Item& item, char* to, int first,
                                       int rows) {
-    constexpr int kChunks = kHead / 8;
     constexpr int kAtOnce = 32 / kChunks;
     const int lane = threadIdx.x % 32;
     const int chunk = lane % kChunks;
-    const bool is_there = chunk * 8 < p.head_size;
-    char* to_chunk = to + chunk / 8 * (kGroupRows * 128);
+    const bool is_there = chunk * (byte_queries(p) ? 16 : 8) < p.head_size;
     for (int begin = 0; begin < rows; begin += 32) {
       // Lane l looks up row l, as otherwise each copy would wait for a look-up of its own.
       uint32_t row = 0;  // in pieces of 16 bytes
@@ -702,10 +710,40 @@ struct Kernel {
       for (int of = 0; of < end; of += kAtOnce) {
         const int mine = of + lane / kChunks;
         const uint32_t from = __shfl_sync(~0u, row, mine);
-        const int m = begin + mine;
         if (lane < kAtOnce * kChunks && mine < end) {
-          copy_chunk(to_chunk + m * 128 + ((chunk % 8) ^ (m % 8)) * 16,
+          copy_chunk(query_place(to, begin + mine, chunk),
                      p.q + (is_there ? int64_t{from} + chunk : 0) * 16, is_there ? 16 : 0);
+        }
+      }
+    }
+  }
+
+  /// Awaits copied rows of e4m3 and widens each in its place. One warp.
+  __device__ static void widen_queries(const AttendParams& p, char* to, int rows) {
+    constexpr int kAtOnce = 32 / kChunks;
+    constexpr int kReads = 4;
+    const int lane = threadIdx.x % 32;
+    const int chunk = lane % kChunks;
+    const int live = lane < kAtOnce * kChunks ? rows : 0;
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncwarp();
+#pragma unroll 1
+    for (int begin = lane / kChunks; begin - lane / kChunks < rows; begin += kReads * kAtOnce) {
+      uint2 narrow[kReads] = {};
+#pragma unroll
+      for (int i = 0; i < kReads; ++i) {
+        const int row = begin + i * kAtOnce;
+        if (row < live && chunk * 8 < p.head_size) {
+          narrow[i] =
+              *reinterpret_cast<const uint2*>(query_place(to, row, chunk / 2) + chunk % 2 * 8);
+        }
+      }
+      __syncwarp();  // a row's lanes have read before any of them writes
+#pragma unroll
+      for (int i = 0; i < kReads; ++i) {
+        const int row = begin + i * kAtOnce;
+        if (row < live) {
+          *reinterpret_cast<uint4*>(query_place(to, row, chunk)) = widen<T>(narrow[i]);
         }
       }
     }
@@ -751,7 +789,9 @@ struct Kernel {
       for (int taken = Halves::taken(rows); taken > 0; --taken, ++to.count) {
         wait(shared.queries_empty(group, to.half()), to.phase() ^ 1);
       }
-      copy_queries(p, next.item, shared.queries(group, at.begin(rows)), next.first, rows);
+      char* queries = shared.queries(group, at.begin(rows));
+      copy_queries(p, next.item, queries, next.first, rows);
+      if (byte_queries(p)) widen_queries(p, queries, rows);
       if constexpr (kForRacecheck) {
         if ((filled >> at.half() & 1) != 0) await_read(group, at.half());
         filled |= 1u << at.half();
@@ -759,7 +799,11 @@ struct Kernel {
       if (lane == 0) *shared.assignment(group, at.half()) = next;
       const bool is_first = at.count == 0;
       for (; at.count != to.count; ++at.count) {
-        arrive_when_copied(shared.queries_full(group, at.half()));
+        if (byte_queries(p)) {
+          arrive(shared.queries_full(group, at.half()));
+        } else {
+          arrive_when_copied(shared.queries_full(group, at.half()));
+        }
         if (lane == 0) arrive(shared.queries_full(group, at.half()));
       }
       next.passed = 0;
@@ -777,7 +821,8 @@ struct Kernel {
     const int lines = p.requests * p.q_heads;
     for (int i = blockIdx.x * 32 + threadIdx.x % 32; i < lines; i += gridDim.x * 32) {
       const char* at = p.q + i / p.q_heads * p.q_row + i % p.q_heads * p.q_head;
-      for (int of = 0; of < p.head_size * 2; of += 128) prefetch(at + of);
+      const int bytes = p.head_size * (byte_queries(p) ? 1 : 2);
+      for (int of = 0; of < bytes; of += 128) prefetch(at + of);
     }
   }
 

@@ -80,7 +80,10 @@ class RelayFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
             self._stand_aside(f"{type(self).__name__}, which changes what a batch is")
         elif any(not served.has_one_scale(layer) for layer in self._served):
             self._stand_aside("fp8 KV with scales for each head")
-        self._constants = _Constants(self._served)
+        self._sinks = _Sinks(self._served)
+        for layer in self._served:
+            if layer.impl.kv_cache_dtype in served.FP8:
+                layer.impl.operator.set_scales(layer._q_scale, layer._k_scale, layer._v_scale)
         self._plans: dict[Kind, Plan] | None = None  # made when the KV cache is there
         self._policy: Policy | None = None
         self._attends_all = False  # Relay attends all layers of the step that is being built
@@ -104,7 +107,7 @@ class RelayFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         finally:
             self._attends_all = False
         if reason is None:
-            self._constants.refresh()
+            self._sinks.refresh()
             self._plan(own)
         if self._report is not None:
             self._report.next_step(reason, self._plans, _stream(common.seq_lens.device))
@@ -204,37 +207,19 @@ class RelayFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         self._served = []
 
 
-class _Constants:
-    """What kernels read from device memory besides a batch, refreshed once per step, as weights may
-    be loaded anew at any time: sinks in f32, and K's scales times Q's."""
+class _Sinks:
+    """Sinks in f32, refreshed once per step, as weights may be loaded anew at any time."""
 
     def __init__(self, layers: list[Attention]) -> None:
-        self._copies: list[torch.Tensor] = []
-        self._sources: list[torch.Tensor] = []
-        self._k_scales: list[torch.Tensor] = []
-        self._q_scales: list[torch.Tensor] = []
-        for layer in layers:
-            operator = layer.impl.operator
-            if layer.impl.sinks is not None:
-                operator.set_sinks(self._copy_of(layer.impl.sinks))
-            if layer.impl.kv_cache_dtype in served.FP8:
-                k_scale = self._copy_of(layer._k_scale)
-                self._k_scales.append(k_scale)
-                self._q_scales.append(layer._q_scale)
-                operator.set_scales(k_scale, layer._v_scale)
-        self.refresh()
+        with_sinks = [layer for layer in layers if layer.impl.sinks is not None]
+        self._sources = [layer.impl.sinks.detach() for layer in with_sinks]
+        self._copies = [x.to(torch.float32, copy=True) for x in self._sources]
+        for layer, copy in zip(with_sinks, self._copies, strict=True):
+            layer.impl.operator.set_sinks(copy)
 
     def refresh(self) -> None:
         if self._copies:
             torch._foreach_copy_(self._copies, self._sources)
-        if self._k_scales:
-            torch._foreach_mul_(self._k_scales, self._q_scales)
-
-    def _copy_of(self, source: torch.Tensor) -> torch.Tensor:
-        copy = torch.empty_like(source, dtype=torch.float32, requires_grad=False)
-        self._copies.append(copy)
-        self._sources.append(source.detach())
-        return copy
 
 
 class RelayFlashAttentionImpl(FlashAttentionImpl):
@@ -302,7 +287,5 @@ class RelayFlashAttentionImpl(FlashAttentionImpl):
                 output_scale,
                 output_block_scale,
             )
-        if query.dtype != output.dtype:
-            query = query.to(output.dtype)  # fp8, which every served type holds exactly
         self.operator.attend(query, kv_cache, output, plan, _stream(query.device))
         return output

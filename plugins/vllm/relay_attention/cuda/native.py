@@ -70,6 +70,7 @@ class Inputs(Sized):
         ("k_scale", c_void_p),
         ("v_scale", c_void_p),
         ("lse", c_void_p),
+        ("q_scale", c_void_p),
     ]
 
 

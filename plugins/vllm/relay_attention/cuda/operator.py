@@ -36,6 +36,7 @@ class Operator:
         self._inputs = native.Inputs(
             scale=scale, softcap=softcap, slopes=slopes.data_ptr() if slopes is not None else None
         )
+        self._q_scale: torch.Tensor | None = None
         self._cache: tuple[int, ...] | None = None  # address and strides that _inputs describes
 
     def set_sinks(self, sinks: "torch.Tensor") -> None:
@@ -43,9 +44,13 @@ class Operator:
         self._keep.append(sinks)
         self._inputs.sinks = sinks.data_ptr()
 
-    def set_scales(self, k_scale: "torch.Tensor", v_scale: "torch.Tensor") -> None:
-        """f32 scalars that an fp8 cache's values are multiplied by. Read anew by every call."""
-        self._keep += [k_scale, v_scale]
+    def set_scales(
+        self, q_scale: "torch.Tensor", k_scale: "torch.Tensor", v_scale: "torch.Tensor"
+    ) -> None:
+        """f32 scalars that fp8 queries, keys and values are multiplied by. Read anew by every
+        call."""
+        self._keep += [q_scale, k_scale, v_scale]
+        self._q_scale = q_scale
         self._inputs.k_scale, self._inputs.v_scale = k_scale.data_ptr(), v_scale.data_ptr()
 
     def attend(
@@ -58,22 +63,25 @@ class Operator:
     ) -> None:
         """Enqueues the attention of all rows of the batch that `plan` was last made for.
 
-        query, output: [>= rows, q_heads, head_size] of the plan's type; no overlap
+        query, output: [>= rows, q_heads, head_size] of the plan's type; no overlap. Queries may be
+          fp8 where the cache is
         kv_cache: [num_blocks, kv_heads, block_size, 2 * head_size] in any order in memory
         """
         self._look_at(kv_cache)
         i = self._inputs
-        size = output.element_size()
+        is_fp8 = query.element_size() == 1 and self._q_scale is not None
+        size, out_size = query.element_size(), output.element_size()
         row, head, element = query.stride()
         out_row, out_head, out_element = output.stride()
-        if element != 1 or out_element != 1 or query.dtype != output.dtype:
+        if element != 1 or out_element != 1 or not (is_fp8 or query.dtype == output.dtype):
             raise RelayError(
                 f"query {query.dtype}, strides {query.stride()}; "
                 f"output {output.dtype}, strides {output.stride()}"
             )
         i.q, i.out = query.data_ptr(), output.data_ptr()
         i.q_row_stride, i.q_head_stride = row * size, head * size
-        i.out_row_stride, i.out_head_stride = out_row * size, out_head * size
+        i.out_row_stride, i.out_head_stride = out_row * out_size, out_head * out_size
+        i.q_scale = self._q_scale.data_ptr() if is_fp8 else None
         native.check(native.library().relay_cuda_attend(plan.handle, i, stream))
 
     def _look_at(self, kv_cache: "torch.Tensor") -> None:

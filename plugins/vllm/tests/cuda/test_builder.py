@@ -10,6 +10,7 @@ import torch
 from relay_attention.cuda import backend, native, served
 from relay_attention.cuda.operator import Operator
 from relay_attention.cuda.plan import Kind
+from relay_attention.errors import RelayError
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadata,
@@ -216,6 +217,36 @@ def test_sinks_are_read_anew_each_step(make_builder, library):
     operator.attend(query, served_layer.kv_cache, output, metadata.plans[operator.kind], 0)
     told = library.named("attend")[0]
     assert list((ctypes.c_float * 8).from_address(told["sinks"])) == [1.5] * 8
+
+
+@pytest.mark.parametrize("queries", [torch.bfloat16, torch.float8_e4m3fn])
+def test_fp8_queries_are_read_as_they_are(make_builder, library, queries):
+    fp8 = layer()
+    fp8.impl.kv_cache_dtype = "fp8"
+    fp8.kv_cache = fp8.kv_cache.to(torch.float8_e4m3fn)
+    fp8._q_scale, fp8._k_scale, fp8._v_scale = torch.tensor([[0.5], [0.25], [2.0]])
+    metadata = make_builder(fp8).build(0, step(*DECODE))
+    query = torch.zeros(4, 8, 128, dtype=queries)
+    output = torch.zeros(4, 8, 128, dtype=torch.bfloat16)
+    operator = fp8.impl.operator
+    operator.attend(query, fp8.kv_cache, output, metadata.plans[operator.kind], 0)
+    told = library.named("attend")[0]
+    size = query.element_size()
+    assert (told["q_row_stride"], told["q_head_stride"]) == (8 * 128 * size, 128 * size)
+    assert (told["out_row_stride"], told["out_head_stride"]) == (8 * 256, 256)
+    assert told["q_scale"] == (fp8._q_scale.data_ptr() if size == 1 else None)
+    scales = (told["k_scale"], told["v_scale"])
+    assert scales == (fp8._k_scale.data_ptr(), fp8._v_scale.data_ptr())
+
+
+def test_queries_of_another_type_than_the_output_are_refused(make_builder, library):
+    served_layer = layer()
+    metadata = make_builder(served_layer).build(0, step(*DECODE))
+    query = torch.zeros(4, 8, 128, dtype=torch.float8_e4m3fn)
+    output = torch.zeros(4, 8, 128, dtype=torch.bfloat16)
+    operator = served_layer.impl.operator
+    with pytest.raises(RelayError, match="float8"):
+        operator.attend(query, served_layer.kv_cache, output, metadata.plans[operator.kind], 0)
 
 
 def test_strides_are_those_of_the_cache_in_memory(make_builder, library):

@@ -97,7 +97,7 @@ void render(const std::string& input, const TokenTexts& texts) {
     inputs.tools = common_chat_tools_parse_oaicompat(common_json::parse(request.chat.tools_json));
     for (common_chat_tool& tool : inputs.tools) {
       if (!tool.parameters.empty()) {
-        tool.parameters = plain_tool_schema(tool.parameters, "tools", false, budget);
+        tool.parameters = plain_tool_schema(tool.parameters, tool.name, "tools", false, budget);
       }
     }
   }
@@ -137,7 +137,7 @@ void run(uint8_t which, const std::string& input) {
     }
     case 1: {
       SchemaBudget budget;
-      plain_tool_schema(input, "tools", false, budget);
+      plain_tool_schema(input, "f", "tools", false, budget);
       break;
     }
     case 2:

@@ -68,7 +68,7 @@ void use_plain_schemas(common_chat_templates_inputs& inputs, const std::string& 
     const std::string param = "tools[" + std::to_string(i) + "].function.parameters";
     const common_json& function = tools.at(i).at("function");
     const bool strict = function.contains("strict") && function.at("strict") == true;
-    parameters = plain_tool_schema(parameters, param, strict, budget);
+    parameters = plain_tool_schema(parameters, inputs.tools[i].name, param, strict, budget);
   }
 }
 

@@ -1,5 +1,7 @@
 #include "engine/engine.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -126,15 +128,19 @@ class ThreadedEngine : public Engine {
   }
   ChatMessage parse_message(const OutputFormatPtr& format, const std::string& text,
                             bool is_partial) const override {
-    // The parser recurses as deep as what was generated is nested, with up to 3 KB of stack each.
+    // The parser recurses as deep as what it reads is nested, with up to 3 KB of stack each. It
+    // reads what the client gave of the message, too.
     constexpr size_t kShallow = 512;
     constexpr size_t kDeepest = kLargeStackBytes / (size_t{6} << 10);
-    const auto opens = [](char c) { return c == '[' || c == '{'; };
-    if (text.size() > kDeepest &&
-        static_cast<size_t>(std::count_if(text.begin(), text.end(), opens)) > kDeepest) {
+    const std::string given = format ? format->parser.generation_prompt : "";
+    const auto brackets = [](const std::string& read) {
+      return std::count_if(read.begin(), read.end(), [](char c) { return c == '[' || c == '{'; });
+    };
+    const size_t size = given.size() + text.size();
+    if (size > kDeepest && static_cast<size_t>(brackets(given) + brackets(text)) > kDeepest) {
       throw EngineError(ErrorKind::kInternal, "The answer has too many brackets to be parsed.");
     }
-    if (text.size() <= kShallow) return templates_.parse(format, text, is_partial);
+    if (size <= kShallow) return templates_.parse(format, text, is_partial);
     return on_large_stack([&] { return templates_.parse(format, text, is_partial); });
   }
   std::vector<ChatDelta> diff_messages(const ChatMessage& before,
@@ -517,6 +523,8 @@ void ThreadedEngine::contain(const Work& work) {
 }
 
 void ThreadedEngine::run() {
+  // For top -H and bench/serving: the threads of ggml that it begins inherit its name.
+  pthread_setname_np(pthread_self(), "relay-engine");
   bool more = false;
   for (;;) {
     std::deque<std::function<void()>> messages;

@@ -449,8 +449,9 @@ TEST_F(EngineTest, ToolsThatTheTemplateCannotShowAreRefused) {
 }
 
 /// An engine whose template shows tools.
-std::unique_ptr<Engine> engine_with_tools() {
+std::unique_ptr<Engine> engine_with_tools(int32_t kv_cells = 2048) {
   EngineOptions options = small_options();
+  options.kv_cells = kv_cells;
   options.chat_template_file =
       std::string(RELAY_TEST_TEMPLATES) + "/Qwen-Qwen2.5-7B-Instruct.jinja";
   return Engine::load(options);
@@ -558,6 +559,19 @@ TEST(EngineTools, ArgumentsOfAnyDepthEndNoProcess) {
     EXPECT_EQ(name,
               depth > 100'000 ? "The answer has too many brackets to be parsed." : "get_weather");
   }
+}
+
+TEST(EngineTools, AContinuedMessageOfAnyDepthEndsNoProcess) {
+  const auto engine = engine_with_tools(32768);
+  ChatRequest chat = weather_chat();
+  chat.add_generation_prompt = false;
+  chat.continue_final_message = true;
+  chat.messages_json =
+      R"([{"role":"user","content":"Weather?"},{"role":"assistant","content":"<tool_call>\n)"
+      R"({\"name\": \"get_weather\", \"arguments\": {\"unit\": )" +
+      std::string(20'000, '[') + "\"}]";
+  const ChatPrompt prompt = engine->render_chat(chat);
+  on_small_stack([&] { EXPECT_NO_THROW(engine->parse_message(prompt.format, "1", true)); });
 }
 
 TEST_F(EngineTest, APinnedPromptIsSharedByEverySalt) {

@@ -124,7 +124,8 @@ class Normaliser {
   Normaliser(const Json& root, bool strict, SchemaBudget& budget)
       : root_(root), strict_(strict), budget_(budget) {}
 
-  Json run() {
+  /// `name`: what the converter will call it.
+  Json run(const std::string& name = "") {
     Json result = node(root_, "#", 0);
     while (!todo_.empty()) {
       const std::string ref = todo_.back();
@@ -135,6 +136,7 @@ class Normaliser {
     check_cycles();
     for (const auto& [alternatives, path] : exclusive_) check_exclusive(alternatives, path);
     if (!definitions_.empty()) result["$defs"] = definitions_;
+    check_names(result, name);
     return result;
   }
 
@@ -158,6 +160,24 @@ class Normaliser {
              "the schema is nested deeper than " + std::to_string(kMaxDepth) + " levels");
     }
     if (--budget_.parts < 0) refuse("#", "the schema has too many parts");
+  }
+
+  /// For values that are copied or compared, which references and choices multiply.
+  void spend(int64_t values) {
+    budget_.values -= values;
+    if (budget_.values < 0) {
+      refuse("#", "the schema is too large where its references and choices are written out");
+    }
+  }
+
+  /// How many values it has in all; a long text counts as several.
+  static int64_t weight(const Json& value) {
+    int64_t sum = 1;
+    if (value.is_string()) sum += static_cast<int64_t>(value.get<std::string>().size() / 64);
+    if (value.is_array() || value.is_object()) {
+      for (const Json& one : value) sum += weight(one);
+    }
+    return sum;
   }
 
   static void check_keys(const Json& object, const std::string& path) {
@@ -268,6 +288,38 @@ class Normaliser {
     }
   }
 
+  /// The converter calls rules after the properties above them, with '-' for what is no letter or
+  /// digit, and looks for a name that is free one number after the other.
+  void check_names(const Json& plain, const std::string& name, uint64_t above = 0) {
+    for (const char c : name) {
+      // FNV, over letters and digits
+      if (std::isalnum(static_cast<unsigned char>(c)) == 0) continue;
+      above = (above ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+    }
+    budget_.equal_names -= budget_.names[above]++;
+    if (budget_.equal_names < 0) {
+      refuse("#",
+             "too many names are equal but for characters other than letters and digits (A to Z, "
+             "a to z, 0 to 9)");
+    }
+    for (const auto& item : plain.items()) {
+      const Json& value = item.value();
+      const bool named = item.key() == "properties" || item.key() == "$defs";
+      const bool one = item.key() == "items" || item.key() == "additionalProperties";
+      const bool list = item.key() == "anyOf" || item.key() == "oneOf" ||
+                        item.key() == "prefixItems" || item.key() == "items";
+      if (named) {
+        for (const auto& member : value.items()) check_names(member.value(), member.key(), above);
+      } else if (one && value.is_object()) {
+        check_names(value, item.key(), above);
+      } else if (list && value.is_array()) {
+        for (size_t i = 0; i < value.size(); ++i) {
+          check_names(value.at(i), std::to_string(i), above);
+        }
+      }
+    }
+  }
+
   // --- Taking together what must hold together
 
   static bool constrains(const Json& schema) {
@@ -290,7 +342,9 @@ class Normaliser {
     Json own = Json::object();
     for (const auto& item : schema.items()) {
       const std::string& key = item.key();
-      if (key != "allOf" && key != "$ref" && !is_definitions(key)) own[key] = item.value();
+      if (key == "allOf" || key == "$ref" || is_definitions(key)) continue;
+      spend(weight(item.value()));
+      own[key] = item.value();
     }
     std::vector<Json> parts;
     const bool alone = !constrains(own);
@@ -344,7 +398,8 @@ class Normaliser {
       if (!one.is_string() || !kTypes.contains(one.get<std::string>())) {
         refuse(path, "'type' has the value " + one.dump_safe() + ", which is no type");
       }
-      types.push_back(one.get<std::string>());
+      const auto type = one.get<std::string>();
+      if (std::find(types.begin(), types.end(), type) == types.end()) types.push_back(type);
     };
     if (type.is_array()) {
       for (const Json& one : type) add(one);
@@ -379,6 +434,7 @@ class Normaliser {
   /// What holds for values that satisfy both.
   Json merge(const Json& a, const Json& b, const std::string& path) {
     if (!constrains(b)) return a;
+    spend(weight(a) + weight(b));
     check_closed(a, b, path);
     check_closed(b, a, path);
     Json result = a;
@@ -575,8 +631,9 @@ class Normaliser {
     return definitions_.at(ref.substr(std::string("#/$defs/").size()));
   }
 
-  static bool excluded(const Json& value, const Json& schema) {
+  bool excluded(const Json& value, const Json& schema) {
     if (contains(schema, "enum")) {
+      spend(weight(value) * static_cast<int64_t>(schema.at("enum").size()));
       return all_of(schema.at("enum"), [&](const Json& one) { return one != value; });
     }
     return contains(schema, "type") && !has_type(value, schema.at("type").get<std::string>());
@@ -1045,12 +1102,12 @@ std::string schema_to_grammar(const std::string& schema, const std::string& para
   });
 }
 
-std::string plain_tool_schema(const std::string& schema, const std::string& param, bool strict,
-                              SchemaBudget& budget) {
+std::string plain_tool_schema(const std::string& schema, const std::string& tool,
+                              const std::string& param, bool strict, SchemaBudget& budget) {
   return with_errors(param, [&] {
     const Json json = Json::parse(schema);
     Normaliser normaliser(json, strict, budget);
-    const Json plain = normaliser.run();
+    const Json plain = normaliser.run(tool);
     json_schema_to_grammar(plain);  // throws where it does not convert
     return normaliser.rewritten() ? plain.dump() : schema;
   });

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <ctime>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -387,11 +388,57 @@ TEST(JsonSchema, SizeIsBounded) {
   EXPECT_LT((std::clock() - begin) / CLOCKS_PER_SEC, 20);
 }
 
+/// What an element becomes, `count` times, with commas between.
+std::string listed(int count, const std::function<std::string(int)>& element) {
+  std::string list;
+  for (int i = 0; i < count; ++i) list += (i > 0 ? "," : "") + element(i);
+  return list;
+}
+
+// Each of these is short, and took minutes or gigabytes.
+TEST(JsonSchema, WhatIsMultipliedIsBounded) {
+  const std::clock_t begin = std::clock();
+  const auto one = [](int) { return std::string("1"); };
+  const auto any = [](int) { return std::string("{}"); };
+  const auto to_big = [](int) { return std::string(R"({"$ref":"#/$defs/B"})"); };
+  const std::string many = "[" + listed(20'000, one) + "]";
+  // What stands beside a choice holds for each of it.
+  refuses(R"({"enum":)" + many + R"(,"anyOf":[)" + listed(1'000, any) + "]}", "too large where");
+  // A reference in allOf is written out.
+  refuses(R"({"$defs":{"B":{"enum":)" + many + R"(}},"allOf":[)" + listed(1'000, to_big) + "]}",
+          "too large where");
+  // The parts of allOf are taken together one after the other.
+  const auto object = [](int i) {
+    return R"({"properties":{"p)" + std::to_string(i) + R"(":{}}})";
+  };
+  refuses(R"({"allOf":[)" + listed(4'000, object) + "]}", "too large where");
+  // Each value of one list is compared with each of another.
+  const auto even = [](int i) { return std::to_string(2 * i); };
+  const auto odd = [](int i) { return std::to_string(2 * i + 1); };
+  refuses(R"({"oneOf":[{"enum":[)" + listed(20'000, even) + R"(]},{"enum":[)" +
+              listed(20'000, odd) + "]}]}",
+          "too large where");
+  // The converter calls all of these '-'.
+  const auto named = [](int i) {
+    const char name[] = {'\xe4', static_cast<char>(0x80 + i / 64),
+                         static_cast<char>(0x80 + i % 64)};
+    return R"(")" + std::string(name, 3) + R"(":{"const":)" + std::to_string(i) + "}";
+  };
+  const auto name_only = [&](int i) { return named(i).substr(0, 5); };
+  const auto all_named = [&](int count) {
+    return R"({"properties":{)" + listed(count, named) + R"(},"required":[)" +
+           listed(count, name_only) + R"(],"additionalProperties":false})";
+  };
+  refuses(all_named(4'000), "names are equal but");
+  EXPECT_EQ(error_of(all_named(200)), "");
+  EXPECT_LT((std::clock() - begin) / CLOCKS_PER_SEC, 20);
+}
+
 TEST(JsonSchema, AToolsSchemaMaySayMore) {
   const auto tool = [](const std::string& schema, bool strict = false) {
     return on_large_stack([&] {
       SchemaBudget budget;
-      return plain_tool_schema(schema, "tools[0]", strict, budget);
+      return plain_tool_schema(schema, "f", "tools[0]", strict, budget);
     });
   };
   // Left as it is where the converter reads it as it is meant.

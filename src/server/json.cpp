@@ -15,9 +15,10 @@ ApiError invalid_json(size_t offset, const std::string& why) {
       "invalid_json");
 }
 
-/// Throws for what would cost too much to parse, or to walk when it is parsed. The parser's own
-/// callback costs more than this scan and knows no offset.
-void check_cost(std::string_view text) {
+}  // namespace
+
+// The parser's own callback costs more than this scan and knows no offset.
+std::optional<JsonCost> too_costly(std::string_view text) {
   int depth = 0;
   std::array<int64_t, kMaxJsonDepth + 1> members{};  // so far, of the objects that are open
   int64_t comparisons = 0;
@@ -34,22 +35,21 @@ void check_cost(std::string_view text) {
       in_string = true;
     } else if (c == '[' || c == '{') {
       if (++depth > kMaxJsonDepth) {
-        throw invalid_json(i, "nested deeper than " + std::to_string(kMaxJsonDepth) + " levels");
+        return JsonCost{i, "nested deeper than " + std::to_string(kMaxJsonDepth) + " levels"};
       }
       members[static_cast<size_t>(depth)] = 0;
     } else if (c == ']' || c == '}') {
       depth = std::max(0, depth - 1);
     } else if (c == ':') {
       comparisons += members[static_cast<size_t>(depth)]++;
-      if (comparisons > kMaxJsonComparisons) throw invalid_json(i, "objects of too many members");
+      if (comparisons > kMaxJsonComparisons) return JsonCost{i, "objects of too many members"};
     }
   }
+  return std::nullopt;
 }
 
-}  // namespace
-
 Json parse_json(std::string_view text) {
-  check_cost(text);
+  if (const auto cost = too_costly(text)) throw invalid_json(cost->offset, cost->why);
   // The library takes a zero byte for the end and would not look at what follows.
   const size_t zero = text.find('\0');
   if (zero != std::string_view::npos) throw invalid_json(zero, "unexpected character");

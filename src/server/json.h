@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -17,6 +18,14 @@ inline constexpr int kMaxJsonDepth = 64;
 /// A Json object looks through the members it has for each that is added. So many comparisons of
 /// keys in a body take a fraction of a second: one object of 10,000 members, a thousand of 300.
 inline constexpr int64_t kMaxJsonComparisons = 50'000'000;
+
+/// Why a text would cost too much to parse, or to walk when it is parsed, and where that is seen.
+/// Also for JSON that a body holds as text: llama.cpp parses it without a bound.
+struct JsonCost {
+  size_t offset = 0;
+  std::string why;
+};
+std::optional<JsonCost> too_costly(std::string_view text);
 
 /// Parses a whole body. Throws ApiError 400 `invalid_json`, naming the byte offset, for malformed
 /// JSON, invalid UTF-8, numbers out of range, nesting deeper than kMaxJsonDepth, and objects that

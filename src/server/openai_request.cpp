@@ -276,6 +276,16 @@ void drop_nulls(Json& object) {
   }
 }
 
+/// For JSON that is the text of a field: some templates parse it, as far as it goes.
+void check_inner_json(const std::string& text, const std::string& param) {
+  const size_t begin = text.find_first_not_of(" \t\r\n");
+  if (begin == std::string::npos || (text[begin] != '{' && text[begin] != '[')) return;
+  if (const auto cost = too_costly(text)) {
+    throw invalid_request(param, "'" + param + "' is too much to parse: " + cost->why +
+                                     " at byte " + std::to_string(cost->offset) + ".");
+  }
+}
+
 /// Checks the calls and fills in what clients leave out.
 void check_tool_calls(Json& calls, const std::string& path) {
   for (size_t i = 0; i < calls.size(); ++i) {
@@ -288,10 +298,11 @@ void check_tool_calls(Json& calls, const std::string& path) {
     call.require("function");
     const JsonFields function(*call.object("function"), call_path + ".function");
     function.require_string("name", kMaxNameBytes);
-    const bool no_arguments = function.require_string("arguments", kUnbounded).empty();
+    const std::string arguments = function.require_string("arguments", kUnbounded);
+    check_inner_json(arguments, call_path + ".function.arguments");
     drop_nulls(calls[i]);
     calls[i]["type"] = "function";
-    if (no_arguments) calls[i]["function"]["arguments"] = "{}";
+    if (arguments.empty()) calls[i]["function"]["arguments"] = "{}";
   }
 }
 
@@ -317,6 +328,9 @@ void check_message(Json& value, const std::string& path) {
   const Json* content = message.find("content");
   if (content != nullptr) {
     check_content(*content, path + ".content");
+    if (role == "tool" && content->is_string()) {
+      check_inner_json(content->get_ref<const std::string&>(), path + ".content");
+    }
   } else if (role != "assistant" || !has_calls) {
     message.require("content");
   }

@@ -168,6 +168,25 @@ TEST(ChatRequest, Messages) {
             "(accepted)");
 }
 
+TEST(ChatRequest, JsonWithinTextIsBounded) {
+  const auto outcome = [](const std::string& arguments, const std::string& content) {
+    Json messages = Json::parse(R"([{"role":"user","content":"x"},
+        {"role":"assistant","tool_calls":[{"function":{"name":"f"}}]},
+        {"role":"tool","tool_call_id":"1"}])");
+    messages[1]["tool_calls"][0]["function"]["arguments"] = arguments;
+    messages[2]["content"] = content;
+    return refusal([&] { parse_chat_completion(dump(Json{{"messages", messages}}), kLimits); });
+  };
+  const std::string deep = " {\"a\":" + std::string(100, '[') + std::string(100, ']') + "}";
+  std::string wide = "{\"k\":1";
+  for (int i = 0; i < 20'000; ++i) wide += ",\"" + std::to_string(i) + "\":1";
+  for (const std::string& json : {deep, wide + "}"}) {
+    EXPECT_EQ(outcome(json, "x"), "messages[1].tool_calls[0].function.arguments/invalid_value");
+    EXPECT_EQ(outcome("{}", json), "messages[2].content/invalid_value");
+    EXPECT_EQ(outcome("{}", "It says " + json), "(accepted)") << "text, whatever it holds";
+  }
+}
+
 TEST(ChatRequest, ANamedToolIsTheOnlyOne) {
   const ChatCompletionRequest request = parsed(
       R"("tools":[{"type":"function","function":{"name":"f"}},

@@ -194,6 +194,45 @@ def test_tools_with_recursive_parameters(tool_http):
             assert answer.json()["error"]["param"] == "tools[0].function.parameters"
 
 
+BIG = {"enum": [1] * 20_000}
+MULTIPLIED = [
+    {**BIG, "anyOf": [{}] * 1000},
+    {"$defs": {"B": BIG}, "allOf": [{"$ref": "#/$defs/B"}] * 1000},
+    {"oneOf": [{"enum": list(range(0, 30_000, 2))}, {"enum": list(range(1, 30_000, 2))}]},
+    {"properties": {chr(0x4E00 + i): {"const": i} for i in range(4000)}},
+]
+MULTIPLIED[3]["required"] = list(MULTIPLIED[3]["properties"])
+
+
+@pytest.mark.parametrize("value", MULTIPLIED, ids=["choice", "allOf", "oneOf", "names"])
+def test_what_a_schema_multiplies_is_bounded(tool_http, value):
+    for body in (
+        chat(response_format=schema(value)),
+        chat(tools=[tool(parameters=value, strict=True)], tool_choice="required"),
+    ):
+        begin = time.monotonic()
+        answer = tool_http.post(CHAT, json=body)
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["code"] == "invalid_grammar"
+        assert time.monotonic() - begin < 10
+
+
+def test_depth_in_what_is_said_already(tool_http):
+    begun = '<tool_call>\n{"name": "f", "arguments": {"a": ' + "[" * 10_000
+    messages = [*HELLO, {"role": "assistant", "content": begun}]
+    tools = [tool(parameters=TOOL_PARAMETERS)]
+    body = {"messages": messages, "continue_final_message": True, "max_tokens": 4, "tools": tools}
+    for stream in (False, True):
+        assert tool_http.post(CHAT, json={**body, "stream": stream}).status_code in (200, 400)
+    for depth in (100, 7_900_000):
+        call = {"name": "f", "arguments": '{"a":' + "[" * depth + "]" * depth + "}"}
+        messages = [*HELLO, {"role": "assistant", "tool_calls": [{"function": call}]}]
+        answer = tool_http.post(CHAT, json=chat(messages=messages, tools=tools))
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == "messages[1].tool_calls[0].function.arguments"
+    assert tool_http.get("/health").status_code == 200
+
+
 def test_a_strict_tool_is_kept_or_refused(tool_http):
     parameters = {"type": "object", "properties": {"a": {"type": "number", "minimum": 0}}}
     body = chat(tools=[tool(parameters=parameters)])

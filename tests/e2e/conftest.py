@@ -26,10 +26,13 @@ LONG_PROMPT = "You answer questions about the rules of the house. " + " ".join(
 
 
 class Server:
-    """A running `relay serve`. Standard error is kept, for messages of failed tests."""
+    """A running `relay serve`. Standard error is kept, for messages of failed tests.
 
-    def __init__(self, *arguments, env=None, wait=True):
-        command = [str(RELAY), "serve", "--port", "0", *map(str, arguments)]
+    under: the command that runs it.
+    """
+
+    def __init__(self, *arguments, env=None, wait=True, under=()):
+        command = [*map(str, under), str(RELAY), "serve", "--port", "0", *map(str, arguments)]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

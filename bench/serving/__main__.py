@@ -5,9 +5,9 @@
   inter-token  time between tokens of requests that decode, and beside a long prompt
   prompts      users of one system prompt, and as many of two, mixed
   together     clients that arrive together with a prompt that is new: p95 of the time to first
-               token, with llama-server's beside. Half an hour a round, on two cores
+               token, and decoding, with llama-server's beside. Half an hour a round, on two cores
   single       one client whose prompts share nothing, with llama-server's figures beside
-  overhead     what of a step is neither computing nor choosing tokens
+  overhead     what of a step is neither computing nor choosing tokens: scheduling and HTTP
   overload     ten times as many users as there is room for: what is still answered, how fast the
                rest is refused; then all leave at once, then the server is ended under load
   soak         half an hour of users of all kinds, those too that leave, dawdle and send rubbish:

@@ -14,6 +14,7 @@ sys.path.append(str(ROOT / "scripts/demo"))  # its servers and users
 
 from console import DemoError, say  # noqa: E402
 from servers import Server, clean_environment, free_port  # noqa: E402
+from setup import best_flash_attention  # noqa: E402
 from users import Answer, ask  # noqa: E402
 
 
@@ -53,10 +54,13 @@ def chat(content: str, tokens: int, system: str | None = None) -> dict:
 
 @contextlib.contextmanager
 def both_servers(args, slots: list[str], own: list[str]) -> Iterator[tuple[Server, Server]]:
-    """llama-server and relay serve, ready, with these options."""
+    """llama-server, with the flash attention it is faster with, and relay serve, both ready."""
+    flash, rates = best_flash_attention(args.relay.parent, args.model)
+    compared = ", ".join(f"{name} {rate:.1f} tokens/s" for name, rate in rates.items())
+    say(f"llama-server's flash attention, decode of 8 rows: {compared}; it gets '{flash}'")
     with (
         tempfile.TemporaryDirectory() as folder,
-        llama_server(args, Path(folder) / "llama-server.log", *slots) as llama,
+        llama_server(args, Path(folder) / "llama-server.log", *slots, "-fa", flash) as llama,
         relay_server(args, Path(folder) / "serve.log", *own) as relay,
     ):
         for server in (llama, relay):
@@ -100,12 +104,18 @@ def require(**targets: bool) -> None:
         raise DemoError("missed: " + ", ".join(missed))
 
 
-def metric(server: Server, name: str) -> float:
+def metrics(server: Server) -> dict[str, float]:
+    """All at one time, by name; of those with several labels the last."""
     _, text = server.request("GET", "/metrics")
-    for line in text.decode().splitlines():
-        if line.startswith(name + "{"):
-            return float(line.split()[-1])
-    raise DemoError(f"/metrics has no {name}")
+    lines = (line for line in text.decode().splitlines() if line and line[0] != "#")
+    return {line.split("{")[0].split()[0]: float(line.split()[-1]) for line in lines}
+
+
+def metric(server: Server, name: str) -> float:
+    found = metrics(server)
+    if name not in found:
+        raise DemoError(f"/metrics has no {name}")
+    return found[name]
 
 
 def wait_running(server: Server, requests: int) -> None:

@@ -13,7 +13,8 @@ from users import Answer, ask
 def run(args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cells = args.prompt_tokens + args.users * 4096 + 1024
-        options = ["-c", str(cells), "--max-model-len", str(args.prompt_tokens + 1024)]
+        longest = max(args.prompt_tokens, 4096) + 1024
+        options = ["-c", str(max(cells, longest)), "--max-model-len", str(longest)]
         with relay_server(args, Path(folder) / "serve.log", *options) as server:
             server.wait_ready(600)
             start = time.monotonic()

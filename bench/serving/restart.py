@@ -16,11 +16,11 @@ def run(args) -> None:
         cache = Path(folder) / "cache"
         options = ["--pin-prompt", str(prompt), "--pin-budget", "0.9"]
         options += ["-c", str(2 * args.prompt_tokens), "--prompt-cache-dir", str(cache)]
-        seconds = {}
+        ready, prompt_there = {}, {}
         for name in ("computed", "restored"):
             log = Path(folder) / f"{name}.log"
             with relay_server(args, log, *options) as server:
-                server.wait_ready(3600)
+                ready[name] = server.wait_ready(3600)
                 deadline = time.monotonic() + 120
                 while not list(cache.glob("*.kv")):
                     if time.monotonic() > deadline:
@@ -29,8 +29,14 @@ def run(args) -> None:
             text = log.read_text()
             pinned = re.search(r"pinned \S+: (\d+) tokens, \S+ MiB of KV, (\S+) s", text)
             back = re.search(r"restored \d+ tokens of prompts from \S+ in (\S+) s", text)
-            seconds[name] = float(pinned[2]) + float(back[1])
-            say(f"{name}: {pinned[1]} tokens, {seconds[name]:.2f} s")
-        ratio = seconds["computed"] / max(seconds["restored"], 0.01)
-        say(f"the prompt is there {ratio:.0f} times sooner than by prefill")
-        require(ten_times_sooner=ratio >= 10)
+            prompt_there[name] = float(pinned[2]) + float(back[1])
+            say(
+                f"{name}: {pinned[1]} tokens, {prompt_there[name]:.2f} s; "
+                f"ready {ready[name]:.1f} s after the start, with the model"
+            )
+        sooner = [each["computed"] / max(each["restored"], 0.01) for each in (prompt_there, ready)]
+        say(
+            f"the prompt is there {sooner[0]:.0f} times sooner than by prefill, and the server "
+            f"ready {sooner[1]:.1f} times"
+        )
+        require(ready_ten_times_sooner=sooner[1] >= 10)

@@ -133,7 +133,7 @@ def demo(args: argparse.Namespace) -> None:
 
     flash, rates = args.stock_fa, {}
     if flash == "best":
-        flash, rates = best_flash_attention(setup)
+        flash, rates = best_flash_attention(build / "bin", model)
         say(
             "llama-server's flash attention, decode of 8 rows: "
             + ", ".join(f"{name} {rate:.1f} tokens/s" for name, rate in rates.items())

@@ -125,14 +125,14 @@ def find_prompt(args: argparse.Namespace) -> tuple[str, str]:
     raise DemoError("no text for the system prompt; give one: RELAY_DEMO_PROMPT=file make demo")
 
 
-def best_flash_attention(setup: Setup) -> tuple[str, dict[str, float]]:
+def best_flash_attention(programs: Path, model: Path) -> tuple[str, dict[str, float]]:
     """Decode speed of eight rows with flash attention on and off, briefly and without Relay."""
-    rates = {flash: decode_rate_of_batched_bench(setup, flash) for flash in ("on", "off")}
+    rates = {flash: batched_bench_rate(programs, model, flash) for flash in ("on", "off")}
     return max(rates, key=rates.get), rates
 
 
-def decode_rate_of_batched_bench(setup: Setup, flash: str) -> float:
-    command = [str(setup.build / "bin/llama-batched-bench"), "-m", str(setup.model)]
+def batched_bench_rate(programs: Path, model: Path, flash: str) -> float:
+    command = [str(programs / "llama-batched-bench"), "-m", str(model)]
     command += ["-c", "16384", "-npp", "1024", "-pps", "-ntg", "8", "-npl", "8"]
     command += ["-fa", flash, "--output-format", "jsonl"]
     attempts = 3  # on a busy machine its logger can lose the one line that matters

@@ -14,7 +14,7 @@ help:
 	@echo 'make little-model    train a small model whose answers can be checked, into build/little_model'
 	@echo 'make test    set up, and run everything that CI checks (scripts/test.sh --list)'
 	@echo 'make bench   set up, build, and measure the evaluation'\''s figures (15 minutes; needs an idle machine)'
-	@echo 'make bench-full    the whole evaluation (most of a day; needs vLLM); make bench-docs writes docs/evaluation.md'
+	@echo 'make bench-full    the whole evaluation (a day; needs vLLM); make bench-docs writes docs/evaluation.md'
 	@echo 'make build   set up, and build all programs and libraries into build/release'
 	@echo 'make format  rewrite sources in the pinned format'
 	@echo 'make lint    set up, build, and check format and lint only'

@@ -519,10 +519,13 @@ def trace(rows: list[Row]) -> list[str]:
 def replay(rows: list[Row]) -> list[str]:
     said = []
     for metric in ("time to first token p50", "normalised latency p95", "output throughput"):
-        for other in plots.in_order({r.system for r in rows} - {"relay"}):
-            found = pairs(rows, metric, "relay", other)
-            if found:
-                said.append(f"- {metric}: Relay {span(found)} as good as {name_of(other)}.")
+        for ours in ("relay", "vllm with Relay"):
+            for other in plots.in_order({r.system for r in rows} - {ours}):
+                found = pairs(rows, metric, ours, other)
+                if found and other.startswith("vllm") == ours.startswith("vllm"):
+                    said.append(
+                        f"- {metric}: {name_of(ours)} {span(found)} as good as {name_of(other)}."
+                    )
     return said
 
 

@@ -1,6 +1,5 @@
 """Clients of a server: every request is sent when it arrives, and what each saw is kept."""
 
-import threading
 import time
 
 from tasks import EvaluationError, quantile
@@ -21,20 +20,9 @@ def body_of(request: Request, **more) -> dict:
     )
 
 
-def at_once(server, client, pairs: list[tuple]) -> None:
-    """client(*pair) of each in a thread of its own; raises if the server ends before they do."""
-    threads = [threading.Thread(target=client, args=pair, daemon=True) for pair in pairs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(0.2)
-            server.check_alive()
-
-
 def send(server, requests: list[Request], **more) -> list:
     """The answers, with times from the begin; raises EvaluationError if one failed."""
-    from users import Answer, ask
+    from users import Answer, ask, at_once
 
     answers = [Answer(number) for number in range(len(requests))]
     begin = time.monotonic()

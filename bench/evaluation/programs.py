@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts/demo"))
 
 VLLM_BENCH = ROOT / "plugins/vllm/bench"
+VLLM_SHAPES = {"llama-3.2-1b": "llama-1b"}  # what its benches call the same layers
+VLLM_TYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 TRACE_SOURCE = (
     "the trace is Mooncake's (github.com/kvcache-ai/Mooncake, Apache-2.0): "
     "FAST25-release/traces/conversation_trace.jsonl; name your copy by --trace FILE or RELAY_TRACE"
@@ -89,10 +91,24 @@ class Programs:
         """A Python with torch for CUDA."""
         path = Path(os.environ.get("RELAY_CUDA_PYTHON", sys.executable))
         probe = "import torch, sys; sys.exit(not torch.cuda.is_available())"
-        if subprocess.run([path, "-c", probe], capture_output=True, check=False).returncode != 0:
+        try:
+            subprocess.run([path, "-c", probe], capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
             raise EvaluationError(
                 f"{path} has no torch that finds an NVIDIA GPU; name one that has by "
                 "RELAY_CUDA_PYTHON (plugins/vllm/setup_vllm.sh --cuda installs one)"
+            ) from error
+        return path
+
+    def cuda_library(self) -> Path:
+        """The newest that was built, if none is named."""
+        built = sorted((ROOT / "build").glob("**/librelay-cuda.so"), key=os.path.getmtime)
+        named = os.environ.get("RELAY_CUDA_LIBRARY")
+        path = Path(named) if named else next(reversed(built), None)
+        if path is None or not path.is_file():
+            raise EvaluationError(
+                f"there is no {named or 'librelay-cuda.so in build'}; run: cmake --preset cuda && "
+                "cmake --build --preset cuda --target relay_cuda, or name one by RELAY_CUDA_LIBRARY"
             )
         return path
 
@@ -136,15 +152,18 @@ print(json.dumps(found))
 
         command = [str(part) for part in command]
         name = Path(next((p for p in command[1:2] if p.endswith(".py")), command[0])).name
-        process = subprocess.Popen(
-            command,
-            env=clean_environment(**(environment or {})),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=die_with_parent,
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                env=clean_environment(**(environment or {})),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                preexec_fn=die_with_parent,
+            )
+        except OSError as error:
+            raise EvaluationError(f"cannot run {command[0]}: {error.strerror}") from error
         try:
             out, errors = process.communicate(timeout=self.limit)
         except subprocess.TimeoutExpired as error:
@@ -186,6 +205,16 @@ print(json.dumps(found))
             more = ["--ffn", ffn] * (ffn > 0) + ["--layers", layers] * (layers > 0)
             more += ["--vocab", vocabulary] * (vocabulary != "")
             self.run([self.binary("relay"), "synth", shape, path, "--type", weights, *more])
+        return path
+
+    def vllm_model(self, shape: str, layers: int, tokens: int) -> Path:
+        """A folder for vLLM with a model of random weights, for prompts and answers so long."""
+        shape = VLLM_SHAPES.get(shape, shape)
+        path = self.out.parent / "models" / f"vllm-{shape}-layers{layers}-{tokens}"
+        if not (path / "tokenizer.json").is_file():
+            path.mkdir(parents=True, exist_ok=True)
+            script = Path(__file__).with_name("vllm_model.py")
+            self.run([self.vllm_python(), script, path, shape, layers, tokens])
         return path
 
 

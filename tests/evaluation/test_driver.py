@@ -234,13 +234,29 @@ def test_every_set_of_the_repository_is_valid(evaluation):
         assert problems.load(file), file
 
 
+def gpu(evaluation, text: str) -> dict[str, str]:
+    """A Python that is `text`, and a library, as the driver finds them by its environment."""
+    python, library = evaluation.bin / "python", evaluation.bin / "librelay-cuda.so"
+    python.write_text(text)
+    python.chmod(0o755)
+    library.touch()
+    return dict(RELAY_CUDA_PYTHON=str(python), RELAY_CUDA_LIBRARY=str(library))
+
+
 def test_without_a_gpu_it_says_so(evaluation):
     problems = evaluation.problems('[[cuda_operator]]\nsets = ["paper"]\n')
-    python = evaluation.bin / "python"
-    python.write_text("#!/bin/sh\nexit 1\n")
-    python.chmod(0o755)
-    done = evaluation.run(problems, "--device", "cuda", RELAY_CUDA_PYTHON=str(python))
-    assert done.returncode == 1 and "has no torch that finds an NVIDIA GPU" in done.err
+    there = gpu(evaluation, "#!/bin/sh\nexit 1\n")
+    for named in (there, there | {"RELAY_CUDA_PYTHON": "/nowhere/python"}):
+        done = evaluation.run(problems, "--device", "cuda", **named)
+        assert done.returncode == 1 and "has no torch that finds an NVIDIA GPU" in done.err
+        assert "Traceback" not in done.err
+
+
+def test_without_the_operator_it_says_what_to_build(evaluation):
+    problems = evaluation.problems('[[cuda_operator]]\nsets = ["paper"]\n')
+    there = gpu(evaluation, "#!/bin/sh\nexit 0\n") | {"RELAY_CUDA_LIBRARY": "/nowhere/a.so"}
+    done = evaluation.run(problems, "--device", "cuda", **there)
+    assert done.returncode == 1 and "there is no /nowhere/a.so; run: cmake --preset" in done.err
 
 
 # Answers as bench/cuda/op_bench.py does.
@@ -251,8 +267,9 @@ echo "left out: fa3: no module"; echo "B64: needs 9 GB, left out"; {say}
 echo '{{"about": {{"torch": "2", "sources": {{"flashinfer": "flashinfer-0.9", "fa3": null}}}}}}' \\
     > $out/paper.json
 columns=model,q_heads,kv_heads,dim,levels,prefix,own,batch,competitor,mode,median_us,p25_us,p75_us
-echo "$columns,n,bytes_us,flops_us
-Llama,32,8,128,[],64,128,8,relay,plain,20,19,21,9,5,6" > $out/paper.csv
+echo "$columns,n,bytes_us,flops_us,rms_error
+Llama,32,8,128,[],64,128,8,${{who:-relay}},plain,20,19,21,9,5,6,2e-3
+Llama,32,8,128,[],64,128,8,fi,plain,20,19,21,9,5,6,2" > $out/paper.csv
 """
 
 
@@ -260,21 +277,22 @@ Llama,32,8,128,[],64,128,8,relay,plain,20,19,21,9,5,6" > $out/paper.csv
     "say, reason",
     [
         ("true", ""),
-        ("echo out of time: 3 cases left out", "ran out of time"),
+        ("echo out of time: 3 cases left out", ""),
+        ("echo left out: relay: no kernel; who=fa3", "op_bench.py measured no Relay"),
         ("echo op_bench: paper, after 3 cases: an error >&2; exit 1", "paper, after 3 cases"),
     ],
 )
 def test_op_bench_on_a_gpu(evaluation, say, reason):
     problems = evaluation.problems('[[cuda_operator]]\nsets = ["paper"]\n')
-    python = evaluation.bin / "python"
-    python.write_text(OP_BENCH.format(say=say))
-    python.chmod(0o755)
-    done = evaluation.run(problems, "--device", "cuda", RELAY_CUDA_PYTHON=str(python))
+    there = gpu(evaluation, OP_BENCH.format(say=say))
+    done = evaluation.run(problems, "--device", "cuda", **there)
     assert done.returncode == bool(reason) and reason in done.err, done.err
     found = evaluation.results()
     assert found["tasks_done"] == (not reason)
     if not reason:
-        assert found["left_out"] == ["cuda_operator, fa3: no module", "cuda_operator, B64: needs 9"
-                                     " GB, left out"]  # fmt: skip
+        notes = ["fa3: no module", "B64: needs 9 GB, left out", "fi: wrong results"]
+        if say != "true":
+            notes.insert(2, "out of time: 3 cases left out")
+        assert found["left_out"] == [f"cuda_operator, paper, {note}" for note in notes]
         assert found["versions"]["flashinfer"] == "0.9" and found["versions"]["torch"] == "2"
         assert "flashinfer 0.9" in (evaluation.out / "cuda_operator.csv").read_text()

@@ -2,16 +2,19 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import compare
+import fields
 import load
 import problems
 import progress
 import pytest
 import workload
+from conftest import ROOT
 from programs import Programs, servers_errors
-from sections import cuda, little_model, quality, trace, vllm
+from sections import cuda, little_model, quality, serving, trace, vllm
 from tasks import EvaluationError, Row
 
 LENGTHS = dict(input_mean=161.0, output_mean=338.0, sigma=1.0)
@@ -132,6 +135,12 @@ def test_a_program_that_hangs_is_ended(tmp_path):
     programs.limit = 0.2
     with pytest.raises(EvaluationError, match="sleep was ended after 0 s"):
         programs.run(["sleep", 60])
+
+
+def test_a_program_that_is_not_there_is_named(tmp_path):
+    programs = Programs(tmp_path, "cpu", None, tmp_path)
+    with pytest.raises(EvaluationError, match="cannot run /nowhere/python: No such file"):
+        programs.run(["/nowhere/python", "-c", ""])
 
 
 def test_a_server_that_does_not_answer_is_no_traceback():
@@ -269,19 +278,30 @@ def test_levels_of_a_trace_are_shares_of_all():
 def test_op_benchs_csv_is_read(tmp_path):
     file = tmp_path / "paper.csv"
     names = "model,q_heads,kv_heads,dim,levels,prefix,own,batch,competitor,mode,"
-    names += "median_us,p25_us,p75_us,n,bytes_us,flops_us"
+    names += "median_us,p25_us,p75_us,n,bytes_us,flops_us,rms_error"
     file.write_text(
         names + "\n"
-        'Llama,32,8,128,"[[64, 1]]",64,128,8,relay,plain,20,19,21,9,6,7\n'
-        'Llama,32,8,128,"[[64, 1]]",64,128,8,relay,graph,10,9,11,9,6,7\n'
-        'Llama,32,8,128,"[[64, 1]]",64,128,8,relay-plan,graph,5,5,5,9,,\n'
-        'Llama,32,8,128,"[[64, 1]]",64,128,8,fa3,plain,,,,9,6,7\n'
+        'Llama,32,8,128,"[[64, 1]]",64,128,8,relay,plain,20,19,21,9,6,7,2e-3\n'
+        'Llama,32,8,128,"[[64, 1]]",64,128,8,relay,graph,10,9,11,9,6,7,2e-3\n'
+        'Llama,32,8,128,"[[64, 1]]",64,128,8,relay-plan,graph,5,5,5,9,,,\n'
+        'Llama,32,8,128,"[[64, 1]]",64,128,8,fa3,plain,,,,9,6,7,\n'
+        'Llama,32,8,128,"[[64, 1]]",64,128,8,fi,plain,1,1,1,9,6,7,1.3\n'
     )
-    relay, limit, paper = sorted(cuda.rows_of(file), key=lambda r: r.system, reverse=True)
+    rows, wrong = cuda.rows_of(file)
+    assert wrong == ["fi"], "what computes something else is no peer"
+    relay, limit, paper = sorted(rows, key=lambda r: r.system, reverse=True)
     assert (limit.system, limit.median) == ("limit", pytest.approx(7e-6)), "the longer of the two"
     assert (relay.system, relay.n) == ("relay", 9)
     assert (relay.median, relay.low) == pytest.approx((1e-5, 9e-6))
     assert paper.system == "formula" and paper.median == pytest.approx(8 * 192 / (64 + 1024))
+
+
+def test_each_model_of_the_papers_sweep_is_measured_on_a_gpu():
+    paper = json.loads((ROOT / "bench/cuda/problems/paper.json").read_text())
+    heads = ["{}/{}x{} ".format(*case["heads"]) for case in paper["cases"]]
+    asked = problems.load(problems.find("cuda"))["cuda_operator"]
+    for name in heads:
+        assert sum(bool(re.search(problem["only"], name)) for problem in asked) == 1, name
 
 
 def test_vllms_serving_results_are_read():
@@ -391,6 +411,38 @@ def test_what_vllm_answers_is_compared(vllm_programs, monkeypatch):
     assert commands[0][commands[0].index("--shape") + 1] == "llama-1b"
     with pytest.raises(EvaluationError, match="not q8_0"):
         quality.points(problem | dict(kv_types=["q8_0"]), programs)
+
+
+def vllm_server(programs, monkeypatch, system: str, **more) -> serving.Run:
+    """What starts a vLLM for a round of the trace's replay."""
+    monkeypatch.setattr(programs, "vllm_model", lambda *_: programs.out)
+    problem = fields.check(
+        dict(experiment="trace", requests=[4], systems=[system], weights="bf16", kv_type="bf16",
+             layers=2, block_size=32) | more,
+        serving.FIELDS, "a problem",
+    )  # fmt: skip
+    assert serving.is_there(problem, programs, system)
+    (case,) = serving.cases_of(problem)
+    return serving.Run(problem, programs, case, system, None)
+
+
+def test_a_vllm_is_served_as_it_is_or_with_relay(vllm_programs, monkeypatch, tmp_path):
+    programs = vllm_programs("cpu")
+    for system, disabled, caching in (("vllm", True, True), ("vllm with Relay", False, True),
+                                      ("vllm, no prefix caching", True, False)):  # fmt: skip
+        run = vllm_server(programs, monkeypatch, system)
+        server = run.server(workload.Workload([], [workload.Request(0, [1] * 30, 4)]), "")
+        assert (server.environment.get("RELAY_DISABLE") == "1") == disabled
+        assert ("--no-enable-prefix-caching" in server.command) != caching
+        for option, value in (("--dtype", "bfloat16"), ("--max-model-len", "50"),
+                              ("--max-num-seqs", "4"), ("--block-size", "32")):  # fmt: skip
+            assert server.command[server.command.index(option) + 1] == value
+        # What vLLM's log tells has to fit.
+        server.log.write_text("CPU attention (CPU_ATTN) is computed by libr" if disabled else "")
+        with pytest.raises(EvaluationError, match="relay_attention.doctor"):
+            run.check_attention(server)
+    with pytest.raises(EvaluationError, match="'weights' and 'kv_type' are the same"):
+        vllm_server(programs, monkeypatch, "vllm", kv_type="f16")
 
 
 @pytest.fixture

@@ -110,6 +110,8 @@ SECTIONS = [
     ("sharers", made_up.over("sharers", "requests", [1, 4, 8, 16]), "a step takes 4.0 times"),
     ("trace", made_up.trace(), "| Mistral-7B, f16 | 50 | none | 50 | 12% (1.13x) |"),
     ("replay", made_up.over("trace", "prompt", [0]), "time to first token p50: Relay 2.00x"),
+    ("replay", made_up.over("trace", "prompt", [0], {"vllm with Relay": 9.0, "vllm": 6.0}),
+     "output throughput: vLLM with Relay 1.50x as good as vLLM"),
     ("errors", made_up.errors(), "| q8_0 | realistic | 5.0e-03 | 1.0e-02 | none |"),
     ("answers", made_up.answers(1.0, None), "**Agrees**: all answers stay"),
     ("answers", made_up.answers(0.9, 0.03), "**Agrees**: answers part only at near ties"),

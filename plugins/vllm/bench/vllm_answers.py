@@ -24,7 +24,7 @@ class Engine:
     def __init__(self, model: str, options: dict) -> None:
         from vllm import LLM
 
-        self._llm = LLM(model, load_format="dummy", skip_tokenizer_init=True, **options)
+        self._llm = LLM(model, skip_tokenizer_init=True, **options)
 
     def served_by(self) -> str:
         runner = self._llm.llm_engine.model_executor.driver_worker.model_runner
@@ -46,6 +46,17 @@ class Engine:
             )
             for answer in answers
         ]
+
+
+def write_weights(folder: Path, dtype: str) -> None:
+    """Random ones, as models are initialised. vLLM's dummies are so small that every token is as
+    likely as any other, whatever attention computes."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = AutoConfig.from_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
 
 
 def main() -> None:
@@ -88,6 +99,7 @@ def main() -> None:
     answers = {}
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), longest, shape)
+        write_weights(Path(folder), args.dtype)
         for name in ("vllm", "relay"):
             engine = Remote(name == "relay", Engine, folder, options, **environment).ready()
             backend = engine.call("served_by")

@@ -527,6 +527,25 @@ TEST(EngineCore, WhatWasUsedLongestAgoIsEvictedFirst) {
   EXPECT_LT(cached(b), 10);
 }
 
+TEST(EngineCore, WhatManyHaveSharedIsEvictedLater) {
+  Bench bench(256);
+  const Tokens prompt = sequence_of(100, 41);
+  const auto cached = [&](const Tokens& tokens) {
+    const auto out = bench.submit(tokens, 1);
+    bench.run();
+    return out->usage.cached_tokens;
+  };
+  unsigned seed = 1000;
+  const auto others = [&](int count) {
+    for (int i = 0; i < count; ++i) EXPECT_LT(cached(sequence_of(20, seed++)), 10);
+  };
+  for (int i = 0; i < 4; ++i) cached(prompt + sequence_of(5, seed++));
+  others(10);  // of which there is room for seven
+  EXPECT_GE(cached(prompt + sequence_of(5, seed++)), 100);
+  others(100);
+  EXPECT_LT(cached(prompt + sequence_of(5, seed++)), 10) << "but not for ever";
+}
+
 TEST(EngineCore, ASmallRequestDoesNotOvertakeALargeOneThatWaitsForRoom) {
   Bench bench(128, small_steps());
   const auto running = bench.submit(sequence_of(60, 35), 40);

@@ -74,19 +74,22 @@ bool KvMemory::make_room(int32_t cells) {
   return true;
 }
 
-SeqId KvMemory::least_recently_used() const {
-  SeqId oldest = -1;
+SeqId KvMemory::stalest() const {
+  SeqId found = -1;
+  double most = -1;
   for (SeqId s = 0; s < kMaxSequences; ++s) {
-    if (cached_.test(index(s)) &&
-        (oldest < 0 || tree_.tail(s)->last_used < tree_.tail(oldest)->last_used)) {
-      oldest = s;
+    if (!cached_.test(index(s))) continue;
+    const double staleness = tree_.staleness(s);
+    if (staleness > most) {
+      most = staleness;
+      found = s;
     }
   }
-  return oldest;
+  return found;
 }
 
 void KvMemory::evict_some(int32_t cells) {
-  const SeqId seq = least_recently_used();
+  const SeqId seq = stalest();
   const PrefixTree::Node* tail = tree_.tail(seq);
   if (tail->members.count() > 1) {
     drop(seq);  // another path holds all of it: this one is of no use
@@ -101,7 +104,7 @@ void KvMemory::evict_some(int32_t cells) {
 
 SeqId KvMemory::acquire_id() {
   if (free_ids_.empty()) {
-    const SeqId seq = least_recently_used();
+    const SeqId seq = stalest();
     if (seq < 0) return -1;
     const int32_t before = cells_used();
     drop(seq);

@@ -3,7 +3,8 @@
 // A sequence id is, at any time, one of
 //   free      no cells
 //   running   a request's: its published part is a path of the tree, the rest are private cells
-//   cached    a path kept for later requests, evicted least recently used first, from its end
+//   cached    a path kept for later requests, evicted from its end, first what was not used for
+//             long, where what many have shared stays longer
 //   pinned    a path kept until unpinned
 // and the cells in use are those of the tree (each node once) plus the private ones. llama.cpp
 // keeps the same cells, but nothing here asks it; tests compare the two.
@@ -103,7 +104,7 @@ class KvMemory {
 
  private:
   static size_t index(SeqId seq) { return static_cast<size_t>(seq); }
-  SeqId least_recently_used() const;
+  SeqId stalest() const;  // of those cached; -1: there is none
   SeqId acquire_id();
   void free_id(SeqId seq);
   void drop(SeqId seq);            // any -> free

@@ -171,14 +171,22 @@ void PrefixTree::merge_with_child(Node* node) {
   std::unique_ptr<Node>& slot = node->children.begin()->second;
   if (slot->members != node->members || slot->scope != node->scope) return;
   const std::unique_ptr<Node> child = std::move(slot);
+  if (child->size() > node->size()) {  // the longer part says how much both are worth
+    node->last_used = child->last_used;
+    node->hits = child->hits;
+  }
   node->tokens.insert(node->tokens.end(), child->tokens.begin(), child->tokens.end());
-  node->last_used = std::max(node->last_used, child->last_used);
-  node->hits = std::max(node->hits, child->hits);
   node->children = std::move(child->children);
   for (auto& [key, grandchild] : node->children) grandchild->parent = node;
   for (Node*& tail : tails_) {
     if (tail == child.get()) tail = node;
   }
+}
+
+double PrefixTree::staleness(SeqId seq) const {
+  constexpr uint32_t kMostHits = 15;  // what was popular once is forgotten some day
+  const Node* node = tail(seq);
+  return static_cast<double>(clock_ - node->last_used) / (1 + std::min(node->hits, kMostHits));
 }
 
 int32_t PrefixTree::detach(SeqId seq) {

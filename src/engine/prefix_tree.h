@@ -112,6 +112,10 @@ class PrefixTree {
   const Node* root() const { return root_.get(); }
   bool empty(SeqId seq) const { return tail(seq) == root_.get(); }
 
+  /// For how long nobody has used the end of seq's path, in uses of the tree, divided by how often
+  /// others have joined it: of what is kept, the greatest is the least of a loss.
+  double staleness(SeqId seq) const;
+
   /// Tokens of all nodes: the cells the tree stands for.
   int32_t tokens() const { return tokens_; }
   /// Tokens of nodes whose members are all in `set`, leaving out the path that ends at `except`.

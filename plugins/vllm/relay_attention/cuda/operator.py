@@ -49,7 +49,7 @@ class Operator:
     ) -> None:
         """f32 scalars that fp8 queries, keys and values are multiplied by. Read anew by every
         call."""
-        self._keep += [q_scale, k_scale, v_scale]
+        self._keep += [k_scale, v_scale]
         self._q_scale = q_scale
         self._inputs.k_scale, self._inputs.v_scale = k_scale.data_ptr(), v_scale.data_ptr()
 

@@ -136,10 +136,9 @@ class Plan:
         size = c_size_t()
         self.call("workspace_bytes", byref(options), byref(size))
         self.workspace = torch.empty(max(size.value, 1), dtype=torch.uint8, device=p.device)
-        # As vLLM gives them where KV is fp8, with a scale of 1.
-        self.q = p.q if queries == "bf16" else p.q.to(p.kv.dtype)
-        self.q_scale = None
-        if queries == "fp8":
+        self.q, self.q_scale = p.q, None
+        if queries == "fp8":  # as vLLM gives them where KV is fp8, with a scale of 1
+            self.q = p.q.to(p.kv.dtype)
             self.q_scale = torch.ones(1, dtype=torch.float32, device=p.device)
         self.handle = c_void_p()
         self.call("plan_create", byref(self.handle), byref(options), self.workspace.data_ptr(),

@@ -132,8 +132,8 @@ class ThreadedEngine : public Engine {
     // reads what the client gave of the message, too.
     constexpr size_t kShallow = 512;
     constexpr size_t kDeepest = kLargeStackBytes / (size_t{6} << 10);
-    const std::string given = format ? format->parser.generation_prompt : "";
-    const auto brackets = [](const std::string& read) {
+    const std::string_view given = format ? std::string_view(format->parser.generation_prompt) : "";
+    const auto brackets = [](std::string_view read) {
       return std::count_if(read.begin(), read.end(), [](char c) { return c == '[' || c == '{'; });
     };
     const size_t size = given.size() + text.size();

@@ -509,16 +509,21 @@ TEST(EngineCore, TwoLongPrefillsThatBlockEachOtherResolve) {
   expect_alone(bench, *b, sequence_of(90, 18), 5);
 }
 
+/// How many tokens of a prompt, asked now, were there already.
+auto asker_of(Bench& bench) {
+  return [&bench](const Tokens& prompt) {
+    const auto out = bench.submit(prompt, 1);
+    bench.run();
+    return out->usage.cached_tokens;
+  };
+}
+
 TEST(EngineCore, WhatWasUsedLongestAgoIsEvictedFirst) {
   Bench bench(256);
   const Tokens a = sequence_of(70, 31);
   const Tokens b = sequence_of(70, 32);
   const Tokens c = sequence_of(70, 33);
-  const auto cached = [&](const Tokens& prompt) {
-    const auto out = bench.submit(prompt, 1);
-    bench.run();
-    return out->usage.cached_tokens;
-  };
+  const auto cached = asker_of(bench);
   for (const Tokens& prompt : {a, b, c}) EXPECT_EQ(cached(prompt), 0);
   EXPECT_EQ(cached(a), 69) << "the oldest, now used again";
   EXPECT_EQ(cached(sequence_of(80, 34)), 0) << "needs room";
@@ -530,11 +535,7 @@ TEST(EngineCore, WhatWasUsedLongestAgoIsEvictedFirst) {
 TEST(EngineCore, WhatManyHaveSharedIsEvictedLater) {
   Bench bench(256);
   const Tokens prompt = sequence_of(100, 41);
-  const auto cached = [&](const Tokens& tokens) {
-    const auto out = bench.submit(tokens, 1);
-    bench.run();
-    return out->usage.cached_tokens;
-  };
+  const auto cached = asker_of(bench);
   unsigned seed = 1000;
   const auto others = [&](int count) {
     for (int i = 0; i < count; ++i) EXPECT_LT(cached(sequence_of(20, seed++)), 10);

@@ -810,34 +810,30 @@ TEST(CudaFp8, CodesAreWhatTheyDecodeTo) {
   EXPECT_EQ(to_e4m3(1.1875f), 0x3a);
 }
 
-TEST(CudaFp8, HeadSizesAndTypes) {
-  RELAY_REQUIRE_GPU();
-  std::vector<CudaCase> cases;
-  for (const DType type : kTypes) {
-    for (const int32_t dim : kDims) {
-      const size_t i = cases.size();
-      cases.push_back({.name = "fp8 cache",
-                       .config = varied(fp8_config_of(type, dim, 2, 1 + i % 5), i),
-                       .forest = mixed_batch(nth(kBlockSizes, i), 7, 3300 + i)});
-    }
-  }
-  run_cases(std::move(cases));
-}
-
-TEST(CudaFp8, QueriesToo) {
-  RELAY_REQUIRE_GPU();
+/// All types and head sizes over an fp8 cache.
+void run_fp8_cases(const std::string& name, float q_scale, uint64_t seed) {
   std::vector<CudaCase> cases;
   for (const DType type : kTypes) {
     for (const int32_t dim : kDims) {
       const size_t i = cases.size();
       CudaConfig config = varied(fp8_config_of(type, dim, 2, 1 + i % 5), i);
-      config.q_scale = kQueryScale;
-      cases.push_back({.name = "fp8 queries",
+      config.q_scale = q_scale;
+      cases.push_back({.name = name,
                        .config = config,
-                       .forest = mixed_batch(nth(kBlockSizes, i), 7, 3500 + i)});
+                       .forest = mixed_batch(nth(kBlockSizes, i), 7, seed + i)});
     }
   }
   run_cases(std::move(cases));
+}
+
+TEST(CudaFp8, HeadSizesAndTypes) {
+  RELAY_REQUIRE_GPU();
+  run_fp8_cases("fp8 cache", 0, 3300);
+}
+
+TEST(CudaFp8, QueriesToo) {
+  RELAY_REQUIRE_GPU();
+  run_fp8_cases("fp8 queries", kQueryScale, 3500);
 }
 
 TEST(CudaFp8, Scales) {

@@ -80,18 +80,23 @@ def say_ratio(what: str, llama: list[float], relay: list[float]) -> float:
     return ratio
 
 
-def ask_in_background(server: Server, bodies: list[dict], begin: float = 0.0) -> list[Answer]:
-    """What each is answered, from now on."""
+def keep_asking(server: Server, bodies: list[dict], begin: float = 0.0) -> list[Answer]:
+    """What each is answered, from now on: who has a whole answer asks again."""
+
+    def ask_until_error(body: dict, answer: Answer) -> None:
+        while not answer.error:
+            ask(server, body, answer, begin)
+
     answers = [Answer(user) for user in range(len(bodies))]
-    for body, answer in zip(bodies, answers, strict=True):
-        asked = (server, body, answer, begin)
-        threading.Thread(target=ask, args=asked, daemon=True).start()
+    for asked in zip(bodies, answers, strict=True):
+        threading.Thread(target=ask_until_error, args=asked, daemon=True).start()
     return answers
 
 
 def wait_decoding(server: Server, answers: list[Answer]) -> None:
-    """Until each has some tokens."""
-    while any(len(answer.times) < 8 for answer in answers):
+    """Until each has some tokens more than now."""
+    wanted = [len(answer.times) + 8 for answer in answers]
+    while any(len(a.times) < count for a, count in zip(answers, wanted, strict=True)):
         server.check_alive()
         if failed := [answer for answer in answers if answer.error]:
             raise DemoError(f"user {failed[0].user}: {failed[0].error}")

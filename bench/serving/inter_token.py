@@ -4,7 +4,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ask_in_background, chat, relay_server, require, wait_decoding, words
+from common import chat, keep_asking, relay_server, require, wait_decoding, words
 from console import DemoError, say
 from results import percentile
 from users import Answer, ask
@@ -19,7 +19,7 @@ def run(args) -> None:
             server.wait_ready(600)
             start = time.monotonic()
             questions = [f"Question {user}: {words(32)}" for user in range(args.users)]
-            answers = ask_in_background(server, [chat(q, 4000) for q in questions], start)
+            answers = keep_asking(server, [chat(q, 4000) for q in questions], start)
             wait_decoding(server, answers)
             begin = time.monotonic() - start
             time.sleep(args.seconds)
@@ -27,16 +27,18 @@ def run(args) -> None:
             arriving = Answer(args.users)
             ask(server, chat(words(args.prompt_tokens), 1), arriving, start)
             end = time.monotonic() - start
+            wait_decoding(server, answers)  # and the gap in which that ended is over
             for answer in [*answers, arriving]:
                 if answer.error:
                     raise DemoError(f"user {answer.user}: {answer.error}")
             say(f"{arriving.prompt_tokens} tokens among {args.users}: {end - middle:.1f} s")
 
         def gaps(since: float, until: float) -> list[float]:
+            """All of which some part is within."""
             result = []
             for answer in answers:
-                times = [t for t in answer.times if since <= t <= until]
-                result += [b - a for a, b in zip(times, times[1:], strict=False)]
+                pairs = zip(answer.times, answer.times[1:], strict=False)
+                result += [b - a for a, b in pairs if a < until and b > since]
             return result
 
         ratios = {}

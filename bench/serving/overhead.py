@@ -4,14 +4,15 @@ That is scheduling, which the other threads of a step wait for, and HTTP, whose 
 time from those that compute: it counts as a share of all cores' time.
 """
 
+import contextlib
 import os
 import tempfile
 import time
 from pathlib import Path
 
 from common import (
-    ask_in_background,
     chat,
+    keep_asking,
     metrics,
     relay_server,
     require,
@@ -25,16 +26,20 @@ NAMES = ("relay:steps_total", "relay:compute_seconds_total", "relay:sampling_sec
 
 
 def cpu_seconds_of_http(server: Server) -> float:
-    """Of all threads but the engine's and those that it has begun, which have its name."""
-    nanoseconds, engine = 0, 0
-    for task in Path(f"/proc/{server.process.pid}/task").iterdir():
-        if (task / "comm").read_text().strip() == "relay-engine":
-            engine += 1
-        else:
-            nanoseconds += int((task / "schedstat").read_text().split()[0])
+    """Of all threads but the engine's and those that it has begun, which have its name.
+
+    Threads of HTTP come and go, and only the process still counts what those took that have ended.
+    """
+    process = Path(f"/proc/{server.process.pid}")
+    user, system = (process / "stat").read_text().rpartition(")")[2].split()[11:13]
+    engine = 0
+    for task in (process / "task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that ended just now
+            if (task / "comm").read_text().strip() == "relay-engine":
+                engine += int((task / "schedstat").read_text().split()[0])
     if not engine:
         raise DemoError("relay serve has no thread that is called relay-engine")
-    return nanoseconds / 1e9
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK") - engine / 1e9
 
 
 def run(args) -> None:
@@ -45,7 +50,7 @@ def run(args) -> None:
     ):
         server.wait_ready(600)
         questions = [chat(f"Question {user}?", 4000) for user in range(args.users)]
-        answers = ask_in_background(server, questions)
+        answers = keep_asking(server, questions)
         wait_running(server, args.users)
         wait_decoding(server, answers)
 
@@ -62,7 +67,7 @@ def run(args) -> None:
         # Not what looking for the end of a step takes.
         http = (cpu_seconds_of_http(server) - http) / args.seconds
         after = spent()
-        wait_running(server, args.users)  # none has ended meanwhile
+        wait_decoding(server, answers)  # none has failed meanwhile
     steps, computing, sampling, wall = (b - a for a, b in zip(before, after, strict=True))
     scheduling = 1 - (computing + sampling) / wall
     http /= len(os.sched_getaffinity(0))

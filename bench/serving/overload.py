@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import ask_in_background, chat, relay_server, require, wait_idle, wait_running
+from common import chat, keep_asking, relay_server, require, wait_idle, wait_running
 from console import DemoError, say
 from results import percentile
 from servers import Server
@@ -94,7 +94,7 @@ def leave_at_once(server: Server, users: int) -> float:
 def end_under_load(server: Server, users: int) -> tuple[int, float]:
     """The server's status and the seconds that SIGTERM takes while `users` are answered."""
     stories = [chat(f"Tell user {user} a long story.", 4000) for user in range(users)]
-    ask_in_background(server, stories)
+    keep_asking(server, stories)
     wait_running(server, users)
     begin = time.monotonic()
     server.process.send_signal(signal.SIGTERM)

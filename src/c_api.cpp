@@ -1,11 +1,9 @@
 // The C interface over the C++ one; no exception leaves it.
-#include <algorithm>
 #include <cstddef>
-#include <cstring>
-#include <exception>
 #include <memory>
 #include <string>
 
+#include "c_abi.h"
 #include "relay/attention.h"
 #include "relay/kv_cache.h"
 #include "relay/relay.h"
@@ -26,59 +24,21 @@ struct relay_workspace {
   relay::Workspace workspace;
 };
 
+template <>
+constexpr size_t relay::c_abi::kFirstSize<relay_inputs> = offsetof(relay_inputs, cache_slots);
+template <>
+constexpr size_t relay::c_abi::kFirstSize<relay_kv_write> = offsetof(relay_kv_write, cache_slots);
+
 namespace {
+
+using relay::c_abi::known_part;
+using relay::c_abi::require;
 
 thread_local std::string last_error;
 
 template <typename F>
 relay_status guarded(F f) {
-  try {
-    f();
-    return RELAY_OK;
-  } catch (const relay::Error& e) {
-    last_error = e.what();
-    return RELAY_INVALID;
-  } catch (const std::exception& e) {
-    last_error = e.what();
-    return RELAY_INTERNAL;
-  }
-}
-
-void require(bool condition, const char* what) {
-  if (!condition) throw relay::Error(what);
-}
-
-/// sizeof(T) in the first version of the interface: where the first field appended since begins.
-template <typename T>
-constexpr size_t kFirstSize = sizeof(T);
-template <>
-constexpr size_t kFirstSize<relay_inputs> = offsetof(relay_inputs, cache_slots);
-template <>
-constexpr size_t kFirstSize<relay_kv_write> = offsetof(relay_kv_write, cache_slots);
-
-/// No struct will ever be as large: such a size is a mistake, and no memory to look at.
-constexpr size_t kAbsurdSize = 4096;
-
-/// A caller's struct as this version knows it. What the caller's version lacks is 0, the default of
-/// every appended field; what this version lacks must be 0, since it cannot be done.
-template <typename T>
-T known_part(const T* given, const char* name) {
-  require(given != nullptr, "null argument");
-  const auto* bytes = reinterpret_cast<const unsigned char*>(given);
-  size_t size;
-  std::memcpy(&size, bytes, sizeof(size));
-  if (size < kFirstSize<T> || size >= kAbsurdSize) {
-    throw relay::Error(std::string(name) + ".size is " + std::to_string(size) +
-                       ", which no version has: set it with sizeof");
-  }
-  if (size > sizeof(T) &&
-      std::any_of(bytes + sizeof(T), bytes + size, [](unsigned char byte) { return byte != 0; })) {
-    throw relay::Error(std::string(name) + " sets a field that this version of librelay does not " +
-                       "know: leave it 0, or use a newer librelay");
-  }
-  T known{};
-  std::memcpy(&known, bytes, std::min(size, sizeof(T)));
-  return known;
+  return relay::c_abi::guarded(last_error, f);
 }
 
 relay::DType dtype(relay_dtype type) {
@@ -95,12 +55,6 @@ relay::DType dtype(relay_dtype type) {
   throw relay::Error("unknown relay_dtype");
 }
 
-relay::Sharing sharing(int32_t value) {
-  require(value >= -1 && value <= 1, "relay_plan_options.sharing must be 1, 0 or -1");
-  if (value < 0) return relay::sharing_from_env();
-  return value == 1 ? relay::Sharing::kOn : relay::Sharing::kOff;
-}
-
 relay::KvLayout layout(relay_layout value) {
   require(value == RELAY_ROWS || value == RELAY_TILES, "unknown relay_layout");
   return value == RELAY_TILES ? relay::KvLayout::kTiles : relay::KvLayout::kRows;
@@ -110,10 +64,14 @@ relay::KvPlane plane(const relay_kv& kv, relay::DType type) {
   return {type, kv.data, kv.block_stride, kv.slot_stride, kv.head_stride};
 }
 
+const relay::Plan& plan_of(const relay_plan* plan) {
+  require(plan != nullptr, "the plan is null");
+  return *plan->plan;
+}
+
 relay::AttentionInputs convert(const relay_plan* plan, const relay_inputs* inputs) {
-  require(plan != nullptr && plan->plan != nullptr, "null argument");
+  const relay::PlanOptions& options = relay::options_of(plan_of(plan));
   const relay_inputs in = known_part(inputs, "relay_inputs");
-  const relay::PlanOptions& options = relay::options_of(*plan->plan);
   relay::AttentionInputs out;
   out.q = {dtype(in.q_type), in.q, in.q_row_stride, in.q_head_stride};
   out.out = {dtype(in.out_type), in.out, in.out_row_stride, in.out_head_stride};
@@ -145,7 +103,7 @@ const char* relay_isa(void) {
 relay_status relay_plan_batch(relay_plan** plan, const relay_batch* given_batch,
                               const relay_plan_options* given_options) {
   return guarded([&] {
-    require(plan != nullptr, "null argument");
+    require(plan != nullptr, "plan is null");
     const relay_batch batch = known_part(given_batch, "relay_batch");
     const relay_plan_options options = known_part(given_options, "relay_plan_options");
     require(batch.requests >= 0 && batch.row_offsets != nullptr, "row_offsets is null");
@@ -178,7 +136,8 @@ relay_status relay_plan_batch(relay_plan** plan, const relay_batch* given_batch,
       made = std::make_unique<relay_plan>();
       target = made.get();
     }
-    relay::build_from_block_tables(tables, sharing(options.sharing), target->forest);
+    relay::build_from_block_tables(
+        tables, relay::c_abi::sharing(options.sharing, "relay_plan_options"), target->forest);
     if (target->plan == nullptr) {
       target->plan = relay::make_plan(target->forest, plan_options);
     } else {
@@ -195,9 +154,8 @@ void relay_plan_free(relay_plan* plan) { delete plan; }
 
 relay_status relay_plan_slots(const relay_plan* plan, int64_t* read, int64_t* attended) {
   return guarded([&] {
-    require(plan != nullptr && plan->plan != nullptr && read != nullptr && attended != nullptr,
-            "null argument");
-    const relay::PlanSummary summary = relay::summarize(*plan->plan);
+    require(read != nullptr && attended != nullptr, "read or attended is null");
+    const relay::PlanSummary summary = relay::summarize(plan_of(plan));
     *read = summary.kv_slots_read;
     *attended = summary.kv_slots_attended;
   });
@@ -205,22 +163,22 @@ relay_status relay_plan_slots(const relay_plan* plan, int64_t* read, int64_t* at
 
 relay_status relay_plan_threads(const relay_plan* plan, int32_t* threads) {
   return guarded([&] {
-    require(plan != nullptr && plan->plan != nullptr && threads != nullptr, "null argument");
-    *threads = relay::options_of(*plan->plan).threads;
+    require(threads != nullptr, "threads is null");
+    *threads = relay::options_of(plan_of(plan)).threads;
   });
 }
 
 relay_status relay_workspace_create(relay_workspace** workspace) {
   return guarded([&] {
-    require(workspace != nullptr, "null argument");
+    require(workspace != nullptr, "workspace is null");
     *workspace = new relay_workspace;
   });
 }
 
 relay_status relay_workspace_fit(relay_workspace* workspace, const relay_plan* plan) {
   return guarded([&] {
-    require(workspace != nullptr && plan != nullptr && plan->plan != nullptr, "null argument");
-    workspace->workspace.fit(*plan->plan);
+    require(workspace != nullptr, "the workspace is null");
+    workspace->workspace.fit(plan_of(plan));
   });
 }
 
@@ -237,7 +195,7 @@ relay_status relay_attend(const relay_plan* plan, const relay_inputs* inputs,
                           relay_workspace* workspace, int32_t thread) {
   return guarded([&] {
     const relay::AttentionInputs in = convert(plan, inputs);
-    require(workspace != nullptr, "null argument");
+    require(workspace != nullptr, "the workspace is null");
     relay::attend(*plan->plan, in, workspace->workspace, thread);
   });
 }

@@ -398,4 +398,32 @@ TEST(CApi, RefusesWhatIsWrongAndSaysWhy) {
   relay_plan_free(plan);
 }
 
+TEST(CApi, SaysWhichPointerIsNull) {
+  const auto expect_invalid = [](relay_status status, const char* what) {
+    EXPECT_EQ(status, RELAY_INVALID);
+    EXPECT_NE(std::string(relay_last_error()).find(what), std::string::npos) << relay_last_error();
+  };
+  const Batch batch;
+  const auto opt = options();
+  relay_plan* plan = nullptr;
+  expect_invalid(relay_plan_batch(nullptr, &batch.c, &opt), "plan is null");
+  expect_invalid(relay_plan_batch(&plan, nullptr, &opt), "relay_batch is null");
+  expect_invalid(relay_plan_batch(&plan, &batch.c, nullptr), "relay_plan_options is null");
+  const Tensors inputs;
+  int32_t threads = 0;
+  int64_t slots = 0;
+  expect_invalid(relay_check(nullptr, &inputs.c), "plan is null");
+  expect_invalid(relay_plan_threads(nullptr, &threads), "plan is null");
+  expect_invalid(relay_plan_slots(nullptr, &slots, &slots), "plan is null");
+  expect_invalid(relay_workspace_create(nullptr), "workspace is null");
+  ASSERT_EQ(relay_plan_batch(&plan, &batch.c, &opt), RELAY_OK);
+  expect_invalid(relay_plan_threads(plan, nullptr), "threads is null");
+  expect_invalid(relay_plan_slots(plan, nullptr, &slots), "read or attended is null");
+  expect_invalid(relay_check(plan, nullptr), "relay_inputs is null");
+  expect_invalid(relay_attend(plan, &inputs.c, nullptr, 0), "workspace is null");
+  expect_invalid(relay_workspace_fit(nullptr, plan), "workspace is null");
+  expect_invalid(relay_write_kv(nullptr, 0, 1), "relay_kv_write is null");
+  relay_plan_free(plan);
+}
+
 }  // namespace

@@ -1,11 +1,10 @@
 // The C interface over the C++ one of the GPU; no exception leaves it. Whatever can be refused
 // without a GPU is refused before one is asked for.
-#include <algorithm>
 #include <cstddef>
 #include <cstring>
-#include <exception>
 #include <string>
 
+#include "c_abi.h"
 #include "relay/cuda.h"
 #include "relay/relay_cuda.h"
 
@@ -13,68 +12,21 @@ struct relay_cuda_plan {
   relay::cuda::PlanPtr plan;
 };
 
+template <>
+constexpr size_t relay::c_abi::kFirstSize<relay_cuda_inputs> = offsetof(relay_cuda_inputs, q_scale);
+
 namespace {
 
 namespace cuda = relay::cuda;
+using relay::c_abi::known_part;
+using relay::c_abi::known_size;
+using relay::c_abi::require;
 
-// A thread of a host may use both libraries: each keeps its own message.
 thread_local std::string last_error;
 
 template <typename F>
 relay_status guarded(F f) {
-  try {
-    f();
-    return RELAY_OK;
-  } catch (const relay::Error& e) {
-    last_error = e.what();
-    return RELAY_INVALID;
-  } catch (const std::exception& e) {
-    last_error = e.what();
-    return RELAY_INTERNAL;
-  }
-}
-
-void require(bool condition, const char* what) {
-  if (!condition) throw relay::Error(what);
-}
-
-/// No struct will ever be as large: such a size is a mistake, and no memory to look at.
-constexpr size_t kAbsurdSize = 4096;
-
-/// The size in the first version that had the struct: what every caller has.
-template <typename T>
-constexpr size_t kFirstSize = sizeof(T);
-template <>
-constexpr size_t kFirstSize<relay_cuda_inputs> = offsetof(relay_cuda_inputs, q_scale);
-
-/// The bytes of a caller's struct that this version knows.
-template <typename T>
-size_t known_size(const T* given, const char* name) {
-  if (given == nullptr) throw relay::Error(std::string(name) + " is null");
-  size_t size;
-  std::memcpy(&size, given, sizeof(size));
-  if (size < kFirstSize<T> || size >= kAbsurdSize) {
-    throw relay::Error(std::string(name) + ".size is " + std::to_string(size) +
-                       ", which no version has: set it with sizeof");
-  }
-  return std::min(size, sizeof(T));
-}
-
-/// A caller's struct as this version knows it. What the caller's version lacks is 0, the default of
-/// every appended field; what this version lacks must be 0, since it cannot be done.
-template <typename T>
-T known_part(const T* given, const char* name) {
-  const size_t known = known_size(given, name);
-  const auto* bytes = reinterpret_cast<const unsigned char*>(given);
-  size_t size;
-  std::memcpy(&size, bytes, sizeof(size));
-  if (std::any_of(bytes + known, bytes + size, [](unsigned char byte) { return byte != 0; })) {
-    throw relay::Error(std::string(name) + " sets a field that this version of librelay-cuda " +
-                       "does not know: leave it 0, or use a newer one");
-  }
-  T part{};
-  std::memcpy(&part, bytes, known);
-  return part;
+  return relay::c_abi::guarded(last_error, f);
 }
 
 relay::DType dtype(int32_t type, const char* name) {
@@ -97,12 +49,6 @@ bool flag(int32_t value, const char* name) {
     throw relay::Error(std::string("relay_cuda_plan_options.") + name + " must be 0 or 1");
   }
   return value == 1;
-}
-
-relay::Sharing sharing(int32_t value) {
-  require(value >= -1 && value <= 1, "relay_cuda_plan_options.sharing must be 1, 0 or -1");
-  if (value < 0) return relay::sharing_from_env();
-  return value == 1 ? relay::Sharing::kOn : relay::Sharing::kOff;
 }
 
 cuda::Path path(int32_t value) {
@@ -137,7 +83,7 @@ cuda::PlanOptions convert(const relay_cuda_plan_options* given) {
   out.cache_blocks = in.cache_blocks;
   out.causal = flag(in.causal, "causal");
   out.window = in.window;
-  out.sharing = sharing(in.sharing);
+  out.sharing = relay::c_abi::sharing(in.sharing, "relay_cuda_plan_options");
   out.check = flag(in.check, "check");
   out.path = path(in.path);
   out.min_shared_slots = in.min_shared_slots;

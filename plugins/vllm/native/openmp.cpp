@@ -52,7 +52,7 @@ extern "C" {
 const char* relay_openmp_error(void) { return last_error.c_str(); }
 
 relay_status relay_openmp_use(const relay_openmp* given) {
-  if (given == nullptr) return fail(RELAY_INVALID, "null argument");
+  if (given == nullptr) return fail(RELAY_INVALID, "relay_openmp is null");
   if (given->size != sizeof(relay_openmp)) {
     return fail(RELAY_INVALID, "relay_openmp.size is " + std::to_string(given->size) +
                                    ", this library's is " + std::to_string(sizeof(relay_openmp)));
@@ -99,7 +99,7 @@ relay_status relay_openmp_attend(const relay_plan* plan, const relay_inputs* inp
 }
 
 relay_status relay_openmp_write(const relay_kv_write* write) {
-  if (write == nullptr) return fail(RELAY_INVALID, "null argument");
+  if (write == nullptr) return fail(RELAY_INVALID, "relay_kv_write is null");
   const int64_t elements = write->tokens * write->kv_heads * (int64_t{write->k_dim} + write->v_dim);
   if (runtime.parallel == nullptr || elements < kElementsWorthThreads) {
     const relay_status status = relay_write_kv(write, 0, write->kv_heads);

@@ -160,6 +160,12 @@ __device__ inline uint4 widen(uint2 bytes) {
   return {out[0], out[1], out[2], out[3]};
 }
 
+/// Queries in e4m3, which only KV in e4m3 has.
+template <bool kByteKv>
+__device__ inline bool byte_queries(const AttendParams& p) {
+  return kByteKv && p.q_scale != nullptr;
+}
+
 /// 2^x; flushes results below 2^-126 to 0, and 2^-inf is 0.
 __device__ inline float exp2_fast(float x) {
   float y;

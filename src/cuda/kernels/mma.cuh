@@ -82,7 +82,7 @@ struct Kernel {
       const int m = i / kChunks;
       const int chunk = i % kChunks;
       const bool valid = m < item.rows && chunk * 8 < p.head_size;
-      const bool bytes = kByteKv && p.q_scale != nullptr;
+      const bool bytes = byte_queries<kByteKv>(p);
       T* to = q + m * kStride + chunk * 8;
       const char* from = p.q;
       if (valid) {

@@ -386,8 +386,8 @@ struct Kernel {
   };
 
   /// The addresses of the tensor maps, which the compiler would else compute for each copy anew.
-  struct Planes {
-    __device__ explicit Planes(const Maps& maps) : by_atoms(maps.by_atoms != 0) {
+  struct MapAddresses {
+    __device__ explicit MapAddresses(const Maps& maps) : by_atoms(maps.by_atoms != 0) {
       k = __shfl_sync(~0u, reinterpret_cast<uint64_t>(&maps.k), 0);
       v = __shfl_sync(~0u, reinterpret_cast<uint64_t>(&maps.v), 0);
     }
@@ -402,9 +402,9 @@ struct Kernel {
   /// Loads this warp's half of a step's K and V: lane l knows where the l-th page of both lies, of
   /// which `pages` are there. Page by page, as a token's K and V are neighbours in most caches. A
   /// rehearsal has none: it brings the code from memory, but for that of the copies themselves.
-  __device__ static void load_step(const Shared& shared, const CopyRing& keys, const Planes& planes,
-                                   int warp, int pages, int key_unit, int value_unit,
-                                   bool rehearsal) {
+  __device__ static void load_step(const Shared& shared, const CopyRing& keys,
+                                   const MapAddresses& addresses, int warp, int pages, int key_unit,
+                                   int value_unit, bool rehearsal) {
     const CopyRing values = keys.ahead(1);
     wait(shared.copied_empty(keys.stage), keys.phase ^ 1);
     wait(shared.copied_empty(values.stage), values.phase ^ 1);
@@ -424,24 +424,24 @@ struct Kernel {
       __syncwarp();
     }
     arrive_expecting(keys_full, values_full, mine * kCopiedPageBytes);
-    if (kHead == 128 && !kByteKv && planes.by_atoms) {
+    if (kHead == 128 && !kByteKv && addresses.by_atoms) {
 #pragma unroll 4
       for (int i = 0; i < kWarpPages * kPageAtoms; ++i) {
         const int page = i / kPageAtoms;
         if (page >= mine) break;
         const int key = __shfl_sync(~0u, key_unit, page);
         const int value = __shfl_sync(~0u, value_unit, page);
-        copy_boxes({to_keys + i * kAtomBytes, planes.k, keys_full, key},
-                   {to_values + i * kAtomBytes, planes.v, values_full, value}, i % kSpans * kSpan,
-                   i / kSpans % 2);
+        copy_boxes({to_keys + i * kAtomBytes, addresses.k, keys_full, key},
+                   {to_values + i * kAtomBytes, addresses.v, values_full, value},
+                   i % kSpans * kSpan, i / kSpans % 2);
       }
     } else {
       const auto key = [&](int i) {
-        return Box{to_keys + i * kCopiedPageBytes, planes.k, keys_full,
+        return Box{to_keys + i * kCopiedPageBytes, addresses.k, keys_full,
                    __shfl_sync(~0u, key_unit, i)};
       };
       const auto value = [&](int i) {
-        return Box{to_values + i * kCopiedPageBytes, planes.v, values_full,
+        return Box{to_values + i * kCopiedPageBytes, addresses.v, values_full,
                    __shfl_sync(~0u, value_unit, i)};
       };
       if (mine == kWarpPages) {
@@ -480,7 +480,7 @@ struct Kernel {
                                     const Shared& shared) {
     const int lane = threadIdx.x % 32;
     const int lane_page = lane / kWarpPages * kPages + warp * kWarpPages + lane % kWarpPages;
-    const Planes planes(maps);
+    const MapAddresses addresses(maps);
     Portions portions(p, warp == 0);
     Item item{};
     Walk walk;
@@ -532,7 +532,7 @@ struct Kernel {
       int values = unit_of(p, batch, maps.v_units);
 #pragma unroll 1
       for (int pages = batch.pages; pages > 0; pages -= kPages) {
-        load_step(shared, ring, planes, warp, pages - warp * kWarpPages, keys, values,
+        load_step(shared, ring, addresses, warp, pages - warp * kWarpPages, keys, values,
                   turn == kRehearsal);
         if (turn != kRehearsal) ring.advance(2);
         keys = __shfl_down_sync(~0u, keys, kWarpPages);
@@ -686,10 +686,6 @@ struct Kernel {
     return to + piece / 8 * (kGroupRows * 128) + row * 128 + (piece % 8 ^ row % 8) * 16;
   }
 
-  __device__ static bool byte_queries(const AttendParams& p) {
-    return kByteKv && p.q_scale != nullptr;
-  }
-
   /// Copies query rows [first, first + rows) of an item's tile; those of e4m3 fill the front of
   /// their places, for widen_queries(). One warp.
   __device__ static void copy_queries(const AttendParams& p, const Item& item, char* to, int first,
@@ -697,7 +693,7 @@ struct Kernel {
     constexpr int kAtOnce = 32 / kChunks;
     const int lane = threadIdx.x % 32;
     const int chunk = lane % kChunks;
-    const bool is_there = chunk * (byte_queries(p) ? 16 : 8) < p.head_size;
+    const bool is_there = chunk * (byte_queries<kByteKv>(p) ? 16 : 8) < p.head_size;
     for (int begin = 0; begin < rows; begin += 32) {
       // Lane l looks up row l, as otherwise each copy would wait for a look-up of its own.
       uint32_t row = 0;  // in pieces of 16 bytes
@@ -791,7 +787,7 @@ struct Kernel {
       }
       char* queries = shared.queries(group, at.begin(rows));
       copy_queries(p, next.item, queries, next.first, rows);
-      if (byte_queries(p)) widen_queries(p, queries, rows);
+      if (byte_queries<kByteKv>(p)) widen_queries(p, queries, rows);
       if constexpr (kForRacecheck) {
         if ((filled >> at.half() & 1) != 0) await_read(group, at.half());
         filled |= 1u << at.half();
@@ -799,7 +795,7 @@ struct Kernel {
       if (lane == 0) *shared.assignment(group, at.half()) = next;
       const bool is_first = at.count == 0;
       for (; at.count != to.count; ++at.count) {
-        if (byte_queries(p)) {
+        if (byte_queries<kByteKv>(p)) {
           arrive(shared.queries_full(group, at.half()));
         } else {
           arrive_when_copied(shared.queries_full(group, at.half()));
@@ -821,7 +817,7 @@ struct Kernel {
     const int lines = p.requests * p.q_heads;
     for (int i = blockIdx.x * 32 + threadIdx.x % 32; i < lines; i += gridDim.x * 32) {
       const char* at = p.q + i / p.q_heads * p.q_row + i % p.q_heads * p.q_head;
-      const int bytes = p.head_size * (byte_queries(p) ? 1 : 2);
+      const int bytes = p.head_size * (byte_queries<kByteKv>(p) ? 1 : 2);
       for (int of = 0; of < bytes; of += 128) prefetch(at + of);
     }
   }

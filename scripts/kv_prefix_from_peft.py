@@ -42,10 +42,12 @@ def read_peft(folder: Path) -> np.ndarray:
         raise NotAPrefix(
             f"{folder} holds {', '.join(sorted(tensors))}, not prompt_embeddings alone"
         )
-    positions, layers, heads, width = (
-        config[name]
-        for name in ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
-    )
+    names = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
+    sizes = [config.get(name) for name in names]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        told = ", ".join(f"{name} {size}" for name, size in zip(names, sizes, strict=True))
+        raise NotAPrefix(f"{folder}: adapter_config.json does not tell the prefix's sizes: {told}")
+    positions, layers, heads, width = sizes
     saved = tensors["prompt_embeddings"].astype(np.float32)
     if saved.shape != (positions, 2 * layers * width) or width % heads != 0:
         raise NotAPrefix(
@@ -83,7 +85,11 @@ def main() -> int:
     except NotAPrefix as error:
         print(f"kv_prefix_from_peft: {error}", file=sys.stderr)
         return 1
-    write_kv_prefix(prefix, Path(sys.argv[2]))
+    try:
+        write_kv_prefix(prefix, Path(sys.argv[2]))
+    except OSError as error:
+        print(f"kv_prefix_from_peft: cannot write {sys.argv[2]}: {error.strerror}", file=sys.stderr)
+        return 1
     layers, _, positions, heads, head_size = prefix.shape
     print(f"{positions} positions, {layers} layers, {heads} KV heads of {head_size}: {sys.argv[2]}")
     return 0

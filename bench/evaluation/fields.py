@@ -32,8 +32,8 @@ class Field:
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
             raise EvaluationError(f"{where}: {value!r} is not {names[kind]}")
-        if self.least is not None and value < self.least:
-            raise EvaluationError(f"{where}: {value} is less than {self.least}")
+        if self.least is not None and not value >= self.least:  # NaN is refused, too
+            raise EvaluationError(f"{where}: {value} is not {self.least} or more")
         if self.choices and value not in self.choices:
             raise EvaluationError(f"{where}: {value!r} is none of {', '.join(self.choices)}")
         return value

@@ -3,8 +3,10 @@ paper. Each function takes a figure's rows."""
 
 import plots
 from plots import choose, name_of, tokens, values
+from shapes import formula
 from tasks import Row
 
+LEAST_GAIN = 1.1  # what is less is no gain to speak of
 NEAR_TIE = 0.1  # nat: the probabilities of two tokens are within a tenth
 
 
@@ -26,6 +28,10 @@ def pairs(rows: list[Row], metric: str, ours: str, theirs: str) -> list[tuple[di
                 ratio = mine.median / other.median
                 found.append((mine.case, ratio if mine.better == "higher" else 1 / ratio))
     return found
+
+
+def with_spread(row: Row) -> str:
+    return f"{ratio_text(row.median)} ({ratio_text(row.low)} to {ratio_text(row.high)})"
 
 
 def span(found: list[tuple[dict, float]]) -> str:
@@ -99,12 +105,12 @@ def operator_latency(rows: list[Row]) -> list[str]:
     said = []
     if shared:
         best = max(shared, key=lambda r: r.median)
-        formula = choose(rows, "speed-up", "formula", **best.case)[0].median
+        promised = choose(rows, "speed-up", "formula", **best.case)[0].median
         said.append(
             f"Sharing makes attention up to {ratio_text(best.median)} as fast ({place(best.case)}; "
-            f"the formula says {ratio_text(formula)} there)."
+            f"the formula says {ratio_text(promised)} there)."
         )
-        said.append(about_size(rows, best, formula))
+        said.append(about_size(rows, best, promised))
         said += losses(shared) + about_model(rows, shared)
     alone = [r.median for r in gains if r.case["batch"] == 1]
     if alone:
@@ -115,10 +121,12 @@ def operator_latency(rows: list[Row]) -> list[str]:
     return said + against_others(rows)
 
 
-def about_size(rows: list[Row], best: Row, formula: float) -> str:
+def about_size(rows: list[Row], best: Row, promised: float) -> str:
     """Whether the largest gain is what the formula promises; if not, what the limit is."""
-    share, predicted = best.median / formula, predicted_gain(rows, best.case)
+    share, predicted = best.median / promised, predicted_gain(rows, best.case)
     limit = choose(rows, "latency", "limit", **best.case)
+    if best.median < LEAST_GAIN:
+        return differs("sharing gains nothing that counts")
     if share > 0.75:
         return agrees("reading is the limit here too")
     if predicted and best.median > 0.75 * predicted:
@@ -145,15 +153,16 @@ def about_size(rows: list[Row], best: Row, formula: float) -> str:
 
 
 def losses(shared: list[Row]) -> list[str]:
-    """Where sharing costs more than its spread."""
+    """Where sharing costs, and whether that is more than its spread."""
     found = sorted((r for r in shared if r.median < 0.95), key=lambda r: r.median)
     if not found:
         return []
-    told = "; ".join(f"{ratio_text(r.median)} at {place(r.case)}" for r in found[:4])
+    sure = sum(r.high < 1 for r in found)
+    told = "; ".join(f"{with_spread(r)} at {place(r.case)}" for r in found[:4])
     more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
     return [
-        f"Where little is shared, sharing costs: in {len(found)} of {len(shared)} cases it is "
-        f"slower by more than 5 %: {told}{more}."
+        f"In {len(found)} of {len(shared)} cases sharing makes attention slower by more than 5 %, "
+        f"beyond the spread in {sure or 'none'} of them: {told}{more}."
     ]
 
 
@@ -208,29 +217,30 @@ def operator_batch(rows: list[Row]) -> list[str]:
 
 
 def operator_gain(rows: list[Row]) -> list[str]:
-    lines, shares = [], []
+    lines, shares, most = [], [], 0.0
     for case in plots.panels_of(rows):
         found = [r for r in plots.gains(rows, **case) if r.case["batch"] > 1]
         found = [r for r in found if r.case["prefix"] > 0]
         for batch in plots.at_most(values(found, "batch"), 3):
             prefix = max(values(choose(found, batch=batch), "prefix"))
             (gain,) = choose(found, batch=batch, prefix=prefix)
-            (formula,) = choose(rows, "speed-up", "formula", **gain.case)
+            (promised,) = choose(rows, "speed-up", "formula", **gain.case)
             predicted = predicted_gain(rows, gain.case)
-            shares.append(gain.median / formula.median)
+            shares.append(gain.median / promised.median)
+            most = max(most, gain.median)
             lines.append([
                 plots.title_of(case),
                 tokens(prefix),
                 str(batch),
-                f"{ratio_text(gain.median)} ({ratio_text(gain.low)} to {ratio_text(gain.high)})",
-                ratio_text(formula.median),
+                with_spread(gain),
+                ratio_text(promised.median),
                 *([ratio_text(predicted)] if predicted else []),
             ])  # fmt: skip
     if not lines:
         return []
     ends = dict.fromkeys(f"{pick(shares):.0%}" for pick in (min, max))
     text = f"{' to '.join(ends)} of what the formula says"
-    told = agrees if min(shares) > 0.75 else in_direction
+    told = agrees if min(shares) > 0.75 else in_direction if most > LEAST_GAIN else differs
     head = "shape | shared | batch | measured | formula"
     if any(len(cells) > len(head.split(" | ")) for cells in lines):
         head += " | cost model"
@@ -288,11 +298,11 @@ def decode_steps(rows: list[Row]) -> list[str]:
         return []
     best = max(found, key=lambda pair: pair[1])
     said = [f"With Relay a step is {span(found)} as fast, most at {place(best[0])}."]
-    gains = best[1] > 1.05
-    text = (
-        "a whole engine gains, and less than attention alone" if gains else "a step gains nothing"
-    )
-    return said + [(agrees if gains else differs)(text)]
+    if best[1] < 1.05:
+        return [*said, differs("a step gains nothing")]
+    alone = formula(*(best[0][name] for name in ("batch", "prefix", "context")))
+    less = f", and less than the {ratio_text(alone)} that the formula says of attention alone"
+    return [*said, agrees("a whole engine gains" + (less if best[1] < alone else ""))]
 
 
 def llama_cpp(rows: list[Row]) -> list[str]:
@@ -319,7 +329,7 @@ def throughput(rows: list[Row]) -> list[str]:
     if sharing:
         best = max(sharing, key=lambda pair: pair[1])
         where = f"{plots.model_name(best[0])}, a prompt of {tokens(best[0]['prompt'])} tokens"
-        if best[1] > 1.1:
+        if best[1] > LEAST_GAIN:
             text = in_direction if best[1] < 2 else agrees
             said.append("\n" + text(
                 f"sharing alone raises throughput by up to {ratio_text(best[1])} ({where})"
@@ -332,22 +342,21 @@ def throughput(rows: list[Row]) -> list[str]:
         said.append(
             "What Relay gains over llama-server beyond that is its kernels' and its engine's."
         )
-    prices = sorted(choose(rows, "price", "relay"), key=lambda r: r.case["prompt"])
-    hours = values_of(choose(rows, "price of an hour"))
-    if prices and hours:
-        text = ", ".join(
-            f"{plots.model_name(r.case)}, {tokens(r.case['prompt'])}: ${r.median:.2f}"
-            for r in prices
-        )
-        said.append(
-            "A million answered tokens with Relay, by model and prompt, at "
-            f"{either([f'${h:g}' for h in hours])} an hour for this machine: {text}."
-        )
-    return said
+    return said + prices(rows, "relay")
 
 
-def values_of(rows: list[Row]) -> list[float]:
-    return sorted({r.median for r in rows})
+def prices(rows: list[Row], ours: str) -> list[str]:
+    found = sorted(choose(rows, "price", ours), key=lambda r: r.case["prompt"])
+    if not found:
+        return []
+    hours = sorted({r.median for r in choose(rows, "price of an hour", ours)})
+    text = ", ".join(
+        f"{plots.model_name(r.case)}, {tokens(r.case['prompt'])}: ${r.median:.2f}" for r in found
+    )
+    return [
+        f"A million answered tokens with {name_of(ours)}, by model and prompt, if an hour of this "
+        f"machine costs {either([f'${h:g}' for h in hours])} (stated, not measured): {text}."
+    ]
 
 
 def vllm_throughput(rows: list[Row]) -> list[str]:
@@ -369,12 +378,12 @@ def vllm_throughput(rows: list[Row]) -> list[str]:
             said.append(undecided(
                 f"{ratio_text(best)} of what prefix caching reaches, measured once"
             ))  # fmt: skip
-        elif best > 1.1:
+        elif best > LEAST_GAIN:
             told = agrees if best >= 2 else in_direction
             said.append(told(f"it reaches up to {ratio_text(best)} of what prefix caching does"))
         else:
             said.append(differs(f"it reaches {ratio_text(best)} of what prefix caching does"))
-    return said
+    return said + prices(rows, "vllm with Relay")
 
 
 def arrivals(rows: list[Row]) -> list[str]:
@@ -386,13 +395,16 @@ def arrivals(rows: list[Row]) -> list[str]:
         if not bounds or not measured:
             continue
         bound = bounds[0].median
-        rates = [r.case["rate"] for r in measured if r.median <= bound]
-        held[system] = max(rates, default=0.0)
+        within = [r for r in measured if r.median <= bound]
+        best = max(within, key=lambda r: r.case["rate"], default=None)
+        held[system] = best.case["rate"] if best else 0.0
         highest[system] = max(r.case["rate"] for r in measured)
+        about = ["the highest rate measured"] * (held[system] == highest[system])
+        about += ["its upper quartile does not"] * (best is not None and best.high > bound)
         said.append(
-            f"- {name_of(system)}: holds {held[system]:g} requests/s with the p95 of normalised "
+            f"- {name_of(system)}: holds {rate_text(held[system])} with the p95 of normalised "
             f"latency under {1e3 * bound:g} ms/token"
-            + (" (the highest rate measured)." if held[system] == highest[system] else ".")
+            + (f" ({'; '.join(about)})." if about else ".")
         )
     for metric in ("time to first token p50", "normalised latency p95", "inter-token latency p95"):
         for ours, other in (("relay", "llama-server"), ("vllm with Relay", "vllm")):
@@ -405,16 +417,21 @@ def arrivals(rows: list[Row]) -> list[str]:
     return said
 
 
+def rate_text(held: float) -> str:
+    return f"{held:g} requests/s" if held else "none of the rates measured"
+
+
 def about_rates(ours: str, other: str, held: dict, highest: dict) -> str:
     if ours not in held or other not in held:
         return undecided("no bound was stated, so that there is no highest rate under it")
     mine, theirs = held[ours], held[other]
-    if mine > theirs:
-        return agrees(
-            f"a higher rate holds with {name_of(ours)}, {mine:g} requests/s instead of {theirs:g}"
+    if mine != theirs:
+        told = agrees if mine > theirs else differs
+        return told(
+            f"{name_of(ours)} holds {rate_text(mine)}, {name_of(other)} {rate_text(theirs)}"
         )
-    if mine < theirs:
-        return differs(f"{name_of(ours)} holds {mine:g} requests/s, {name_of(other)} {theirs:g}")
+    if mine == 0:
+        return undecided("neither holds any of the rates measured")
     both = (
         "the highest rate measured" if mine == highest[ours] else "the same of the rates measured"
     )
@@ -511,8 +528,8 @@ def trace(rows: list[Row]) -> list[str]:
         "",
         "Batch limit: how many requests decode at once at most, while others wait. The last column "
         "is the share of the KV attended in decode steps that at least one other request attends "
-        f"at that moment ({', '.join(levels)}). Reads saved are of KV slots; attention saved is "
-        "the cost model's, for this machine.",
+        f"at that moment (in the first row {', '.join(levels)}). Reads saved are of KV slots; "
+        "attention saved is the cost model's, for this machine.",
     ]
 
 
@@ -615,6 +632,6 @@ def little_model(rows: list[Row]) -> list[str]:
     if len(prompted) > 1:
         low, high = min(r.median for r in prompted), max(r.median for r in prompted)
         alike = high - low <= 1.5 / min(r.case["questions"] for r in prompted)
-        said += ["", "With the same prompt all answer alike, within one question." if alike else
+        said += ["", "With the same prompt all have as many right, within one." if alike else
                  f"With the same prompt, {low:.1%} to {high:.1%} are right."]  # fmt: skip
     return said

@@ -41,6 +41,14 @@ def send(server, requests: list[Request], **more) -> list:
     return answers
 
 
+def prices(per_hour: float, speeds: list[float]) -> list[tuple]:
+    """Metric, unit, which is better, values: where a price is stated, dollars at these tokens/s."""
+    if not per_hour:
+        return []
+    dollars = [per_hour / 3600 * 1e6 / speed for speed in speeds]
+    return [("price", "$/1M tokens", "lower", dollars), ("price of an hour", "$/h", "", [per_hour])]
+
+
 def measures(requests: list[Request], answers: list) -> dict[str, tuple[str, str, float]]:
     """Metric -> unit, which is better, value of this round."""
     pairs = list(zip(requests, answers, strict=True))

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
 from shapes import SHAPES
@@ -51,6 +52,9 @@ NAMES = {
     "relay, tuned prefix": "Relay, a tuned prefix in place of the prompt",
 }
 OTHER = ("#666666", "x", "-")
+# A bar has no marker: its hatch stands for it.
+HATCHES = {"o": "", "s": "///", "v": "...", "^": "\\\\\\", "<": "ooo", "D": "||", "P": "++",
+           "X": "xx"}  # fmt: skip
 GREY = "#555555"
 
 
@@ -109,6 +113,12 @@ def from_zero(axis, rows: list[Row], scale: float = 1.0, more: float = 1.12) -> 
     axis.set_ylim(0, more * highest or 1)
 
 
+def far_apart(rows: list[Row]) -> bool:
+    """Whether one system's line would press another's flat."""
+    highest = [max(r.median for r in rows if r.system == s) for s in {r.system for r in rows}]
+    return max(highest) > 20 * min(highest) > 0
+
+
 def line(axis, rows: list[Row], x: str, system: str, scale: float = 1.0, **look) -> None:
     rows = sorted(rows, key=lambda r: r.case[x])
     if not rows:
@@ -135,9 +145,8 @@ def bars(axis, rows: list[Row], x: str | None, systems: list[str], scale: float,
     for row in rows:
         group = groups.index(row.case[x]) if x else 0
         at = group - 0.4 + (systems.index(row.system) + 0.5) * width
-        height, top, look = scale * row.median, scale * row.median, LOOKS.get(row.system, OTHER)
-        axis.bar(at, height, 0.92 * width, color=look[0], hatch="" if look[2] == "-" else "///",
-                 edgecolor="white", linewidth=0)  # fmt: skip
+        height = top = scale * row.median
+        axis.bar(at, height, 0.92 * width, linewidth=0, **fill_of(row.system))
         if row.n > 1:
             low, top = scale * row.low, scale * row.high
             axis.errorbar(at, height, [[height - low], [top - height]], capsize=2, color="black",
@@ -150,10 +159,13 @@ def bars(axis, rows: list[Row], x: str | None, systems: list[str], scale: float,
     axis.set_axisbelow(True)
 
 
+def fill_of(system: str) -> dict:
+    colour, marker, _ = LOOKS.get(system, OTHER)
+    return dict(facecolor=colour, hatch=HATCHES.get(marker, "**"), edgecolor="white")
+
+
 def patch_of(system: str):
-    colour, _, dash = LOOKS.get(system, OTHER)
-    return plt.Rectangle((0, 0), 1, 1, label=name_of(system), facecolor=colour,
-                         hatch="" if dash == "-" else "///", edgecolor="white")  # fmt: skip
+    return plt.Rectangle((0, 0), 1, 1, label=name_of(system), **fill_of(system))
 
 
 def grid(count: int, columns: int, width: float = 4.1, height: float = 3.2):
@@ -171,14 +183,17 @@ def panel_grid(count: int, columns: int, width: float = 4.1, height: float = 3.2
 
 
 def finish(figure, title: str, handles: list, note: str, path: Path) -> Path:
-    """Legend below, so that panels keep their width."""
+    """Legend below, so that panels keep their width. Handles in a tuple stand for one thing."""
     width, height = figure.get_size_inches()
     columns = max(1, int(width / 2.4))
     lines = -(-len(handles) // columns)
     bottom = (0.30 + 0.22 * lines) / height
     figure.suptitle(title, x=0.01, y=1 - 0.1 / height, ha="left", va="top", fontsize=12)
     if handles:
-        figure.legend(handles=handles, loc="lower left", ncols=columns, fontsize=8, frameon=False,
+        together = [handle if isinstance(handle, tuple) else (handle,) for handle in handles]
+        figure.legend(together, [first.get_label() for first, *_ in together], ncols=columns,
+                      handler_map={tuple: HandlerTuple(ndivide=None)}, fontsize=8, frameon=False,
+                      handlelength=2 * max(map(len, together)), loc="lower left",
                       bbox_to_anchor=(0.005, 0.17 / height))  # fmt: skip
     figure.text(0.01, 0.04 / height, note, fontsize=7, color=GREY)
     figure.tight_layout(rect=(0, bottom, 1, 1))
@@ -302,13 +317,15 @@ def operator_gain(rows: list[Row], note: str, path: Path) -> Path | None:
             shown = choose(found, **case, batch=batch)
             line(axis, shown, "prefix", "relay", color=colour, marker="osD^vP"[index])
             theory = choose(rows, "speed-up", "formula", **case, batch=batch)
-            line(axis, theory, "prefix", "formula", color=colour, marker="", linestyle=":")
+            # Hollow, so that no colour is needed to tell which line is which batch's.
+            hollow = dict(color=colour, marker="osD^vP"[index], markerfacecolor="white")
+            line(axis, theory, "prefix", "formula", linestyle=":", **hollow)
             predicted = []
             for on in choose(rows, "latency", "cost model", **case, batch=batch):
                 for off in choose(rows, "latency", "cost model, off", **on.case):
                     ratio = off.median / on.median
                     predicted.append(Row("", on.case, "", "", "", "", ratio, ratio, ratio, 1))
-            line(axis, predicted, "prefix", "", color=colour, marker="", linestyle="--")
+            line(axis, predicted, "prefix", "", linestyle="--", **hollow)
         axis.axhline(1, color="#888888", linewidth=0.8)
         plain(axis, title_of(case), "shared prefix, tokens", "sharing off / on")
         powers(axis, values(choose(found, **case), "prefix"))
@@ -322,7 +339,7 @@ def operator_gain(rows: list[Row], note: str, path: Path) -> Path | None:
     if choose(rows, "latency", "cost model"):
         dashes.append(("our cost model", "--"))
     handles += [Line2D([], [], color="#333333", linestyle=d, label=text) for text, d in dashes]
-    return finish(figure, "How often faster attention is with sharing", handles, note, path)
+    return finish(figure, "How many times as fast attention is with sharing", handles, note, path)
 
 
 def decode_steps(rows: list[Row], note: str, path: Path) -> Path | None:
@@ -374,18 +391,22 @@ def draw(
         return None
     systems = in_order(r.system for _, metric, _, shown in panels for r in choose(shown, metric))
     figure, axes = grid(len(panels), 3)
-    lines = False
+    looks: dict[Callable, None] = {}  # what the legend has to tell apart
     for axis, (text, metric, scale, shown) in zip(axes, panels, strict=True):
         found = choose(shown, metric)
         plain(axis, text, label, "")
         bounds = choose(shown, "bound")[:1] if metric == "normalised latency p95" else []
         if x and len(values(found, x)) >= 3:
-            lines = True
+            looks[key_of] = None
             for system in systems:
                 line(axis, choose(found, system=system), x, system, scale)
             powers(axis, values(found, x), ticks)
-            from_zero(axis, found + bounds, scale)
+            if far_apart(found):
+                log_y(axis)
+            else:
+                from_zero(axis, found + bounds, scale)
         else:
+            looks[patch_of] = None
             bars(axis, found, x, systems, scale, ticks)
             from_zero(axis, found + bounds, scale, 1.2)
         for bound in (scale * row.median for row in bounds):
@@ -394,7 +415,7 @@ def draw(
             axis.annotate("the bound", (0.99, bound), (0, -3), xycoords=("axes fraction", "data"),
                           textcoords="offset points", fontsize=7, color=GREY, ha="right",
                           va="top")  # fmt: skip
-    handles = [(key_of if lines else patch_of)(s) for s in systems]
+    handles = [tuple(look(s) for look in looks) for s in systems]
     return finish(figure, title, handles, note, path)
 
 

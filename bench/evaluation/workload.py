@@ -19,6 +19,7 @@ class Request:
     arrival: float  # seconds from the round's begin
     prompt: list[int]
     output: int  # tokens to answer
+    shared: int = 0  # tokens of its prompt that are a system prompt's
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Workload:
     @property
     def longest(self) -> int:
         return max(len(r.prompt) + r.output for r in self.requests)
+
+    @property
+    def longest_own(self) -> int:
+        """Without the system prompt."""
+        return max(len(r.prompt) - r.shared + r.output for r in self.requests)
 
 
 def words(count: int, *seed) -> list[int]:
@@ -92,16 +98,15 @@ def generate(
         own = words(lognormal(source, input_mean, sigma), "own", round_number, i)
         output = lognormal(source, output_mean, sigma)
         prefix = prefixes[i % len(prefixes)] if prefixes and i not in bare else []
-        requests.append(Request(times[i], prefix + own, output))
+        requests.append(Request(times[i], prefix + own, output, len(prefix)))
     return Workload(prefixes, requests)
 
 
-def own_means(work: Workload, without: float = 0.0) -> dict[str, float]:
+def own_means(work: Workload) -> dict[str, float]:
     """Mean lengths of what the requests ask below their system prompt, and of the answers."""
     count = len(work.requests)
-    shared = (count - round(without * count)) * len(work.prefixes[0]) if work.prefixes else 0
     return {
-        "own prompt, mean": (sum(len(r.prompt) for r in work.requests) - shared) / count,
+        "own prompt, mean": sum(len(r.prompt) - r.shared for r in work.requests) / count,
         "answer, mean": sum(r.output for r in work.requests) / count,
     }
 

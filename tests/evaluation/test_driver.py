@@ -105,7 +105,7 @@ def test_a_changed_problem_is_another_task(evaluation):
     [
         ('models = ["llama-2-7b"]', "", "operator[0]: the field 'models' is missing"),
         ("llama-2-7b", "llama-9", "operator[0].models[0]: 'llama-9' is none of"),
-        ("[1, 8]", "[1, 0]", "operator[0].batch[1]: 0 is less than 1"),
+        ("[1, 8]", "[1, 0]", "operator[0].batch[1]: 0 is not 1 or more"),
         ("[1, 8]", "[1, 1.5]", "operator[0].batch[1]: 1.5 is not a whole number"),
         ("[1, 8]", "[1, true]", "operator[0].batch[1]: True is not a whole number"),
         ("[1, 8]", "[]", "operator[0].batch: has to be a list that is not empty"),

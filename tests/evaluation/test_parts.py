@@ -38,6 +38,14 @@ def test_no_prompt_is_computed_that_no_request_begins_with():
     assert make([[64, 1]], without=1.0).prefixes == []
 
 
+def test_what_is_a_requests_own_is_told_from_its_system_prompt():
+    work = make([[64, 1]], without=0.25, input_mean=20.0, output_mean=10.0)
+    assert [r.shared for r in work.requests].count(64) == 48
+    assert work.longest_own < work.longest and work.longest_own <= 4 * 20 + 4 * 10
+    own = sum(len(r.prompt) for r in work.requests) - 48 * 64
+    assert workload.own_means(work)["own prompt, mean"] == pytest.approx(own / 64)
+
+
 def test_levels_nest():
     work = make([[32, 1], [16, 2], [8, 4]])
     assert len(work.prefixes) == 4 and all(len(p) == 56 for p in work.prefixes)
@@ -62,6 +70,19 @@ def test_lengths_have_the_stated_mean():
     # Cutting at four times the mean takes some 5 % of it.
     assert 0.88 * 338 < sum(outputs) / 4000 < 1.05 * 338
     assert 0.88 * 100 < sum(inputs) / 4000 < 1.05 * 100
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -1.0])
+def test_what_is_no_number_of_its_kind_is_refused(wrong):
+    with pytest.raises(EvaluationError, match=r"p\.rates\[0\]: .* is not 0\.001 or more"):
+        fields.Field(float, many=True, least=0.001).check([wrong], "p.rates")
+
+
+def test_a_problem_file_that_is_no_text_is_named(tmp_path):
+    file = tmp_path / "set.toml"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(EvaluationError, match="set.toml: this is no TOML"):
+        problems.load(file)
 
 
 def test_arrivals_are_poisson():
@@ -146,6 +167,23 @@ def test_a_program_that_is_not_there_is_named(tmp_path):
 def test_a_server_that_does_not_answer_is_no_traceback():
     with pytest.raises(EvaluationError, match="did not answer"), servers_errors():
         raise TimeoutError("timed out")
+
+
+@pytest.mark.parametrize(
+    "wrong, why",
+    [
+        (dict(experiment="arrivals"), "arrivals need the field 'rates'"),
+        (dict(experiment="trace", rates=[1.0]), "a trace has arrivals of its own"),
+        (dict(levels=[[64, 1]], system_prompt=[64]), "'levels' are instead of"),
+        (dict(levels=[[64, 1]], prompts=[4]), "'levels' are instead of"),
+        (dict(without=[1.5]), "'without' is a share"),
+    ],
+)
+def test_what_a_served_problem_would_ignore_is_refused(little, wrong, why):
+    little.programs.trace_file = __file__
+    given = dict(experiment="throughput", requests=[4], systems=["relay"]) | wrong
+    with pytest.raises(EvaluationError, match=why):
+        serving.points(fields.check(given, serving.FIELDS, "a problem"), little.programs)
 
 
 @pytest.fixture
@@ -322,7 +360,8 @@ def test_vllms_serving_results_are_read():
 
 
 VLLM = dict(shape="llama-1b", prefixes=[1], rates=[2.0, math.inf], input_mean=8.0, output_mean=4.0,
-            requests=16, seconds=10.0, concurrency=8, bound=0.0, rounds=2)  # fmt: skip
+            requests=16, seconds=10.0, concurrency=8, bound=0.0, price_per_hour=0.0,
+            rounds=2)  # fmt: skip
 
 
 def test_what_a_bound_left_out_in_one_round_is_no_result():
@@ -334,6 +373,17 @@ def test_what_a_bound_left_out_in_one_round_is_no_result():
     assert {r.case["rate"] for r in rows} == {2.0}
     assert {r.case["requests"] for r in rows} == {20}, "as many as arrive in 10 seconds"
     assert [r.median for r in rows if r.metric == "bound"] == [0.02]
+
+
+def test_a_bound_is_one_of_rates_and_a_price_one_of_all_at_once():
+    keys = ["output_throughput", "request_throughput"]
+    keys += [f"p{p}_{m}_ms" for p in (50, 95, 99) for m in ("ttft", "itl", "normalised")]
+    report = {"Relay": {"serve": [[dict.fromkeys(keys, 10.0)] * 2]}}
+    rows = vllm.serving_rows(VLLM | dict(bound=0.02, price_per_hour=0.36), 512, report)
+    found = {(r.metric, r.case["rate"]): r.median for r in rows}
+    assert found["bound", 2.0] == 0.02 and ("bound", "all at once") not in found
+    assert found["price", "all at once"] == pytest.approx(10.0), "0.1 mill a second, 10 tokens"
+    assert ("price", 2.0) not in found
 
 
 @pytest.fixture
@@ -365,8 +415,15 @@ def test_each_variant_of_vllm_is_a_task(vllm_programs, monkeypatch):
     for option, value in (("--variants", "vllm"), ("--prefix", "2048"), ("--rates", "2.0"),
                           ("--seconds", "10.0"), ("--bound", "20.0")):  # fmt: skip
         assert words[words.index(option) + 1] == value
-    with pytest.raises(EvaluationError, match="measure all at once"):
-        vllm.serving(problem | dict(rates=[2.0, math.inf]), programs)
+
+
+@pytest.mark.parametrize(
+    "device, wrong", [("cpu", dict(shape="llama-2-7b")), ("cuda", dict(context=32))]
+)
+def test_what_vllms_steps_would_ignore_is_refused(vllm_programs, device, wrong):
+    given = fields.check(dict(prefix=[64], batch=[1]) | wrong, vllm.STEP_FIELDS, "a problem")
+    with pytest.raises(EvaluationError, match="on this device '.*' is always"):
+        vllm.steps(given, vllm_programs(device))
 
 
 def test_vllms_throughput_on_a_gpu_is_read(vllm_programs, tmp_path):
@@ -376,11 +433,13 @@ def test_vllms_throughput_on_a_gpu_is_read(vllm_programs, tmp_path):
         "relay,0,64,16,1,100,2\nrelay,1,64,16,1,120,2\nrelay,0,512,16,1,80,2\n"
     )
     problem = dict(shape="llama-2-7b", variants=["relay"], prefix=[64, 512], requests=16,
-                   concurrency=16, rounds=2, if_installed=False)  # fmt: skip
+                   concurrency=16, rounds=2, price_per_hour=3.6, if_installed=False)  # fmt: skip
     rows = vllm.throughput_rows(problem, file)
     found = {r.case["prompt"]: r for r in rows if r.metric == "output throughput"}
     assert (found[64].median, found[64].n, found[512].median) == (110, 2, 80)
     assert found[64].system == "vllm with Relay" and found[64].case["rate"] == "all at once"
+    prices = {r.case["prompt"]: r.median for r in rows if r.metric == "price"}
+    assert prices[512] == pytest.approx(12.5), "a thousandth of a dollar a second, 80 tokens"
     (point,) = vllm.throughput(problem, vllm_programs("cuda"))
     assert len(point) == 1
     with pytest.raises(EvaluationError, match="on GPUs only"):
@@ -445,6 +504,23 @@ def test_a_vllm_is_served_as_it_is_or_with_relay(vllm_programs, monkeypatch, tmp
         vllm_server(programs, monkeypatch, "vllm", kv_type="f16")
 
 
+def test_relay_is_given_room_for_the_prompt_once(little):
+    (little.folder / "bin/llama-server").touch()
+    little.programs.model = lambda _: "model.gguf"
+    problem = fields.check(
+        dict(experiment="sharers", system_prompt=[2048], requests=[16], input_mean=8,
+             output_mean=17, systems=["relay", "llama-server"]),
+        serving.FIELDS, "a problem",
+    )  # fmt: skip
+    (case,) = serving.cases_of(problem)
+    work = serving.workload_of(problem, case, None, 0)
+    room = {}
+    for system in problem["systems"]:
+        command = serving.Run(problem, little.programs, case, system, None).server(work, "").command
+        room[system] = int(command[command.index("-c") + 1])
+    assert room["relay"] < 2048 + 16 * 128 + 256 and room["llama-server"] > 16 * 2048
+
+
 @pytest.fixture
 def little(tmp_path, monkeypatch):
     """The little model's section, with engines that answer every second question right."""
@@ -462,7 +538,7 @@ def little(tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "ask_own", ask)
 
     def tasks(**problem):
-        given = {"systems": ["relay"], "if_installed": [], "questions": 8} | problem
+        given = {"systems": ["relay"], "questions": 8} | problem
         (point,) = little_model.points(given, programs)
         return point
 
@@ -483,8 +559,6 @@ def test_the_little_model_says_what_is_missing(little, monkeypatch):
     monkeypatch.setenv("RELAY_VLLM_VENV", str(little.folder))
     with pytest.raises(EvaluationError, match="setup_vllm.sh"):
         little.tasks(systems=["vllm"])
-    assert len(little.tasks(if_installed=["vllm"])) == 1
-    assert "little_model, vllm: vLLM is not installed" in little.programs.left_out[0]
     with pytest.raises(EvaluationError, match="no more questions"):
         little.tasks(questions=1000)
     (little.folder / "little.gguf").unlink()

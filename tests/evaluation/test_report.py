@@ -53,7 +53,35 @@ def test_the_highest_rate_that_holds(tmp_path):
     seconds = {"relay": (0.1, 0.15, 0.9), "llama-server": (0.1, 0.5, 0.9)}
     text = report(tmp_path, made_up.arrivals(seconds))
     assert "Relay: holds 2 requests/s" in text and "llama-server: holds 1 requests/s" in text
-    assert "**Agrees**: a higher rate holds with Relay, 2 requests/s instead of 1" in text
+    assert "**Agrees**: Relay holds 2 requests/s, llama-server 1 requests/s." in text
+
+
+def test_what_holds_no_rate_is_not_said_to_hold_one():
+    rows = made_up.arrivals({"relay": (0.195, 0.9, 0.9), "llama-server": (0.5, 0.5, 0.9)})
+    text = "\n".join(findings.arrivals(rows))
+    assert "llama-server: holds none of the rates measured with" in text
+    assert "**Agrees**: Relay holds 1 requests/s, llama-server none of the rates measured." in text
+    assert "200 ms/token (its upper quartile does not)." in text
+    rows = made_up.arrivals({"relay": (0.5, 0.9), "llama-server": (0.5, 0.9)})
+    assert "**Undecided**: neither holds any" in "\n".join(findings.arrivals(rows))
+
+
+def test_what_is_slower_is_told_with_its_spread():
+    case = dict(model="phi-2", prefix=64, batch=8)
+
+    def told(gain: float, high: float) -> str:
+        row = Row("operator", case, "relay", "speed-up", "x", "higher", gain, 0.8, high, 5)
+        return "\n".join(findings.losses([row]))
+
+    assert "beyond the spread in 1 of them: 0.90x (0.80x to 0.95x)" in told(0.9, 0.95)
+    assert "beyond the spread in none of them: 0.90x (0.80x to 1.10x)" in told(0.9, 1.1)
+    assert not told(0.96, 0.97)
+
+
+def test_no_gain_is_no_gain_in_direction(tmp_path):
+    for name in ("operator-latency", "operator-gain"):
+        found = document.paragraph(part(name), results(operator(0.03)), tmp_path / "e.md", tmp_path)
+        assert "**Does not agree** here" in found and "in direction" not in found
 
 
 @pytest.mark.parametrize(
@@ -63,7 +91,7 @@ def test_the_highest_rate_that_holds(tmp_path):
         ((0.1, 0.9, 0.9), (0.1, 0.9, 0.9), "**Undecided**: both hold the same of the rates"),
         ((0.1, 0.9, 0.9), (0.1, 0.1, 0.9), "**Does not agree** here: vLLM with Relay holds 1"),
         # What was not tried, as a lower rate broke the bound, holds not.
-        ((0.1, 0.1, 0.9), (0.1, 0.9), "**Agrees**: a higher rate holds with vLLM with Relay"),
+        ((0.1, 0.1, 0.9), (0.1, 0.9), "**Agrees**: vLLM with Relay holds 2 requests/s, vLLM 1"),
     ],
 )
 def test_rates_of_vllm_are_judged(ours, theirs, said):
@@ -94,9 +122,10 @@ SECTIONS = [
     ("llama-cpp", made_up.llama_cpp(), "| decode | 1k | 32 | 320.0 | 256.0 | 480.0 | 1.50x |"),
     ("vllm-steps", made_up.vllm_steps(), "With Relay a step is 1.11x as fast"),
     ("vllm-steps", made_up.vllm_steps((64, 1024, 4096, 8192)), "**Agrees**"),
+    ("vllm-steps", made_up.vllm_steps(batches=(8, 16)), "less than the 7.22x that the formula"),
     ("throughput", made_up.throughput(1.5), "sharing alone raises throughput by up to 1.50x"),
     ("throughput", made_up.throughput(1.0), "**Does not agree** here: with sharing alone"),
-    ("throughput", made_up.throughput(), "at $0.09 an hour for this machine: Llama-3.2-1B, 4"),
+    ("throughput", made_up.throughput(), "costs $0.09 (stated, not measured): Llama-3.2-1B, 4"),
     ("throughput", made_up.throughput(), "Llama-2-7B, 2 layers, weights in q4_0; 16 requests"),
     ("vllm-throughput", made_up.vllm(), "it reaches up to 1.25x of what prefix caching does"),
     ("vllm-throughput", made_up.vllm(n=1), "**Undecided**: 1.25x of what prefix caching"),
@@ -159,6 +188,16 @@ def test_systems_of_one_figure_can_be_told_apart():
     for systems in figures:
         colours, markers, _ = zip(*(plots.LOOKS[s] for s in systems), strict=True)
         assert len(set(colours)) == len(set(markers)) == len(systems)
+    hatches = [plots.fill_of(system)["hatch"] for system in figures[-1] + figures[-2]]
+    assert len(set(hatches)) == len(hatches), "bars by more than their colour"
+
+
+def test_a_line_far_above_the_others_does_not_press_them_flat():
+    near = made_up.arrivals({"vllm": (0.1, 0.2, 0.4), "vllm with Relay": (0.1, 0.1, 0.2)})
+    far = near + made_up.arrivals({"vllm, no prefix caching": (9.0,)})
+    latency = "normalised latency p95"
+    assert not plots.far_apart(plots.choose(near, latency))
+    assert plots.far_apart(plots.choose(far, latency))
 
 
 def test_what_there_was_no_time_for_is_named(tmp_path):

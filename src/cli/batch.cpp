@@ -5,16 +5,20 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <list>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <system_error>
 #include <unordered_map>
 #include <unordered_set>
 
@@ -97,22 +101,27 @@ class LineReader {
   int64_t number_ = 0;
 };
 
-/// Every line is looked at before the long work begins. Returns how many there are.
-int64_t check_input(const BatchOptions& options) {
+/// Where each custom_id stands.
+using Lines = std::unordered_map<std::string, int64_t>;
+
+/// Every line is looked at before the long work begins.
+Lines check_input(const BatchOptions& options) {
+  std::error_code none_yet;
+  if (std::filesystem::equivalent(options.input, options.output, none_yet)) {
+    throw Error("the result file '" + options.output + "' is the batch file; name another file");
+  }
   LineReader reader(options.input, options.serve.server.max_body_bytes);
-  std::unordered_map<std::string, int64_t> seen;
+  Lines lines;
   Line line;
-  int64_t count = 0;
   while (reader.next(line)) {
-    const auto [at, is_new] = seen.emplace(line.custom_id, reader.number());
+    const auto [at, is_new] = lines.emplace(line.custom_id, reader.number());
     if (!is_new) {
       reader.fail("the custom_id '" + line.custom_id + "' is that of line " +
                   std::to_string(at->second) + ", too");
     }
-    ++count;
   }
-  if (count == 0) throw Error("the batch file '" + options.input + "' is empty");
-  return count;
+  if (lines.empty()) throw Error("the batch file '" + options.input + "' is empty");
+  return lines;
 }
 
 /// The results: each one line, written at once, so that a killed run leaves whole lines and at most
@@ -132,16 +141,17 @@ class Output {
   Output& operator=(const Output&) = delete;
 
   bool has(const std::string& custom_id) const { return done_.contains(custom_id); }
-  int64_t size() const { return static_cast<int64_t>(done_.size()); }
+  /// Lines of this run.
+  int64_t written() const { return written_; }
 
   void write(const std::string& custom_id, int status, const Json& body) {
     const Json line{
-        {"id", server::random_id("batch_req_")},
+        {"id", server::random_id("batch_req_")},  // kBegin
         {"custom_id", custom_id},
         {"response",
          {{"status_code", status}, {"request_id", server::random_id("req_")}, {"body", body}}},
         {"error", nullptr}};
-    const std::string text = server::dump(line) + "\n";
+    const std::string text = server::dump_line(line) + "\n";
     for (size_t at = 0; at < text.size();) {
       const ssize_t count = ::write(file_, text.data() + at, text.size() - at);
       if (count < 0 && errno == EINTR) continue;
@@ -152,25 +162,35 @@ class Output {
       at += static_cast<size_t>(count);
     }
     done_.insert(custom_id);
+    ++written_;
   }
   void sync() {
     if (::fsync(file_) != 0) throw Error("the result file '" + path_ + "' cannot be written");
   }
 
  private:
-  /// What an earlier run has done; the piece of a line at the end, if any, is cut off.
+  static constexpr std::string_view kBegin = R"({"id":"batch_req_)";
+
+  /// What earlier runs have done; the piece of a line at the end, if any, is cut off.
   void read_back() {
     std::ifstream file(path_, std::ios::binary);
     std::string text;
     off_t end = 0;
     while (std::getline(file, text)) {
-      if (file.eof()) break;  // no line feed: the run was killed here
+      if (file.eof()) {  // no line feed: the run was killed here
+        // Behind results anything: after a loss of power the end of a file may read as zeros.
+        const size_t both = std::min(text.size(), kBegin.size());
+        const bool may_be_ours = text.substr(0, both) == kBegin.substr(0, both);
+        if (done_.empty() && !may_be_ours) refuse("its only line is none");
+        break;
+      }
       try {
         const Json json = server::parse_json(text);
-        done_.insert(server::JsonFields(json, "").require_string("custom_id", 1024));
+        const server::JsonFields fields(json, "");
+        fields.require("response");
+        done_.insert(fields.require_string("custom_id", 1024));
       } catch (const server::ApiError& error) {
-        throw Error("'" + path_ + "' holds something other than results of relay batch (" +
-                    error.what() + "); name another file");
+        refuse(error.what());
       }
       end += static_cast<off_t>(text.size()) + 1;
     }
@@ -178,10 +198,15 @@ class Output {
       throw Error("the result file '" + path_ + "' cannot be written");
     }
   }
+  [[noreturn]] void refuse(const std::string& why) const {
+    throw Error("'" + path_ + "' holds something other than results of relay batch (" + why +
+                "); name another file");
+  }
 
   const std::string path_;
   int file_ = -1;
-  std::unordered_set<std::string> done_;
+  std::unordered_set<std::string> done_;  // those of other batches, too
+  int64_t written_ = 0;
 };
 
 /// A bar on a terminal, now and then a line elsewhere.
@@ -189,13 +214,14 @@ class Progress {
  public:
   Progress(int64_t total, int64_t before) : total_(total), before_(before) {}
 
-  void show(int64_t done, int64_t tokens, bool last) {
+  /// `here`: lines done by this run.
+  void show(int64_t here, int64_t tokens, bool last) {
     const Clock::time_point now = Clock::now();
     if (!last && now < next_) return;
     next_ = now + (terminal_ ? std::chrono::milliseconds(200) : std::chrono::seconds(10));
     const double seconds = std::chrono::duration<double>(now - begin_).count();
     const double speed = seconds > 0 ? static_cast<double>(tokens) / seconds : 0;
-    const int64_t here = done - before_;
+    const int64_t done = before_ + here;
     const double left =
         here > 0 ? seconds / static_cast<double>(here) * static_cast<double>(total_ - done) : 0;
     constexpr int kWidth = 30;
@@ -246,12 +272,12 @@ class Runner {
     bool more = true;
     while (more || !jobs_.empty()) {
       while (more && !held_ && jobs_.size() < most_) more = start_next();
-      progress_.show(output_.size(), tokens_, false);
+      progress_.show(output_.written(), tokens_, false);
       if (!jobs_.empty()) bell_->wait();
       collect();
     }
     output_.sync();
-    progress_.show(output_.size(), tokens_, true);
+    progress_.show(output_.written(), tokens_, true);
   }
   int64_t failures() const { return failures_; }
 
@@ -339,9 +365,11 @@ void batch(BatchOptions options) {
   spdlog::set_default_logger(spdlog::stderr_color_mt("relay"));
   spdlog::set_level(spdlog::level::warn);
   prepare_engine_options(options.serve);
-  const int64_t total = check_input(options);
+  const Lines lines = check_input(options);
   Output output(options.output);
-  const int64_t before = output.size();
+  const auto total = static_cast<int64_t>(lines.size());
+  const int64_t before = std::count_if(lines.begin(), lines.end(),
+                                       [&](const auto& line) { return output.has(line.first); });
   if (before > 0) {
     std::fprintf(stderr, "%lld of %lld lines are done already\n", static_cast<long long>(before),
                  static_cast<long long>(total));

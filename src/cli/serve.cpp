@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstdio>
+#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -191,7 +192,15 @@ void add_serve(CLI::App& app) {
       "GET /health answers 503 until the model is loaded and the prompts are pinned.\n"
       "RELAY_VERBOSE, RELAY_ISA and the other variables of docs/llama-cpp.md hold here, too.");
   add_serve_options(*serve_app, *options);
-  serve_app->callback([options] { serve(*options); });
+  serve_app->callback([options] {
+    try {
+      serve(*options);
+    } catch (const std::exception& error) {
+      if (options->log_format != "json") throw;
+      spdlog::critical("{}", error.what());  // what reads JSON can read nothing else
+      throw CLI::RuntimeError(1);
+    }
+  });
 }
 
 }  // namespace relay::cli

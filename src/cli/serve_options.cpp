@@ -18,14 +18,19 @@ bool is_file(const std::string& path) {
   return std::filesystem::is_regular_file(path, error);
 }
 
-/// [NAME=]FILE,... of --lora. A file that is there may have commas in its path.
-std::vector<std::string> split_adapters(const std::string& text) {
-  if (is_file(text) || is_file(text.substr(text.find('=') + 1))) return {text};
-  std::vector<std::string> parts;
-  std::stringstream stream(text);
-  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
-  if (parts.empty()) parts.push_back(text);
-  return parts;
+/// [NAME=]FILE,... A file that is there may have commas in its path.
+std::vector<std::string> split_files(const std::vector<std::string>& texts) {
+  std::vector<std::string> files;
+  for (const std::string& text : texts) {
+    const bool is_one = is_file(text) || is_file(text.substr(text.find('=') + 1));
+    if (is_one || text.find(',') == std::string::npos) {
+      files.push_back(text);
+      continue;
+    }
+    std::stringstream stream(text);
+    for (std::string part; std::getline(stream, part, ',');) files.push_back(part);
+  }
+  return files;
 }
 
 /// [NAME=]FILE. Where both have a '=', a name has no '/'.
@@ -46,11 +51,7 @@ void prepare_adapters(ServeOptions& o) {
   if (names.empty()) {
     names.push_back(std::filesystem::path(o.engine.model_path).stem().string());
   }
-  std::vector<std::string> modules;
-  for (const std::string& text : o.lora_modules) {
-    for (std::string& module : split_adapters(text)) modules.push_back(std::move(module));
-  }
-  for (const std::string& text : modules) {
+  for (const std::string& text : split_files(o.lora_modules)) {
     engine::Adapter adapter = parse_adapter(text);
     if (std::find(names.begin(), names.end(), adapter.name) != names.end()) {
       throw Error("--lora " + text + ": the name " + adapter.name +
@@ -126,7 +127,7 @@ void add_prompt_options(CLI::App& app, ServeOptions& o) {
                  "several times")
       ->envname("RELAY_PIN_PROMPT")
       ->allow_extra_args(false)
-      ->option_text("FILE")
+      ->option_text("FILE,...")
       ->group(kGroup);
   app.add_option("--pin-refresh", o.pin_refresh_seconds,
                  "Seconds between looks whether a pinned prompt still reads the same: a template "
@@ -366,6 +367,7 @@ void prepare_engine_options(ServeOptions& options) {
   }
   check_template_kwargs(options.engine.template_kwargs_json);
   prepare_adapters(options);
+  options.pin_prompts = split_files(options.pin_prompts);
   if (options.engine.batch_tokens < options.engine.parallel) {
     throw Error(
         "--batch-size must be at least --parallel: each step computes a token of every "

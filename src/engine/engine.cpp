@@ -243,9 +243,7 @@ class ThreadedEngine : public Engine {
     }
     c.expected.most_tokens = static_cast<uint32_t>(model.cells());
     c.expected.vocabulary = model.vocab_size();
-    c.notice = o.notice ? o.notice : [](const std::string& text) {
-      std::fprintf(stderr, "relay: %s\n", text.c_str());
-    };
+    c.notice = o.notice;
     return std::make_unique<PromptCache>(std::move(c));
   }
 
@@ -518,7 +516,7 @@ void ThreadedEngine::contain(const Work& work) {
   } catch (...) {
     why = "an exception of an unknown type";
   }
-  std::fprintf(stderr, "relay: the engine failed: %s\n", why.c_str());
+  options_.notice("the engine failed: " + why);
   core_.fail_all(ErrorKind::kInternal, "The engine failed: " + why);
 }
 
@@ -567,9 +565,19 @@ void ThreadedEngine::run() {
   idle_.notify_all();
 }
 
+EngineOptions with_notice(EngineOptions options) {
+  if (!options.notice) {
+    options.notice = [](const std::string& text) {
+      std::fprintf(stderr, "relay: %s\n", text.c_str());
+    };
+  }
+  return options;
+}
+
 }  // namespace
 
-std::unique_ptr<Engine> Engine::load(const EngineOptions& options, const ProgressFn& progress) {
+std::unique_ptr<Engine> Engine::load(const EngineOptions& given, const ProgressFn& progress) {
+  const EngineOptions options = with_notice(given);
   const BackendReport backend = load_backends(options.relay, options.relay_module);
   // Which also computes, and so on a thread that ends: OpenMP keeps a team of threads for each that
   // has computed. Beside the engine thread's there would be more of them than processors, and then

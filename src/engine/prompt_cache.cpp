@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <csignal>
 #include <cstring>
+#include <exception>
 #include <random>
 #include <system_error>
 
@@ -342,7 +343,11 @@ void PromptCache::run() {
       writing_ = true;
     }
     changed_.notify_all();
-    if (!task.file->failed) write(task);
+    try {
+      if (!task.file->failed) write(task);
+    } catch (const std::exception& e) {  // a folder that cannot be read to its end, for one
+      fail(*task.file, e.what());
+    }
     task = {};
     {
       const std::lock_guard lock(mutex_);

@@ -10,6 +10,8 @@
 #include <fstream>
 #include <iterator>
 #include <random>
+#include <stdexcept>
+#include <utility>
 
 #include "engine/engine_core.h"
 #include "engine/fake_model.h"
@@ -523,6 +525,18 @@ TEST_F(PromptCacheTest, AfterAFailureItWaitsBeforeItTriesAgain) {
   cache.flush();
   EXPECT_NE(notices.find("was not written"), std::string::npos) << notices;
   EXPECT_FALSE(cache.wants(0, "", prompt));
+}
+
+TEST_F(PromptCacheTest, AnExceptionWhileWritingEndsThatFileAlone) {
+  PromptCacheOptions o = options();
+  o.max_bytes = 100;
+  o.notice = [told = false, notice = o.notice](const std::string& text) mutable {
+    if (!std::exchange(told, true)) throw std::runtime_error("nobody listens");
+    notice(text);
+  };
+  engine([&](FakeModel&, EngineCore& core) { pin(core, sequence_of(300, 41)); }, o);
+  EXPECT_NE(notices.find("was not written: nobody listens"), std::string::npos) << notices;
+  EXPECT_TRUE(files().empty());
 }
 
 TEST_F(PromptCacheTest, AFolderThatCannotBeUsedIsAnError) {

@@ -1,8 +1,5 @@
 #include "server/anthropic.h"
 
-#include <array>
-
-#include "server/extensions.h"
 #include "server/json_fields.h"
 
 namespace relay::server {
@@ -25,7 +22,7 @@ class Translation {
 
   const Json& chat() const { return chat_; }
   bool caches() const { return caches_; }
-  bool has_schema() const { return chat_.contains("response_format"); }
+  const std::string& schema_param() const { return schema_param_; }
 
  private:
   void system();
@@ -49,6 +46,7 @@ class Translation {
   const RequestLimits& limits_;
   Json chat_;
   Json messages_ = Json::array();
+  std::string schema_param_;  // where the schema stood
   bool caches_ = false;
 };
 
@@ -249,21 +247,27 @@ void Translation::thinking() {
                           "'thinking.type' must be enabled, disabled or adaptive.");
   }
   // Templates of models that think know this name; the others never think.
-  if (type != "adaptive") chat_["chat_template_kwargs"] = {{"enable_thinking", type == "enabled"}};
+  if (type != "adaptive") chat_["chat_template_kwargs"]["enable_thinking"] = type == "enabled";
 }
 
 void Translation::output_config() {
-  const Json* given = body_.object("output_config");
-  if (given == nullptr) return;
-  const JsonFields config(*given, "output_config");
-  if (const auto effort = config.string("effort", 32)) chat_["reasoning_effort"] = *effort;
-  const Json* format = config.object("format");
-  if (format == nullptr) return;
-  const JsonFields fields(*format, "output_config.format");
-  if (fields.require_string("type", 64) != "json_schema") {
-    throw invalid_request("output_config.format.type",
-                          "'output_config.format.type' must be json_schema.");
+  const Json* format = body_.object("output_format");  // as it was called before
+  std::string path = "output_format";
+  if (const Json* given = body_.object("output_config")) {
+    const JsonFields config(*given, "output_config");
+    if (const auto effort = config.string("effort", 32)) chat_["reasoning_effort"] = *effort;
+    if (const Json* its = config.object("format")) {
+      format = its;
+      path = config.name_of("format");
+    }
   }
+  if (format == nullptr) return;
+  const JsonFields fields(*format, path);
+  if (fields.require_string("type", 64) != "json_schema") {
+    throw invalid_request(fields.name_of("type"),
+                          "'" + fields.name_of("type") + "' must be json_schema.");
+  }
+  schema_param_ = fields.name_of("schema");
   chat_["response_format"] = {{"type", "json_schema"},
                               {"json_schema", {{"schema", fields.require("schema")}}}};
 }
@@ -293,6 +297,8 @@ void Translation::prompt() {
       throw unsupported(name, std::string("'") + name + "' is not supported.");
     }
   }
+  body_.object("chat_template_kwargs");  // thinking() adds to it
+  take_extensions(body_, chat_);
   note_cache_control(body_);
   if (const auto model = body_.string("model", kMaxNameBytes)) chat_["model"] = *model;
   system();
@@ -321,7 +327,6 @@ void Translation::generation() {
   chat_["stream"] = body_.boolean("stream", false);
   if (const auto value = body_.number("temperature", 0, 1)) chat_["temperature"] = *value;
   if (const auto value = body_.number("top_p", 0, 1)) chat_["top_p"] = *value;
-  if (const auto value = body_.integer("top_k", 0, INT32_MAX)) chat_["top_k"] = *value;
   if (const Json* stop = body_.array("stop_sequences", limits_.max_stop_strings)) {
     for (size_t i = 0; i < stop->size(); ++i) {
       const Json& text = (*stop)[i];
@@ -338,14 +343,11 @@ void Translation::generation() {
     chat_["stop"] = *stop;
   }
   body_.object("metadata");
-  for (const char* name : kExtensions) {
-    if (const Json* value = body_.find(name)) chat_[name] = *value;
-  }
 }
 
 ChatCompletionRequest read_chat(const Translation& translation, const RequestLimits& limits) {
   ChatCompletionRequest chat = read_chat_completion(translation.chat(), limits);
-  if (translation.has_schema()) chat.common.schema_param = "output_config.format.schema";
+  chat.common.schema_param = translation.schema_param();
   return chat;
 }
 

@@ -10,11 +10,11 @@ namespace {
 
 const RequestLimits kLimits{.vocab_size = 100};
 
-std::string request(const std::string& messages, const std::string& more = "") {
+std::string request_text(const std::string& messages, const std::string& more = "") {
   return R"({"model":"m","max_tokens":9,"messages":)" + messages + more + "}";
 }
 MessagesRequest parse(const std::string& messages, const std::string& more = "") {
-  return parse_messages(request(messages, more), kLimits);
+  return parse_messages(request_text(messages, more), kLimits);
 }
 Json chat_of(const std::string& messages, const std::string& more = "") {
   return Json::parse(parse(messages, more).chat.chat.messages_json);
@@ -116,6 +116,27 @@ TEST(Messages, RefusesByItsOwnNames) {
   EXPECT_THROW(parse_messages(R"({"messages":[{"role":"user","content":"a"}]})", kLimits), ApiError)
       << "max_tokens is required";
   EXPECT_NO_THROW(parse_count_tokens(R"({"messages":[{"role":"user","content":"a"}]})", kLimits));
+}
+
+TEST(Messages, WhatTheApiLacksIsKeptOrRefused) {
+  const MessagesRequest request =
+      parse(kHi, R"(,"chat_template_kwargs":{"a":1},"thinking":{"type":"disabled"},"min_p":0.5,
+             "presence_penalty":0.25,"n":1,"stop":null,"logprobs":false,
+             "output_format":{"type":"json_schema","schema":{"type":"object"}})");
+  EXPECT_EQ(request.chat.chat.template_kwargs_json, R"({"a":1,"enable_thinking":false})");
+  EXPECT_FLOAT_EQ(request.chat.common.generate.sampling.min_p, 0.5f);
+  EXPECT_FLOAT_EQ(request.chat.common.generate.sampling.presence_penalty, 0.25f);
+  EXPECT_EQ(request.chat.chat.json_schema, R"({"type":"object"})");
+  EXPECT_EQ(request.chat.common.schema_param, "output_format.schema");
+  for (const std::string name : {"grammar", "guided_json", "json_schema", "logprobs", "min_tokens",
+                                 "n", "response_format", "stop", "structured_outputs"}) {
+    const std::string field = ",\"" + name + "\":7";
+    EXPECT_EQ(refusal(kHi, field), name + "/unsupported_parameter");
+    EXPECT_THROW(parse_count_tokens(request_text(kHi, field), kLimits), ApiError) << name;
+  }
+  EXPECT_EQ(refusal(kHi, R"(,"chat_template_kwargs":5,"thinking":{"type":"enabled"})"),
+            "chat_template_kwargs/invalid_type");
+  EXPECT_EQ(refusal(kHi, R"(,"output_format":{"type":"xml"})"), "output_format.type/invalid_value");
 }
 
 TEST(Messages, ErrorsInAnthropicsForm) {

@@ -214,7 +214,8 @@ HttpSession::Awaitable<bool> HttpSession::serve_one() {
   } catch (const ApiError& error) {
     failure = error;
   } catch (const std::exception& error) {
-    spdlog::error("{} {}: {}", exchange.method, exchange.target, error.what());
+    spdlog::error("{} {}: {} [{}]", exchange.method, exchange.target, error.what(),
+                  exchange.request_id);
     failure = from_engine(engine::ErrorKind::kInternal, "The server failed on this request.");
   }
   disarm();
@@ -500,6 +501,8 @@ HttpSession::Awaitable<void> HttpSession::follow_stream(Generation& generation,
     if (!exchange.header_sent) out = stream_header(exchange);
     out += exchange.http_1_0 ? frames : chunk(frames);
     if (!running && !exchange.http_1_0) out += last_chunk();
+    // For the log: the header came too early to tell.
+    if (state == Generation::State::kFailed) exchange.status = generation.error().status();
     begin_write(out.size());
     const auto bytes = net::buffer(out);
     const auto [error, count] = co_await net::async_write(transport_, bytes, kUse);

@@ -34,5 +34,7 @@ Json parse_json(std::string_view text);
 
 /// Compact text; invalid UTF-8 becomes U+FFFD.
 std::string dump(const Json& value);
+/// The same in ASCII, for files of lines: many readers end lines at characters like U+2028, too.
+std::string dump_line(const Json& value);
 
 }  // namespace relay::server

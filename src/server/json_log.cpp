@@ -25,12 +25,12 @@ class JsonFormatter : public spdlog::formatter {
     std::string written;
     if (!text.empty() && text.front() == kMark) {
       // Its members follow, as they were written: to parse them again would cost a busy server.
-      written = dump(line);
+      written = dump_line(line);
       written.back() = ',';
       written += text.substr(2);
     } else {
       line["message"] = text;
-      written = dump(line);
+      written = dump_line(line);
     }
     written += '\n';
     out.append(written.data(), written.data() + written.size());
@@ -47,7 +47,7 @@ std::unique_ptr<spdlog::formatter> make_json_formatter() {
 }
 
 void log_json(spdlog::level::level_enum level, const Json& members) {
-  spdlog::log(level, "{}{}", kMark, dump(members));
+  spdlog::log(level, "{}{}", kMark, dump_line(members));
 }
 
 }  // namespace relay::server

@@ -69,6 +69,12 @@ TEST(Json, Utf8) {
   }
 }
 
+TEST(Json, LinesAreAscii) {
+  const Json value{{"a", "x\u2028y\u0085\n\xff"}};
+  const std::string line = dump_line(value);
+  EXPECT_EQ(line, R"({"a":"x\u2028y\u0085\n\ufffd"})");
+}
+
 TEST(Json, ErrorMessagesAreBoundedAtACharacter) {
   std::string text;
   for (int i = 0; i < 1000; ++i) text += "\xe2\x82\xac";

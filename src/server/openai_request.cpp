@@ -37,6 +37,16 @@ constexpr std::array kUnsupportedFields = {
     UnsupportedField{"lora"}, UnsupportedField{"mirostat"}, UnsupportedField{"samplers"},
     UnsupportedField{"top_n_sigma", -1}, UnsupportedField{"typical_p", 1},
     UnsupportedField{"xtc_probability"}};
+/// Of requests of APIs that become a chat: there these have other names, or no use.
+constexpr std::array kOnlyInChats = {
+    UnsupportedField{"grammar"},  UnsupportedField{"json_schema"},
+    UnsupportedField{"logprobs"}, UnsupportedField{"min_tokens"},
+    UnsupportedField{"n", 1},     UnsupportedField{"response_format"},
+    UnsupportedField{"stop"}};
+/// Those that such requests may have as well.
+constexpr std::array kExtensions = {
+    "cache_salt", "chat_template_kwargs", "frequency_penalty",  "ignore_eos", "logit_bias",
+    "min_p",      "presence_penalty",     "repetition_penalty", "seed",       "top_k"};
 
 bool asks_for_nothing(const Json& value, double neutral) {
   if (value.is_boolean()) return !value.get<bool>();
@@ -47,13 +57,18 @@ bool asks_for_nothing(const Json& value, double neutral) {
   return value.empty();
 }
 
-void refuse_unsupported(const JsonFields& body) {
-  for (const UnsupportedField& field : kUnsupportedFields) {
+template <typename Fields>
+void refuse(const JsonFields& body, const Fields& fields, const std::string& why) {
+  for (const UnsupportedField& field : fields) {
     const Json* value = body.find(field.name);
     if (value != nullptr && !asks_for_nothing(*value, field.neutral)) {
-      throw unsupported(field.name, std::string("'") + field.name + "' is not supported.");
+      throw unsupported(field.name, std::string("'") + field.name + "' " + why + ".");
     }
   }
+}
+
+void refuse_unsupported(const JsonFields& body) {
+  refuse(body, kUnsupportedFields, "is not supported");
   if (!body.boolean("skip_special_tokens", true)) {
     throw unsupported("skip_special_tokens", "'skip_special_tokens' can only be true.");
   }
@@ -550,6 +565,14 @@ ChatCompletionRequest read_chat_completion(const Json& json, const RequestLimits
   // Not by way of the template: most of them know schemas only.
   request.common.generate.grammar = std::move(constraint.grammar);
   return request;
+}
+
+void take_extensions(const JsonFields& body, Json& chat) {
+  refuse_unsupported(body);
+  refuse(body, kOnlyInChats, "belongs to /v1/chat/completions");
+  for (const char* name : kExtensions) {
+    if (const Json* value = body.find(name)) chat[name] = *value;
+  }
 }
 
 CompletionRequest parse_completion(std::string_view text, const RequestLimits& limits) {

@@ -13,6 +13,8 @@
 
 namespace relay::server {
 
+class JsonFields;
+
 inline constexpr size_t kMaxNameBytes = 256;  ///< of models, tools, calls, salts
 
 /// What request fields are checked against.
@@ -74,6 +76,10 @@ struct CachedPromptRequest {
 ChatCompletionRequest parse_chat_completion(std::string_view body, const RequestLimits& limits);
 /// The same of a body that has been read, or was made from another API's.
 ChatCompletionRequest read_chat_completion(const Json& body, const RequestLimits& limits);
+/// For APIs that become a chat: what engines have added to all of them goes from `body` into
+/// `chat`, and is checked there. A field that would constrain a chat, and does nothing in that API,
+/// is refused.
+void take_extensions(const JsonFields& body, Json& chat);
 CompletionRequest parse_completion(std::string_view body, const RequestLimits& limits);
 CachedPromptRequest parse_cached_prompt(std::string_view body, const RequestLimits& limits);
 /// PATCH /v1/cached_prompts/{id}: the new time to live in seconds, 0 for ever.

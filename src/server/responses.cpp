@@ -2,7 +2,6 @@
 
 #include <array>
 
-#include "server/extensions.h"
 #include "server/json_fields.h"
 
 namespace relay::server {
@@ -250,9 +249,7 @@ void Translation::run() {
   }
   if (const auto value = body_.number("temperature", 0, 2)) chat_["temperature"] = *value;
   if (const auto value = body_.number("top_p", 0, 1)) chat_["top_p"] = *value;
-  for (const char* name : kExtensions) {
-    if (const Json* value = body_.find(name)) chat_[name] = *value;
-  }
+  take_extensions(body_, chat_);
   if (const Json* reasoning = body_.object("reasoning")) {
     const JsonFields fields(*reasoning, "reasoning");
     if (const auto effort = fields.string("effort", 32)) chat_["reasoning_effort"] = *effort;

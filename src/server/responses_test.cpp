@@ -94,6 +94,18 @@ TEST(Responses, RefusesByItsOwnNames) {
   EXPECT_EQ(refusal(R"("input":"a","max_output_tokens":0)"), "max_output_tokens/invalid_value");
 }
 
+TEST(Responses, WhatTheApiLacksIsKeptOrRefused) {
+  const ResponsesRequest request = parse(
+      R"("input":"a","top_k":7,"frequency_penalty":0.5,"chat_template_kwargs":{"a":1},"n":1)");
+  EXPECT_EQ(request.chat.common.generate.sampling.top_k, 7);
+  EXPECT_FLOAT_EQ(request.chat.common.generate.sampling.frequency_penalty, 0.5f);
+  EXPECT_EQ(request.chat.chat.template_kwargs_json, R"({"a":1})");
+  for (const std::string name : {"grammar", "guided_json", "json_schema", "logprobs", "min_tokens",
+                                 "n", "response_format", "stop", "structured_outputs"}) {
+    EXPECT_EQ(refusal(R"("input":"a",")" + name + "\":7"), name + "/unsupported_parameter");
+  }
+}
+
 TEST(ResponsesWriter, StreamsItems) {
   const auto writer = make_responses_writer(head(), parse(R"("input":"a")").echo);
   const engine::Usage usage{.prompt_tokens = 10, .completion_tokens = 4, .cached_tokens = 6};

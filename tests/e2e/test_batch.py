@@ -60,8 +60,9 @@ def test_batch(model, tmp_path, client):
 
 
 def test_batch_killed_and_started_again(model, tmp_path):
+    count = 200  # far more than are done before the kill, also on a busy machine
     requests, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    write(requests, [line(i, max_tokens=60, ignore_eos=True) for i in range(60)])
+    write(requests, [line(i, max_tokens=60, ignore_eos=True) for i in range(count)])
     process = subprocess.Popen(
         command(model, requests, results), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
@@ -72,13 +73,15 @@ def test_batch_killed_and_started_again(model, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = [one for one in results.read_text().splitlines(keepends=True) if one.endswith("\n")]
-    assert 3 <= len(kept) < 60
+    assert 3 <= len(kept) < count
     with results.open("a") as file:
-        file.write('{"id": "batch_req_0", "custom_')  # what a full disk leaves behind
+        file.write('{"id":"batch_req_0","custom_')  # what a full disk leaves behind
     again = run(model, requests, results)
     assert again.returncode == 0, again.stderr
     assert results.read_text().startswith("".join(kept)), "what was done stays"
-    assert sorted(one["custom_id"] for one in read(results)) == sorted(f"q{i}" for i in range(60))
+    assert sorted(one["custom_id"] for one in read(results)) == sorted(
+        f"q{i}" for i in range(count)
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,9 +101,35 @@ def test_what_is_no_batch_is_refused_at_once(model, tmp_path, text, why):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_other_files_are_not_overwritten(model, tmp_path):
+@pytest.mark.parametrize(
+    "text", ["mine\n", "mine", '{"custom_id": "a"}', json.dumps(line(1)) + "\n"]
+)
+def test_other_files_are_not_overwritten(model, tmp_path, text):
     requests, other = tmp_path / "in.jsonl", tmp_path / "notes.txt"
     write(requests, [line(1)])
-    other.write_text("mine\n")
+    other.write_text(text)
     assert "something other than results" in run(model, requests, other).stderr
-    assert other.read_text() == "mine\n"
+    assert other.read_text() == text
+
+
+def test_the_batch_file_is_not_its_own_result(model, tmp_path):
+    requests, same = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    requests.write_text(json.dumps(line(1)) + "\n" + json.dumps(line(2)))
+    same.symlink_to(requests)
+    before = requests.read_text()
+    for results in (requests, same):
+        refused = run(model, requests, results)
+        assert refused.returncode == 1 and "is the batch file" in refused.stderr
+    assert requests.read_text() == before
+
+
+def test_results_of_several_batches_in_one_file(model, tmp_path):
+    first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
+    results = tmp_path / "out.jsonl"
+    write(first, map(line, range(5)))
+    write(second, [line(4), line(5)])
+    assert run(model, first, results).returncode == 0
+    done = run(model, second, results)
+    assert done.returncode == 0 and "1 of 2 lines are done already" in done.stderr, done.stderr
+    assert "2/2" in done.stderr
+    assert [one["custom_id"] for one in read(results)][5:] == ["q5"]

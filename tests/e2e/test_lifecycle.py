@@ -266,6 +266,18 @@ def test_json_prompt_file(start_server, tmp_path):
     assert server.stop() == 0
 
 
+def test_several_prompts_are_named_by_the_environment(start_server, tmp_path):
+    files = [tmp_path / "one.txt", tmp_path / "two, three.txt"]
+    for file in files:
+        file.write_text(f"{file.name}: short and clear.")
+    server = start_server("-c", "2048", env={"RELAY_PIN_PROMPT": ",".join(map(str, files[:1] * 2))})
+    eventually(lambda: server.errors().count("pinned one.txt") == 2, 10)
+    assert server.stop() == 0
+    server = start_server("-c", "2048", env={"RELAY_PIN_PROMPT": str(files[1])})
+    eventually(lambda: "pinned two, three.txt" in server.errors(), 10)
+    assert server.stop() == 0
+
+
 # As Llama 3's template prints the date before the system prompt; the seconds, to see them change.
 CLOCK_TEMPLATE = """Now: {{ strftime_now('%H:%M:%S') }}
 {% for m in messages %}<|{{ m.role }}|>

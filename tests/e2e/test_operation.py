@@ -23,6 +23,34 @@ def test_json_logs_have_request_ids(start_server):
     assert any(line["message"] == "ended" for line in lines)
 
 
+def test_json_logs_tell_of_streams_that_fail(start_server):
+    server = start_server("--log-format", "json", "--drain-timeout", "0.1", "-c", "8192")
+    hello = [{"role": "user", "content": "Hello"}]
+    with server.client() as client:
+        stream = client.chat.completions.create(
+            model="tiny",
+            messages=hello,
+            stream=True,
+            extra_body={"ignore_eos": True},
+            extra_headers={"x-request-id": "mine"},
+        )
+        next(iter(stream))
+        assert server.stop() == 0
+        with pytest.raises(openai.APIError, match="ended this request"):
+            list(stream)
+    lines = [json.loads(line) for line in server.log]
+    failed = next(line for line in lines if line.get("request_id") == "mine")
+    assert failed["status"] == 503 and failed["level"] == "warning"
+
+
+def test_json_logs_say_why_it_did_not_start(tmp_path):
+    command = [RELAY, "serve", "-m", tmp_path / "none.gguf", "--log-format", "json"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    (line,) = map(json.loads, ended.stderr.splitlines())
+    assert line["level"] == "critical" and "cannot be read" in line["message"]
+
+
 def test_the_dashboard_asks_for_metrics_there_are(server, client):
     client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "Hello"}], max_tokens=3

@@ -1,5 +1,6 @@
 """The page at / in headless Chromium, and the state behind it."""
 
+import json
 import re
 import shutil
 import threading
@@ -176,6 +177,51 @@ def test_page_with_keys(start_server, open_page):
     expect(page.locator("#keys")).to_be_hidden()
     assert server.stop() == 0
     expect(page.locator("#status")).to_have_text("the server does not answer", timeout=20000)
+
+
+def test_a_new_key_takes_over_from_a_look_under_way(start_server, open_page):
+    server = start_server("--admin-key", "admin", "-c", "2048")
+    page = open_page(server).page
+    key = page.get_by_label("API key")
+    expect(key).to_be_visible()
+    looks = []
+
+    def answer_the_second(look):
+        looks.append(look)
+        if len(looks) == 2:
+            look.continue_()
+
+    page.route("**/state", answer_the_second)
+    eventually(lambda: page.wait_for_timeout(50) or looks, 20)  # without a key
+    key.fill("admin")
+    page.get_by_role("button", name="Use").click()
+    expect(page.locator("#figures")).to_be_visible()
+    looks[0].fulfill(status=401, json={"error": {"message": "no key"}})
+    page.wait_for_timeout(500)
+    expect(page.locator("#keys")).to_be_hidden()
+    assert server.stop() == 0
+
+
+def test_chat_shows_thoughts_until_the_reply_begins(server, open_page):
+    page = open_page(server).page
+
+    def ask(*deltas):
+        frames = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+        text = "".join(f"data: {json.dumps(frame)}\n\n" for frame in frames) + "data: [DONE]\n\n"
+        page.route(
+            "**/v1/chat/completions",
+            lambda route: route.fulfill(content_type="text/event-stream", body=text),
+        )
+        page.get_by_label("Message").fill("Hello")
+        page.get_by_role("button", name="Send").click()
+        return page.locator("#talk .assistant").last
+
+    line = ask({"reasoning_content": "Let me "}, {"reasoning_content": "think."})
+    expect(line).to_have_text("Let me think.")
+    expect(line).to_have_class("assistant thoughts")
+    line = ask({"reasoning_content": "Hm."}, {"content": "Four."})
+    expect(line).to_have_text("Four.")
+    expect(line).to_have_class("assistant")
 
 
 def test_page_of_several_models(start_server, open_page, files):  # noqa: F811

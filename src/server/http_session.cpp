@@ -231,9 +231,10 @@ HttpSession::Awaitable<bool> HttpSession::serve_one() {
 
 void HttpSession::log_exchange(const Exchange& exchange) const {
   const std::chrono::duration<double, std::milli> took = Clock::now() - exchange.begin;
-  const auto level = gone_                    ? spdlog::level::info
-                     : exchange.status >= 500 ? spdlog::level::warn
-                                              : spdlog::level::debug;
+  const bool is_probe = exchange.target == "/health";  // 503 is what it says until all is loaded
+  const auto level = gone_                                 ? spdlog::level::info
+                     : exchange.status >= 500 && !is_probe ? spdlog::level::warn
+                                                           : spdlog::level::debug;
   if (!spdlog::should_log(level)) return;
   if (options_.json_logs) {
     log_json(level, Json{{"message", gone_ ? "client left" : "request"},

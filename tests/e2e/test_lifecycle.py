@@ -246,6 +246,7 @@ def test_loading_is_answered(start_server, tmp_path):
     server.wait_ready()
     assert httpx.get(server.url + "/health").json() == {"status": "ok"}
     assert server.stop() == 0
+    assert CHAT in server.errors() and "/health" not in server.errors(), "only requests failed"
 
 
 def test_json_prompt_file(start_server, tmp_path):

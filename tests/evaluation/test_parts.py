@@ -440,8 +440,10 @@ def test_vllms_throughput_on_a_gpu_is_read(vllm_programs, tmp_path):
     assert found[64].system == "vllm with Relay" and found[64].case["rate"] == "all at once"
     prices = {r.case["prompt"]: r.median for r in rows if r.metric == "price"}
     assert prices[512] == pytest.approx(12.5), "a thousandth of a dollar a second, 80 tokens"
-    (point,) = vllm.throughput(problem, vllm_programs("cuda"))
-    assert len(point) == 1
+    every = problem | dict(variants=["relay", "vllm", "no-caching"])
+    (point,) = vllm.throughput(every, vllm_programs("cuda"))
+    told = [task.parameters["variants"] for task in point]
+    assert told == ["relay", "vllm, no-caching"], "one task for each engine"
     with pytest.raises(EvaluationError, match="on GPUs only"):
         vllm.throughput(problem, vllm_programs("cpu"))
 

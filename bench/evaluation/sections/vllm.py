@@ -239,13 +239,17 @@ def throughput(problem: dict, programs: Programs) -> list[list[Task]]:
                               "measures it on CPUs")  # fmt: skip
     if not is_there(problem, programs, "vllm_throughput"):
         return []
-    return [[throughput_task(problem, programs, v) for v in problem["variants"]]]
+    engines: dict[bool, list[str]] = {}  # with Relay, and without: also without prefix caching
+    for variant in problem["variants"]:
+        engines.setdefault(variant == "relay", []).append(variant)
+    return [[throughput_task(problem, programs, variants) for variants in engines.values()]]
 
 
-def throughput_task(problem: dict, programs: Programs, variant: str) -> Task:
+def throughput_task(problem: dict, programs: Programs, variants: list[str]) -> Task:
+    """One engine, in each of the variants that it can be."""
     cases = ",".join(f"{prefix}x{problem['requests']}" for prefix in problem["prefix"])
     command = [programs.vllm_python(), VLLM_BENCH / "cuda_throughput.py", "--cases", cases]
-    command += ["--variants", variant]
+    command += ["--variants", ",".join(variants)]
     for name in ("shape", "concurrency", "rounds"):
         command += ["--" + name, problem[name]]
 
@@ -256,9 +260,9 @@ def throughput_task(problem: dict, programs: Programs, variant: str) -> Task:
             programs.run([*command, "--csv", file])
             return throughput_rows(problem, file)
 
-    named = dict(variant=variant)
+    named = dict(variants=", ".join(variants))
     named |= {k: v for k, v in problem.items() if k not in ("variants", "if_installed")}
-    seconds = problem["rounds"] * (80 + 20 * len(problem["prefix"]))
+    seconds = problem["rounds"] * (80 + 25 * len(problem["prefix"]) * len(variants))
     return Task("vllm_throughput", named, seconds, run)
 
 

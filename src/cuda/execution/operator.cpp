@@ -45,6 +45,14 @@ int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+/// Bytes a nanosecond that each multiprocessor gets from memory where all read, by the memory's
+/// clock and width; 0 where the driver does not tell these.
+double read_rate(int32_t multiprocessors) {
+  const double kilohertz = device_attribute(cudaDevAttrMemoryClockRate);
+  const double bits = device_attribute(cudaDevAttrGlobalMemoryBusWidth);
+  return 2 * kilohertz * 1e-6 * bits / 8 / multiprocessors;
+}
+
 void validate(const PlanOptions& o) {
   const HeadShape& s = o.shape;
   const auto one_of = [](auto value, auto... allowed) { return ((value == allowed) || ...); };
@@ -178,9 +186,10 @@ class Plan {
     validate(o);
     path = choose_path(o);
     asked_min_shared_slots = cuda::asked_min_shared_slots(o);
-    const PathShape p =
-        path == Path::kWgmma ? wgmma_shape(o.shape.qk_dim, o.kv_type) : mma_shape(o.shape.qk_dim);
     multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+    const PathShape p = path == Path::kWgmma
+                            ? wgmma_shape(o.shape.qk_dim, o.kv_type, read_rate(multiprocessors))
+                            : mma_shape(o.shape.qk_dim);
     shape = shape_of(o, p, multiprocessors);
     if (!fit_costs(shape)) {
       fail(

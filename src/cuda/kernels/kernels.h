@@ -22,8 +22,9 @@ PathShape mma_shape(int32_t head_size);
 cudaError_t launch_mma(const AttendParams& params, DType q_type, DType kv_type,
                        cudaStream_t stream);
 
-/// wgmma and TMA (compute capability 9.0).
-PathShape wgmma_shape(int32_t head_size, DType kv_type);
+/// wgmma and TMA (compute capability 9.0). `read_rate`: bytes a nanosecond that each multiprocessor
+/// gets from memory where all read; 0: unknown.
+PathShape wgmma_shape(int32_t head_size, DType kv_type, double read_rate);
 cudaError_t launch_wgmma(const AttendParams& params, DType q_type, DType kv_type,
                          cudaStream_t stream);
 

@@ -22,6 +22,8 @@ PathShape mma_shape(int32_t head_size) {
                  .step_8 = 24,
                  .step_64 = 24,
                  .step_128 = 32,
+                 .latency = 24,
+                 .depth = 2,
                  .job = 16,
                  .rows = 3,
                  .worker = 96,

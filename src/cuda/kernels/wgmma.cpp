@@ -2,7 +2,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <numeric>
 
 #include "cuda/kernels/kernels.h"
@@ -101,20 +103,27 @@ cudaError_t launch_type(const AttendParams& p, const wgmma::Maps& maps, bool is_
 
 }  // namespace
 
-PathShape wgmma_shape(int32_t head_size, DType kv_type) {
+PathShape wgmma_shape(int32_t head_size, DType kv_type, double read_rate) {
   PathShape shape{wgmma::kTileRows, wgmma::tile_slots(head_size), 1, 5, {}};
-  // In units of 1/32 of reading a step's KV where all multiprocessors read: some 90 ns.
+  // In units of some 80 ns: 1/32 of reading a step's KV on an H100, where all multiprocessors read.
+  constexpr double kReadRate = 25.4;
   shape.costs = {.step_memory = 32,
                  .step_8 = 6,
                  .step_64 = 16,
-                 .step_128 = 21,
+                 .step_128 = 23,
+                 .latency = 24,
+                 .depth = wgmma::kept_steps(head_size),
                  .job = 8,
-                 .rows = 4,
+                 .rows = 8,
                  .worker = 64,
                  .portion = 32,
                  .tail = 288,
                  .snap = 2};
-  if (kv_type == DType::kF8E4M3) shape.costs.step_memory /= 2;
+  int32_t& memory = shape.costs.step_memory;
+  if (read_rate > 0) {
+    memory = std::max(1, static_cast<int32_t>(std::lround(32 * kReadRate / read_rate)));
+  }
+  if (kv_type == DType::kF8E4M3) memory = std::max(1, memory / 2);
   return shape;
 }
 

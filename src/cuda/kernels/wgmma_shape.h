@@ -45,6 +45,8 @@ inline constexpr int kSpan = 64;       // elements of a row of 128 bytes, the wi
 /// Elements of a tile's row: the head size, or the next that there are kernels for.
 constexpr int tile_head(int head_size) { return (head_size + kSpan - 1) / kSpan * kSpan; }
 constexpr int tile_slots(int head_size) { return head_size > 128 ? 64 : 128; }
+/// How many steps' KV a worker has room for, about.
+constexpr int kept_steps(int head_size) { return head_size > 192 ? 2 : (head_size > 64 ? 3 : 6); }
 
 /// kByteKv: KV in e4m3, else in T.
 template <typename T, bool kByteKv>

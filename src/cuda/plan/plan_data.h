@@ -142,6 +142,8 @@ struct PlanCosts {
   int32_t step_8;       ///< its products for up to 8 query rows
   int32_t step_64;      ///< for up to 64
   int32_t step_128;     ///< for more
+  int32_t latency;      ///< of a copy of KV, where nothing else is read
+  int32_t depth;        ///< steps that a worker has room for
   int32_t job;          ///< beginning and ending a job
   int32_t rows;         ///< the same for each 16 query rows of it
   int32_t worker;       ///< the least that is worth a worker of its own

@@ -33,13 +33,14 @@ inline bool fit_costs(PlanShape& shape) {
       (int64_t{shape.max_blocks} * shape.block_size + shape.tile_slots - 1) / shape.tile_slots;
   PlanCosts& c = shape.costs;
   for (;;) {
-    const int64_t step = std::max({c.step_memory, c.step_8, c.step_64, c.step_128});
+    // All steps together: at most what reading or products take, or copies without waiting.
+    const int64_t step = 1 + std::max({c.step_memory, c.step_8, c.step_64, c.step_128, c.latency});
     const int64_t job = c.job + int64_t{c.rows} * shape.tile_rows / 16;
     const int64_t of_tile = (steps + kMaxParts) * step + kMaxParts * job;
     if (of_tile <= INT_MAX / (tiles * shape.kv_heads)) return true;
-    if (step == 1) return false;
-    for (int32_t* cost : {&c.step_memory, &c.step_8, &c.step_64, &c.step_128, &c.job, &c.rows,
-                          &c.worker, &c.portion, &c.tail}) {
+    if (step == 2) return false;
+    for (int32_t* cost : {&c.step_memory, &c.step_8, &c.step_64, &c.step_128, &c.latency, &c.job,
+                          &c.rows, &c.worker, &c.portion, &c.tail}) {
       *cost = std::max(1, *cost / 2);
     }
   }
@@ -624,19 +625,22 @@ class Planner {
     const int32_t cost = shape_.costs.step_memory;
     return segment.row_tiles > 1 ? quotient(cost, segment.row_tiles) : cost;
   }
-  RELAY_HD int32_t step_products(const Segment& segment) const {
+  enum StepClass { kSteps8, kSteps64, kSteps128 };
+  RELAY_HD StepClass step_class(const Segment& segment) const {
     const int32_t rows = segment.rows * shape_.group;
-    return rows > 64 ? shape_.costs.step_128
-                     : (rows > 8 ? shape_.costs.step_64 : shape_.costs.step_8);
+    return rows > 64 ? kSteps128 : (rows > 8 ? kSteps64 : kSteps8);
   }
-  RELAY_HD bool is_read_bound(const Segment& segment) const {
-    return step_memory(segment) > step_products(segment);
+  RELAY_HD int32_t step_products(const Segment& segment) const {
+    const StepClass of = step_class(segment);
+    return of == kSteps8 ? shape_.costs.step_8
+                         : (of == kSteps64 ? shape_.costs.step_64 : shape_.costs.step_128);
   }
+  /// A worker has `depth` steps on their way or at work. Each comes `latency` after there was room
+  /// for it, and keeps its room until those before it and itself have been worked on.
   RELAY_HD int32_t step_cost(const Segment& segment) const {
     const int32_t products = step_products(segment);
-    if (!is_read_bound(segment)) return products;
-    const int32_t memory = step_memory(segment) * reading_share_ / kWhole;
-    return memory > products ? memory : products;
+    return latency_ > products ? products + quotient(latency_ - products, shape_.costs.depth)
+                               : products;
   }
   RELAY_HD int32_t job_cost(const Segment& segment) const {
     int32_t rows = segment.rows * shape_.group;
@@ -661,7 +665,7 @@ class Planner {
   /// read the same KV at the same time, so that it comes from memory once: each of its tiles gets
   /// the same number of workers of its own, which cut it in the same places.
   RELAY_HD void cut() {
-    find_reading_share();
+    find_latency();
     team_.each(segments_, [&](int k) {
       const Segment segment = load(&out_.segments[k]);
       const int32_t whole = whole_cost(segment);
@@ -795,26 +799,47 @@ class Planner {
 
   RELAY_HD void add_load(const Segment& segment) {
     const int32_t steps = jobs(segment) * segment.steps;
-    const int32_t products = jobs(segment) * job_cost(segment) + steps * step_products(segment);
-    const int32_t memory = steps * step_memory(segment);
-    load_[kMemory] += memory;
+    const int32_t products = step_products(segment);
+    const int32_t memory = step_memory(segment);
+    // Not by index, or all that is known here would lie in memory.
+    const StepClass of = step_class(segment);
+    load_[kSteps8] += of == kSteps8 ? steps : 0;
+    load_[kSteps64] += of == kSteps64 ? steps : 0;
+    load_[kSteps128] += of == kSteps128 ? steps : 0;
+    const int32_t beside = jobs(segment) * job_cost(segment);
+    load_[kWaiting] += steps * (memory - products) - beside / 2;
     // Of a short step only what it reads.
-    const int64_t bytes = int64_t{step_memory(segment)} * segment.slots >> slots_log2_;
-    load_[kExcess] += jobs(segment) * static_cast<int32_t>(bytes) - products;
-    const bool reads = is_read_bound(segment);
-    load_[kReading] += reads ? memory : 0;
-    load_[kProducts] += reads ? 0 : products;
+    const int64_t bytes = int64_t{memory} * segment.slots >> slots_log2_;
+    load_[kExcess] += jobs(segment) * static_cast<int32_t>(bytes) - steps * products - beside;
   }
 
-  /// Who is bound by reading reads faster where others are bound by products. What all of it takes
-  /// at least is the longer of all reading and all products; reading gets what the products of the
-  /// others leave of that.
-  RELAY_HD void find_reading_share() {
+  /// What all steps wait, times the depth, if copies take so long: see step_cost().
+  RELAY_HD int64_t waiting(int32_t latency) const {
+    const auto of = [&](int32_t steps, int32_t products) {
+      return latency > products ? int64_t{steps} * (latency - products) : 0;
+    };
+    const PlanCosts& costs = shape_.costs;
+    return of(load_[kSteps8], costs.step_8) + of(load_[kSteps64], costs.step_64) +
+           of(load_[kSteps128], costs.step_128);
+  }
+
+  /// How long copies of KV take. Each worker asks for as many as it has room for; where the memory
+  /// cannot give that, they take longer, until all work takes as long as all reading. Of what a job
+  /// takes beside its steps half goes on while KV is read.
+  RELAY_HD void find_latency() {
+    const PlanCosts& costs = shape_.costs;
     reading_bounds_ = load_[kExcess] > 0;
-    const int64_t left = int64_t{load_[kMemory]} - load_[kProducts];
-    const int64_t reading = load_[kReading];
-    const int64_t share = reading > 0 && left > 0 ? left * kWhole / reading : 0;
-    reading_share_ = share < kWhole ? static_cast<int32_t>(share) : kWhole;
+    const int64_t wanted = int64_t{load_[kWaiting]} * costs.depth;
+    latency_ = costs.latency;
+    RELAY_NO_UNROLL
+    for (int32_t most = costs.depth * costs.step_memory; latency_ < most;) {
+      const int32_t middle = (latency_ + most) / 2;
+      if (waiting(middle) < wanted) {
+        latency_ = middle + 1;
+      } else {
+        most = middle;
+      }
+    }
   }
 
   /// The cost of all segments before k.
@@ -905,12 +930,13 @@ class Planner {
   int32_t light_ = 0;  ///< the first of requests that fill no tile
   int32_t segments_ = 0;
   int32_t partial_rows_ = 0;
-  static constexpr int32_t kWhole = 1024;
   static constexpr int32_t kRelief = 8;  ///< workers of wide segments get so much less, at most
-  int32_t reading_share_ = kWhole;       ///< of what reading takes where all read, in kWhole-ths
+  int32_t latency_ = 0;                  ///< of a copy of KV
   bool reading_bounds_ = false;          ///< it takes longer than all products
-  enum { kReading, kProducts, kMemory, kExcess };
-  int32_t load_[4] = {};  ///< costs of all segments, each thread's until they are summed
+  enum { kWaiting = 3, kExcess };
+  /// Of all segments, each thread's until they are summed: steps by their rows (StepClass), what
+  /// reading takes longer than products, and longer than those and the jobs, short steps as such.
+  int32_t load_[5] = {};
   enum { kCutJobs, kWholeJobs };
   int32_t longest_[2] = {};  ///< cost of the longest job of the tail that may be cut, that may not
   enum { kWhich, kFirstRequest };

@@ -327,44 +327,46 @@ int32_t reading(const PlanShape& s, const Segment& g) {
   return s.costs.step_memory / std::max(g.row_tiles, 1);
 }
 
-/// In 1024ths: how long a step that is bound by reading takes, beside where all workers read.
-int64_t reading_share(const PlanShape& s, const HostPlan& p) {
-  int64_t all = 0;     // reading
-  int64_t bound = 0;   // of those that are bound by it
-  int64_t others = 0;  // what those take that are not
+/// How long copies of KV take, so that all steps wait long enough for all reading.
+int32_t latency(const PlanShape& s, const HostPlan& p) {
+  int64_t wanted = 0;
   for (int32_t k = 0; k < p.header.segments; ++k) {
     const Segment& g = p.segments[k];
     const int64_t jobs = int64_t{g.row_tiles} * s.kv_heads;
-    const int64_t memory = jobs * g.steps * reading(s, g);
-    all += memory;
-    if (reading(s, g) > products(s, g)) {
-      bound += memory;
-    } else {
-      others += jobs * (job_cost(s, g) + g.steps * products(s, g));
-    }
+    wanted += jobs * g.steps * (reading(s, g) - products(s, g)) - jobs * job_cost(s, g) / 2;
   }
-  return bound > 0 ? std::clamp<int64_t>((all - others) * 1024 / bound, 0, 1024) : 1024;
+  int32_t found = s.costs.latency;
+  for (; found < s.costs.depth * s.costs.step_memory; ++found) {
+    int64_t waiting = 0;
+    for (int32_t k = 0; k < p.header.segments; ++k) {
+      const Segment& g = p.segments[k];
+      const int64_t steps = int64_t{g.row_tiles} * s.kv_heads * g.steps;
+      waiting += steps * std::max(0, found - products(s, g));
+    }
+    if (waiting >= wanted * s.costs.depth) break;
+  }
+  return found;
 }
 
-int32_t step_cost(const PlanShape& s, const Segment& g, int64_t share) {
-  return std::max(static_cast<int32_t>(reading(s, g) * share / 1024), products(s, g));
+int32_t step_cost(const PlanShape& s, const Segment& g, int32_t latency) {
+  return products(s, g) + std::max(0, latency - products(s, g)) / s.costs.depth;
 }
 
-int32_t job_lead(const PlanShape& s, const Segment& g, int64_t share) {
-  const int32_t waiting = g.steps * (step_cost(s, g, share) - products(s, g));
+int32_t job_lead(const PlanShape& s, const Segment& g, int32_t latency) {
+  const int32_t waiting = g.steps * (step_cost(s, g, latency) - products(s, g));
   return job_cost(s, g) - std::min(waiting, job_cost(s, g) / 2);
 }
 
 /// Cost of all steps before this one.
 int64_t cost_before(const PlanShape& s, const HostPlan& p, int32_t step) {
-  const int64_t share = reading_share(s, p);
+  const int32_t late = latency(s, p);
   int64_t cost = 0;
   for (int32_t k = 0; k < p.header.segments; ++k) {
     const Segment& g = p.segments[k];
     const int32_t steps = std::min(step - g.step_base, g.row_tiles * s.kv_heads * g.steps);
     if (steps > 0) {
-      cost += int64_t{ceil_div(steps, g.steps)} * job_lead(s, g, share) +
-              int64_t{steps} * step_cost(s, g, share);
+      cost += int64_t{ceil_div(steps, g.steps)} * job_lead(s, g, late) +
+              int64_t{steps} * step_cost(s, g, late);
     }
   }
   return cost;
@@ -457,8 +459,8 @@ void check_cuts(const Batch& b, const HostPlan& p, Load& load) {
   int32_t snap = 0;  // cost by which a cut may lie off
   for (int32_t k = 0; k < p.header.segments; ++k) {
     const int32_t off = std::min(s.costs.snap, p.segments[k].steps) + 1;
-    snap = std::max(
-        snap, off * step_cost(s, p.segments[k], reading_share(s, p)) + job_cost(s, p.segments[k]));
+    snap = std::max(snap,
+                    off * step_cost(s, p.segments[k], latency(s, p)) + job_cost(s, p.segments[k]));
   }
   load.wide = teamed ? wide : 0;
 
@@ -544,8 +546,8 @@ constexpr double kMostOfMean = 1.5;
 // --- Batches
 // --------------------------------------------------------------------------------------
 
-constexpr PlanCosts kMmaCosts{32, 24, 24, 32, 16, 3, 96, 96, 0, 2};
-constexpr PlanCosts kWgmmaCosts{32, 6, 16, 21, 8, 4, 64, 32, 288, 2};
+constexpr PlanCosts kMmaCosts{32, 24, 24, 32, 24, 2, 16, 3, 96, 96, 0, 2};
+constexpr PlanCosts kWgmmaCosts{32, 6, 16, 23, 24, 3, 8, 8, 64, 32, 288, 2};
 
 Batch batch_of(int32_t kv_heads, int32_t group) {
   Batch b;
@@ -574,7 +576,14 @@ Batch random_batch(Random& random) {
   s.workers = static_cast<int32_t>(random.chance(0.4) ? 132 : random.log_between(1, 132));
   b.tail = static_cast<int32_t>(random.between(0, 5));
   if (random.chance(0.3)) s.partial_capacity = static_cast<int32_t>(random.log_between(0, 4000));
-  if (random.chance(0.5)) s.costs = kMmaCosts;
+  if (random.chance(0.5)) {
+    s.costs = kMmaCosts;
+    b.tail = 0;  // that path has none
+  } else {
+    // From KV in fp8 on an H200 to bf16 on an H100.
+    s.costs.step_memory = static_cast<int32_t>(random.between(11, 32));
+    s.costs.depth = random.chance(0.5) ? 3 : 6;
+  }
   std::vector<std::vector<int32_t>> nodes(1);  // the blocks from the root to each node
   std::vector<int32_t> depths(1, 0);
   const auto count = static_cast<int32_t>(random.between(1, 64));

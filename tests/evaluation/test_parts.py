@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
 import re
+import signal
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import compare
@@ -212,7 +217,7 @@ def test_make_bench_has_a_first_result_of_every_figure_in_nine_minutes(bench):
         seconds += task.seconds
         about = map(task.parameters.get, ("experiment", "what", "system", "program"))
         first.setdefault((task.section, *about), seconds)
-    assert len(first) > 20 and max(first.values()) < 9 * 60
+    assert len(first) == 17 and max(first.values()) < 9 * 60
 
 
 def test_make_bench_measures_often_enough_to_be_compared(bench):
@@ -504,6 +509,77 @@ def test_a_vllm_is_served_as_it_is_or_with_relay(vllm_programs, monkeypatch, tmp
             run.check_attention(server)
     with pytest.raises(EvaluationError, match="'weights' and 'kv_type' are the same"):
         vllm_server(programs, monkeypatch, "vllm", kv_type="f16")
+
+
+class StandIn:
+    """In place of a server: notes what is done to it."""
+
+    def __init__(self, system: str, done: list) -> None:
+        self.system, self.done = system, done
+        self.process = SimpleNamespace(pid=os.getpid())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.done.append((self.system, "end"))
+
+    def wait_ready(self, _limit: float) -> None:
+        if self.system == "relay-off":
+            raise EvaluationError("no memory\nits log ends here")
+
+    def pause(self) -> None:
+        self.done.append((self.system, "pause"))
+
+    def resume(self) -> None:
+        self.done.append((self.system, "round"))
+
+
+def test_servers_take_turns_and_who_fails_is_left_out(little, monkeypatch, capsys):
+    (little.folder / "bin/llama-server").touch()
+    done: list = []
+    answers = [SimpleNamespace(times=[1.0, 2.0], first=1.0, last=2.0, completion_tokens=2,
+                               prompt_tokens=9, cached_tokens=0)]  # fmt: skip
+    monkeypatch.setattr(serving.Run, "server", lambda run, *_: StandIn(run.system, done))
+    monkeypatch.setattr(serving.Run, "prime", lambda *_: 0.5)
+    monkeypatch.setattr(serving.Run, "restore", lambda *_: None)
+    monkeypatch.setattr(serving.Run, "kv_bytes", lambda *_: 1.0)
+    monkeypatch.setattr(serving.load, "send", lambda *_: answers)
+    problem = fields.check(
+        dict(experiment="arrivals", system_prompt=[64], requests=[1], rates=[4.0, 8.0], rounds=2,
+             systems=["relay", "relay-off", "llama-server"]),
+        serving.FIELDS, "a problem",
+    )  # fmt: skip
+    ((task,),) = serving.points(problem, little.programs)
+    rows = task.run()
+    a, b = ("relay", "round"), ("llama-server", "round")
+    assert done[:8] == [a, b, b, a, a, b, b, a], "each of two rates has two rounds"
+    assert sorted(done[8:]) == [(name, "end") for name in ("llama-server", "relay", "relay-off")]
+    (note,) = little.programs.notes
+    assert note == "serving, arrivals, relay-off: no memory" and note in capsys.readouterr().err
+    found = [r for r in rows if r.metric == "time to first token p50"]
+    assert [(r.system, r.case["rate"], r.n) for r in found] == [
+        (name, rate, 2) for name in ("relay", "llama-server") for rate in (4.0, 8.0)
+    ]
+    monkeypatch.setattr(serving.load, "send", lambda *_: 1 / 0)
+    monkeypatch.setattr(StandIn, "wait_ready", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+    with pytest.raises(EvaluationError, match="relay: a server did not answer"):
+        task.run()
+
+
+def test_a_server_that_is_paused_ends_when_it_is_told_to(tmp_path):
+    from servers import Server
+
+    command = [sys.executable, "-c", "import time; time.sleep(60)", "--port", "1"]
+    with Server("a server", command, dict(os.environ), tmp_path / "log") as server:
+        server.pause()
+        state = Path(f"/proc/{server.process.pid}/stat")
+        for _ in range(100):
+            if stopped := state.read_text().rpartition(")")[2].split()[0] == "T":
+                break
+            time.sleep(0.05)
+        assert stopped
+    assert server.process.returncode == -signal.SIGTERM, "and not by force after 15 seconds"
 
 
 def test_relay_is_given_room_for_the_prompt_once(little):

@@ -1,10 +1,14 @@
 """Servers under load: relay serve (sharing on, off, and with llama.cpp's own attention);
 llama-server, which is given its best: prompts computed once and restored into each of its slots;
-and vLLM without prefix caching, with it, and with Relay."""
+and vLLM without prefix caching, with it, and with Relay. The servers of a case stand side by side
+and take turns: a machine's speed may differ by a third from one quarter of an hour to the next."""
 
+import contextlib
+import functools
 import itertools
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -62,7 +66,7 @@ FIELDS = {
     "threads": Field(int, default=0, least=0, about="of every server; 0: one for each CPU"),
     "systems": Field(str, many=True, choices=(*RELAY, *STOCK, *VLLM)),
     "rounds": Field(int, default=3, least=1),
-    "seconds": Field(float, default=60.0, least=1, about="a guess, of one task"),
+    "seconds": Field(float, default=60.0, least=1, about="a guess, of one system"),
     "if_installed": Field(bool, default=False, about="leave out what needs a trace or a vLLM"),
 }
 
@@ -82,10 +86,9 @@ def points(problem: dict, programs: Programs) -> list[list[Task]]:
     if any(share > 1 for share in problem["without"]):
         raise EvaluationError("serving: 'without' is a share, from 0 to 1")
     systems = [name for name in problem["systems"] if is_there(problem, programs, name)]
-    return [
-        [task_of(problem, programs, case, system, file) for system in systems]
-        for case in cases_of(problem)
-    ]
+    if not systems:
+        return []
+    return [[task_of(problem, programs, case, systems, file)] for case in cases_of(problem)]
 
 
 def is_there(problem: dict, programs: Programs, system: str) -> bool:
@@ -156,7 +159,7 @@ def workload_of(problem: dict, case: dict, file, round_number: int, rate=None):
     )
 
 
-def task_of(problem: dict, programs: Programs, case: dict, system: str, file) -> Task:
+def task_of(problem: dict, programs: Programs, case: dict, systems: list[str], file) -> Task:
     same = (
         "ffn",
         "vocabulary",
@@ -167,67 +170,104 @@ def task_of(problem: dict, programs: Programs, case: dict, system: str, file) ->
         "price_per_hour",
         "threads",
     )
-    named = dict(system=system) | case | {k: problem[k] for k in same}
+    named = dict(systems=", ".join(systems)) | case | {k: problem[k] for k in same}
     if file is not None:
         replayed = ("time_scale", "block_tokens", "max_prompt")
         named |= dict(trace=file.name) | {k: problem[k] for k in replayed}
-    if system in VLLM:
+    if any(system in VLLM for system in systems):
         named |= {"block_size": problem["block_size"]}
 
     def run() -> list[Row]:
-        return Run(problem, programs, case, system, file).rows()
+        runs = [Run(problem, programs, case, system, file) for system in systems]
+        return in_turns(problem, programs, case, runs, file)
 
-    return Task(SECTION, named, problem["seconds"], run)
+    return Task(SECTION, named, len(systems) * problem["seconds"], run)
+
+
+def in_turns(problem: dict, programs: Programs, case: dict, runs: list["Run"], file) -> list[Row]:
+    """All rates and rounds of a case, each by one server after the other. Who fails is left out."""
+    failures = []
+
+    def each(do, first: int = 0) -> None:
+        for run in runs[first:] + runs[:first]:
+            try:
+                with servers_errors():
+                    do(run)
+            except EvaluationError as error:
+                runs.remove(run)
+                failures.append(f"{SECTION}, {case['experiment']}, {run.system}: {error}")
+                print(f"\nfailed: {failures[-1]}", file=sys.stderr)
+
+    with contextlib.ExitStack() as stack:
+        first = workload_of(problem, case, file, 0)  # all rounds have its lengths
+        each(lambda run: run.begin(stack, first))
+        for rate in problem["rates"] or [None]:
+            for number in range(problem["rounds"]):
+                work = workload_of(problem, case, file, number, rate)
+                turn = functools.partial(Run.round, work=work, number=number, rate=rate)
+                each(turn, number % max(1, len(runs)))
+            each(functools.partial(Run.end, rate=rate))
+    if not runs:
+        raise EvaluationError("\n".join(failures))
+    programs.notes += [failure.splitlines()[0] for failure in failures]
+    return [row for run in runs for row in run.made]
 
 
 class Run:
-    """One server, all rates and rounds of one case."""
+    """One system's server over all rates and rounds of a case."""
 
     def __init__(self, problem, programs, case, system, file) -> None:
         self.problem, self.programs, self.case = problem, programs, case
         self.system, self.file = system, file
         self.made: list[Row] = []
+        self.found: dict[str, list] = {}  # of this rate: metric -> unit, which is better, values
+        self.memory: list[float] = []
 
     def add(self, case: dict, metric: str, unit: str, better: str, values: list[float]) -> None:
         self.made.append(Row.of(SECTION, case, self.system, metric, unit, better, values))
 
-    def rows(self) -> list[Row]:
-        first = workload_of(self.problem, self.case, self.file, 0)  # all rounds have its lengths
-        with tempfile.TemporaryDirectory(prefix="relay-slots-") as saves, servers_errors():
-            with self.server(first, saves) as server:
-                server.wait_ready(600)
-                self.check_attention(server)
-                for what, mean in workload.own_means(first).items():
-                    self.add(self.case, what, "tokens", "", [mean])
-                prime = self.prime(server, first)
-                if first.prefixes:
-                    self.add(self.case, "prompts computed", "s", "lower", [prime])
-                for rate in self.problem["rates"] or [None]:
-                    self.measure(server, rate)
-        return self.made
+    def begin(self, stack: contextlib.ExitStack, first: workload.Workload) -> None:
+        """Starts the server, and has it compute the prompts."""
+        saves = stack.enter_context(tempfile.TemporaryDirectory(prefix="relay-slots-"))
+        self.up = stack.enter_context(self.server(first, saves))
+        self.up.wait_ready(600)
+        self.check_attention(self.up)
+        for what, mean in workload.own_means(first).items():
+            self.add(self.case, what, "tokens", "", [mean])
+        prime = self.prime(self.up, first)
+        if first.prefixes:
+            self.add(self.case, "prompts computed", "s", "lower", [prime])
+        self.rest()
 
-    def measure(self, server, rate: float | None) -> None:
+    def rest(self) -> None:
+        """While others have their turn. A vLLM's processes look for work all the time."""
+        if self.system in VLLM:
+            self.up.pause()
+
+    def round(self, work: workload.Workload, number: int, rate: float | None) -> None:
+        self.up.resume()
+        self.restore(self.up, work)
+        answers = load.send(self.up, work.requests)
+        for metric, (unit, better, value) in load.measures(work.requests, answers).items():
+            self.found.setdefault(metric, [unit, better]).append(value)
+        self.memory.append(resident_bytes(self.up.process.pid))
+        together = rate is None and self.case["requests"] == self.case["parallel"]
+        if number == 0 and together and self.system not in VLLM:
+            self.add(self.case, "KV held", "B", "lower", [self.kv_bytes(self.up, answers)])
+        self.rest()
+
+    def end(self, rate: float | None) -> None:
+        """The rows of a rate."""
         case = self.case | ({} if rate is None else {"rate": rate})
-        found: dict[str, list] = {}
-        memory = []
-        for number in range(self.problem["rounds"]):
-            work = workload_of(self.problem, self.case, self.file, number, rate)
-            self.restore(server, work)
-            answers = load.send(server, work.requests)
-            for metric, (unit, better, value) in load.measures(work.requests, answers).items():
-                found.setdefault(metric, [unit, better]).append(value)
-            memory.append(resident_bytes(server.process.pid))
-            together = rate is None and self.case["requests"] == self.case["parallel"]
-            if number == 0 and together and self.system not in VLLM:
-                self.add(case, "KV held", "B", "lower", [self.kv_bytes(server, answers)])
-        for metric, (unit, better, *values) in found.items():
+        for metric, (unit, better, *values) in self.found.items():
             self.add(case, metric, unit, better, values)
-        self.add(case, "resident memory", "B", "lower", memory)
-        speeds = found["output throughput"][2:]
+        self.add(case, "resident memory", "B", "lower", self.memory)
+        speeds = self.found["output throughput"][2:]
         for told in load.prices(self.problem["price_per_hour"], speeds):
             self.add(case, *told)
         if rate is not None and self.problem["bound"] > 0:
             self.add(case, "bound", "s/token", "", [self.problem["bound"]])
+        self.found, self.memory = {}, []
 
     def server(self, work: workload.Workload, saves: str):
         from servers import Server, free_port

@@ -105,9 +105,12 @@ cudaError_t launch_type(const AttendParams& p, const wgmma::Maps& maps, bool is_
 
 PathShape wgmma_shape(int32_t head_size, DType kv_type, double read_rate) {
   PathShape shape{wgmma::kTileRows, wgmma::tile_slots(head_size), 1, 5, {}};
-  // In units of some 80 ns: 1/32 of reading a step's KV on an H100, where all multiprocessors read.
+  // In units of some 80 ns: 1/32 of reading a step's KV in bf16 on an H100, where all
+  // multiprocessors read.
   constexpr double kReadRate = 25.4;
-  shape.costs = {.step_memory = 32,
+  const double reading = read_rate > 0 ? 32 * kReadRate / read_rate : 32;
+  const auto memory = std::max(2, static_cast<int32_t>(std::lround(reading)));
+  shape.costs = {.step_memory = kv_type == DType::kF8E4M3 ? memory / 2 : memory,
                  .step_8 = 6,
                  .step_64 = 16,
                  .step_128 = 23,
@@ -115,15 +118,10 @@ PathShape wgmma_shape(int32_t head_size, DType kv_type, double read_rate) {
                  .depth = wgmma::kept_steps(head_size),
                  .job = 8,
                  .rows = 8,
-                 .worker = 64,
+                 .worker = 2 * memory,
                  .portion = 32,
                  .tail = 288,
                  .snap = 2};
-  int32_t& memory = shape.costs.step_memory;
-  if (read_rate > 0) {
-    memory = std::max(1, static_cast<int32_t>(std::lround(32 * kReadRate / read_rate)));
-  }
-  if (kv_type == DType::kF8E4M3) memory = std::max(1, memory / 2);
   return shape;
 }
 

@@ -684,7 +684,9 @@ class Planner {
     team_.scan({s_.sums, s_.costs}, segments_, sums);
     const int32_t steps = sums[0];
     const int32_t cost = sums[1];
+    // Jobs that stay whole cost nothing more, whoever has them: as many workers in any case.
     int32_t workers = quotient(cost, shape_.costs.worker);
+    workers = workers < load_[kJobs] ? load_[kJobs] : workers;
     workers = workers < 1 ? 1 : (workers > shape_.workers ? shape_.workers : workers);
     const int32_t light = light_cost(cost, workers);
     const int32_t wide_cost = cost_before(wide_, cost);
@@ -807,6 +809,7 @@ class Planner {
     load_[kSteps64] += of == kSteps64 ? steps : 0;
     load_[kSteps128] += of == kSteps128 ? steps : 0;
     const int32_t beside = jobs(segment) * job_cost(segment);
+    load_[kJobs] += segment.steps > 0 ? jobs(segment) : 0;
     load_[kWaiting] += steps * (memory - products) - beside / 2;
     // Of a short step only what it reads.
     const int64_t bytes = int64_t{memory} * segment.slots >> slots_log2_;
@@ -933,10 +936,11 @@ class Planner {
   static constexpr int32_t kRelief = 8;  ///< workers of wide segments get so much less, at most
   int32_t latency_ = 0;                  ///< of a copy of KV
   bool reading_bounds_ = false;          ///< it takes longer than all products
-  enum { kWaiting = 3, kExcess };
-  /// Of all segments, each thread's until they are summed: steps by their rows (StepClass), what
-  /// reading takes longer than products, and longer than those and the jobs, short steps as such.
-  int32_t load_[5] = {};
+  enum { kJobs = 3, kWaiting, kExcess };
+  /// Of all segments, each thread's until they are summed: steps by their rows (StepClass), jobs,
+  /// what reading takes longer than products, and longer than those and the jobs, short steps as
+  /// such.
+  int32_t load_[6] = {};
   enum { kCutJobs, kWholeJobs };
   int32_t longest_[2] = {};  ///< cost of the longest job of the tail that may be cut, that may not
   enum { kWhich, kFirstRequest };

@@ -67,7 +67,6 @@ def run(args: argparse.Namespace) -> None:
                 progress.begin(task.name, task.seconds)
                 programs.begin(task.seconds)
                 if reason := attempt(task, programs, results, progress):
-                    progress.skip(task.seconds)
                     failed.append(f"  {task.name}: {reason.splitlines()[0]}")
     finally:  # what a run that is stopped has measured can be reported, too
         print(results.write(tasks, programs.left_out))
@@ -82,8 +81,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def attempt(task: Task, programs: Programs, results: store.Store, progress: Progress) -> str:
-    """Runs a task and keeps its results; why it failed, or "". Whatever goes wrong in one task, be
-    it an answer of a peer that nobody foresaw, is no reason to lose the others."""
+    """Runs a task and keeps its results; why it, or a part of it, failed, or "". Whatever goes
+    wrong in one task, be it an answer of a peer that nobody foresaw, is no reason to lose any."""
     try:
         rows = task.run()
         if not rows:
@@ -96,7 +95,8 @@ def attempt(task: Task, programs: Programs, results: store.Store, progress: Prog
         print(f"\nfailed: {task.name}\n{traceback.format_exc()}", file=sys.stderr)
     else:
         results.put(task, rows, progress.end(), programs)
-        return ""
+        return "; ".join(programs.failures)
+    progress.skip(task.seconds)
     results.put_failure(task, reason)
     return reason
 

@@ -50,20 +50,21 @@ def servers_errors():
 
 class Programs:
     """left_out: what an optional peer is missing for, each reason once. notes: what the task that
-    is running left out. versions: of what it ran, where the program told. limit: seconds after
-    which a program hangs."""
+    is running left out; failures: what went wrong in a part of it. versions: of what it ran, where
+    the program told. limit: seconds after which a program hangs."""
 
     def __init__(self, build: Path, device: str, trace: str | None, out: Path) -> None:
         self.build, self.device, self.out = build, device, out
         self.trace_file = trace
         self.left_out: list[str] = []
         self.notes: list[str] = []
+        self.failures: list[str] = []
         self.versions: dict[str, str] = {}
         self.limit = PATIENCE
 
     def begin(self, seconds: float) -> None:
         """A task that is guessed to take so long."""
-        self.notes, self.versions = [], {}
+        self.notes, self.failures, self.versions = [], [], {}
         self.limit = max(PATIENCE, 10 * seconds)
 
     # --- Where they are

@@ -90,16 +90,25 @@ class Store:
     def _file(self, task: Task) -> Path:
         return self._tasks / f"{task.key}.json"
 
+    def _read(self, task: Task) -> dict | None:
+        file = self._file(task)
+        return json.loads(file.read_text()) if file.is_file() else None
+
     def has(self, task: Task) -> bool:
-        return self._file(task).is_file()
+        """Whole: not if a part of it failed."""
+        found = self._read(task)
+        return found is not None and not found["failures"]
 
     def _failed(self, task: Task) -> Path:
         return self._tasks / f"{task.key}.failed"
 
     def failure(self, task: Task) -> str:
-        """Why it failed when it was last tried; "" if it did not."""
+        """Why it, or a part of it, failed when it was last tried; "" if it did not."""
         file = self._failed(task)
-        return file.read_text() if file.is_file() and not self.has(task) else ""
+        if file.is_file():
+            return file.read_text()
+        found = self._read(task)
+        return "\n".join(found["failures"]) if found is not None else ""
 
     def put_failure(self, task: Task, reason: str) -> None:
         write_whole(self._failed(task), reason)
@@ -112,6 +121,7 @@ class Store:
             "finished": datetime.datetime.now().isoformat(timespec="seconds"),
             "load": os.getloadavg()[0],
             "left_out": programs.notes,
+            "failures": programs.failures,
             "versions": programs.versions,
             "rows": [to_json(row) for row in rows],
         }
@@ -119,11 +129,11 @@ class Store:
         self._failed(task).unlink(missing_ok=True)
 
     def seconds(self, task: Task) -> float:
-        return json.loads(self._file(task).read_text())["seconds"]
+        return self._read(task)["seconds"]
 
     def write(self, tasks: list[Task], left_out: list[str]) -> Path:
         """results.json and the CSV files, of the tasks that are finished."""
-        done = [json.loads(self._file(t).read_text()) for t in tasks if self.has(t)]
+        done = [found for t in tasks if (found := self._read(t)) is not None]
         rows = [row for task in done for row in task["rows"]]
         versions = dict(self.identity["versions"])
         for task in done:
@@ -136,7 +146,7 @@ class Store:
             "most_load": max((t["load"] for t in done), default=0),
             "tasks": len(tasks),
             "tasks_done": len(done),
-            "missing": [t.name for t in tasks if not self.has(t)],
+            "missing": [t.name for t in tasks if self._read(t) is None],
             "failed": {t.name: reason for t in tasks if (reason := self.failure(t))},
             "left_out": left_out + [note for t in done for note in t["left_out"]],
             "rows": rows,

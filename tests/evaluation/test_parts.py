@@ -16,6 +16,7 @@ import load
 import problems
 import progress
 import pytest
+import store
 import workload
 from conftest import ROOT
 from programs import Programs, servers_errors
@@ -535,7 +536,7 @@ class StandIn:
         self.done.append((self.system, "round"))
 
 
-def test_servers_take_turns_and_who_fails_is_left_out(little, monkeypatch, capsys):
+def test_servers_take_turns_and_who_fails_is_left_out(little, monkeypatch, capsys, tmp_path):
     (little.folder / "bin/llama-server").touch()
     done: list = []
     answers = [SimpleNamespace(times=[1.0, 2.0], first=1.0, last=2.0, completion_tokens=2,
@@ -552,18 +553,30 @@ def test_servers_take_turns_and_who_fails_is_left_out(little, monkeypatch, capsy
     )  # fmt: skip
     ((task,),) = serving.points(problem, little.programs)
     rows = task.run()
-    a, b = ("relay", "round"), ("llama-server", "round")
-    assert done[:8] == [a, b, b, a, a, b, b, a], "each of two rates has two rounds"
-    assert sorted(done[8:]) == [(name, "end") for name in ("llama-server", "relay", "relay-off")]
-    (note,) = little.programs.notes
-    assert note == "serving, arrivals, relay-off: no memory" and note in capsys.readouterr().err
+    assert done.index(("relay-off", "end")) < done.index(("relay", "round")), "not beside others"
+    turns = [name for name, what in done if what == "round"]
+    a, b = "relay", "llama-server"
+    assert turns == [a, b, b, a, a, b, b, a], "each of two rates has two rounds"
+    assert [done[i + 1][1] for i, (_, what) in enumerate(done) if what == "round"] == ["pause"] * 8
+    assert {name for name, what in done[-2:] if what == "end"} == {a, b}
+    (failure,) = little.programs.failures
+    assert failure.startswith("relay-off: no memory") and failure in capsys.readouterr().err
     found = [r for r in rows if r.metric == "time to first token p50"]
     assert [(r.system, r.case["rate"], r.n) for r in found] == [
-        (name, rate, 2) for name in ("relay", "llama-server") for rate in (4.0, 8.0)
+        (name, rate, 2) for name in (a, b) for rate in (4.0, 8.0)
     ]
-    monkeypatch.setattr(serving.load, "send", lambda *_: 1 / 0)
-    monkeypatch.setattr(StandIn, "wait_ready", lambda *_: (_ for _ in ()).throw(OSError("gone")))
-    with pytest.raises(EvaluationError, match="relay: a server did not answer"):
+    # Kept, but not as whole: the next run tries it again.
+    results = store.Store(tmp_path / "kept", {"versions": {}}, fresh=False)
+    results.put(task, rows, 1.0, little.programs)
+    assert not results.has(task) and results.failure(task) == failure
+    made = json.loads(results.write([task], []).read_text())
+    assert made["failed"] == {task.name: failure} and made["missing"] == [] and made["rows"]
+    little.programs.begin(1.0)
+    results.put(task, rows, 1.0, little.programs)
+    assert results.has(task) and not results.failure(task)
+
+    monkeypatch.setattr(StandIn, "wait_ready", lambda *_: 1 / 0)
+    with pytest.raises(EvaluationError, match="llama-server: ZeroDivisionError"):
         task.run()
 
 

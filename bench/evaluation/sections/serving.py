@@ -185,22 +185,27 @@ def task_of(problem: dict, programs: Programs, case: dict, systems: list[str], f
 
 
 def in_turns(problem: dict, programs: Programs, case: dict, runs: list["Run"], file) -> list[Row]:
-    """All rates and rounds of a case, each by one server after the other. Who fails is left out."""
-    failures = []
+    """All rates and rounds of a case, each by one server after the other. A system that fails loses
+    only itself."""
 
     def each(do, first: int = 0) -> None:
         for run in runs[first:] + runs[:first]:
             try:
                 with servers_errors():
                     do(run)
-            except EvaluationError as error:
+            except Exception as error:  # an answer that nobody foresaw is no reason to lose others
                 runs.remove(run)
-                failures.append(f"{SECTION}, {case['experiment']}, {run.system}: {error}")
-                print(f"\nfailed: {failures[-1]}", file=sys.stderr)
+                run.stack.close()  # or it would take time from them
+                known = isinstance(error, EvaluationError)
+                reason = f"{run.system}: {error if known else f'{type(error).__name__}: {error}'}"
+                programs.failures.append(reason)
+                print(f"\nfailed: {reason}", file=sys.stderr)
 
     with contextlib.ExitStack() as stack:
+        for run in runs:
+            stack.push(run.stack)
         first = workload_of(problem, case, file, 0)  # all rounds have its lengths
-        each(lambda run: run.begin(stack, first))
+        each(functools.partial(Run.begin, first=first))
         for rate in problem["rates"] or [None]:
             for number in range(problem["rounds"]):
                 work = workload_of(problem, case, file, number, rate)
@@ -208,8 +213,7 @@ def in_turns(problem: dict, programs: Programs, case: dict, runs: list["Run"], f
                 each(turn, number % max(1, len(runs)))
             each(functools.partial(Run.end, rate=rate))
     if not runs:
-        raise EvaluationError("\n".join(failures))
-    programs.notes += [failure.splitlines()[0] for failure in failures]
+        raise EvaluationError("\n".join(programs.failures))
     return [row for run in runs for row in run.made]
 
 
@@ -222,14 +226,15 @@ class Run:
         self.made: list[Row] = []
         self.found: dict[str, list] = {}  # of this rate: metric -> unit, which is better, values
         self.memory: list[float] = []
+        self.stack = contextlib.ExitStack()  # its server
 
     def add(self, case: dict, metric: str, unit: str, better: str, values: list[float]) -> None:
         self.made.append(Row.of(SECTION, case, self.system, metric, unit, better, values))
 
-    def begin(self, stack: contextlib.ExitStack, first: workload.Workload) -> None:
+    def begin(self, first: workload.Workload) -> None:
         """Starts the server, and has it compute the prompts."""
-        saves = stack.enter_context(tempfile.TemporaryDirectory(prefix="relay-slots-"))
-        self.up = stack.enter_context(self.server(first, saves))
+        saves = self.stack.enter_context(tempfile.TemporaryDirectory(prefix="relay-slots-"))
+        self.up = self.stack.enter_context(self.server(first, saves))
         self.up.wait_ready(600)
         self.check_attention(self.up)
         for what, mean in workload.own_means(first).items():
@@ -237,12 +242,7 @@ class Run:
         prime = self.prime(self.up, first)
         if first.prefixes:
             self.add(self.case, "prompts computed", "s", "lower", [prime])
-        self.rest()
-
-    def rest(self) -> None:
-        """While others have their turn. A vLLM's processes look for work all the time."""
-        if self.system in VLLM:
-            self.up.pause()
+        self.up.pause()  # while others have their turn
 
     def round(self, work: workload.Workload, number: int, rate: float | None) -> None:
         self.up.resume()
@@ -254,7 +254,7 @@ class Run:
         together = rate is None and self.case["requests"] == self.case["parallel"]
         if number == 0 and together and self.system not in VLLM:
             self.add(self.case, "KV held", "B", "lower", [self.kv_bytes(self.up, answers)])
-        self.rest()
+        self.up.pause()
 
     def end(self, rate: float | None) -> None:
         """The rows of a rate."""

@@ -109,7 +109,8 @@ PathShape wgmma_shape(int32_t head_size, DType kv_type, double read_rate) {
   // multiprocessors read.
   constexpr double kReadRate = 25.4;
   const double reading = read_rate > 0 ? 32 * kReadRate / read_rate : 32;
-  const auto memory = std::max(2, static_cast<int32_t>(std::lround(reading)));
+  // Within what real cards have, whatever a driver says.
+  const auto memory = static_cast<int32_t>(std::lround(std::clamp(reading, 8.0, 128.0)));
   shape.costs = {.step_memory = kv_type == DType::kF8E4M3 ? memory / 2 : memory,
                  .step_8 = 6,
                  .step_64 = 16,

@@ -33,12 +33,14 @@ inline bool fit_costs(PlanShape& shape) {
       (int64_t{shape.max_blocks} * shape.block_size + shape.tile_slots - 1) / shape.tile_slots;
   PlanCosts& c = shape.costs;
   for (;;) {
-    // All steps together: at most what reading or products take, or copies without waiting.
-    const int64_t step = 1 + std::max({c.step_memory, c.step_8, c.step_64, c.step_128, c.latency});
+    // All steps together: at most what reading or products take, or copies without waiting, and
+    // what find_latency() rounds up.
+    const int64_t most = std::max({c.step_memory, c.step_8, c.step_64, c.step_128, c.latency});
+    const int64_t step = most > 1 ? most + 1 : 1;
     const int64_t job = c.job + int64_t{c.rows} * shape.tile_rows / 16;
     const int64_t of_tile = (steps + kMaxParts) * step + kMaxParts * job;
     if (of_tile <= INT_MAX / (tiles * shape.kv_heads)) return true;
-    if (step == 2) return false;
+    if (step == 1) return false;
     for (int32_t* cost : {&c.step_memory, &c.step_8, &c.step_64, &c.step_128, &c.latency, &c.job,
                           &c.rows, &c.worker, &c.portion, &c.tail}) {
       *cost = std::max(1, *cost / 2);
@@ -635,8 +637,9 @@ class Planner {
     return of == kSteps8 ? shape_.costs.step_8
                          : (of == kSteps64 ? shape_.costs.step_64 : shape_.costs.step_128);
   }
-  /// A worker has `depth` steps on their way or at work. Each comes `latency` after there was room
-  /// for it, and keeps its room until those before it and itself have been worked on.
+  /// A worker has room for `depth` steps, on their way or at work. A step that comes later than the
+  /// products of another take is waited for, but `depth` of them at a time. (A model, which fits
+  /// what batches take on an H200.)
   RELAY_HD int32_t step_cost(const Segment& segment) const {
     const int32_t products = step_products(segment);
     return latency_ > products ? products + quotient(latency_ - products, shape_.costs.depth)
@@ -684,7 +687,7 @@ class Planner {
     team_.scan({s_.sums, s_.costs}, segments_, sums);
     const int32_t steps = sums[0];
     const int32_t cost = sums[1];
-    // Jobs that stay whole cost nothing more, whoever has them: as many workers in any case.
+    // At least one for each job, as jobs that stay whole need no merging.
     int32_t workers = quotient(cost, shape_.costs.worker);
     workers = workers < load_[kJobs] ? load_[kJobs] : workers;
     workers = workers < 1 ? 1 : (workers > shape_.workers ? shape_.workers : workers);
@@ -937,9 +940,9 @@ class Planner {
   int32_t latency_ = 0;                  ///< of a copy of KV
   bool reading_bounds_ = false;          ///< it takes longer than all products
   enum { kJobs = 3, kWaiting, kExcess };
-  /// Of all segments, each thread's until they are summed: steps by their rows (StepClass), jobs,
-  /// what reading takes longer than products, and longer than those and the jobs, short steps as
-  /// such.
+  /// Of all segments, each thread's until they are summed: steps by their rows (StepClass); jobs
+  /// that have steps; what reading takes less products and half of what jobs take; what it takes
+  /// less products and all of that, where a short step reads no more than it has.
   int32_t load_[6] = {};
   enum { kCutJobs, kWholeJobs };
   int32_t longest_[2] = {};  ///< cost of the longest job of the tail that may be cut, that may not

@@ -757,8 +757,6 @@ TEST(Planner, LongJobsAreSharedOutEvenly) {
   }
 }
 
-/// Requests that decode over one prompt of 43 blocks, each seeing its last 160 tokens.
-// Costs are added in 32 bits.
 /// `requests` of one row over a prefix, each with `own` tokens behind it.
 Batch decoding(int32_t requests, int32_t prefix, int32_t own) {
   Batch b = batch_of(8, 4);
@@ -780,7 +778,7 @@ TEST(Planner, ShortJobsHaveAWorkerEach) {
     const Batch b = decoding(requests, 0, 1);
     const HostPlan p = HostPlan::make(b);
     Load load;
-    check_plan(b, p, load);
+    ASSERT_NO_FATAL_FAILURE(check_plan(b, p, load));
     EXPECT_EQ(p.header.workers, 8 * requests);
     for (int32_t w = 0; w < p.header.workers; ++w) EXPECT_EQ(p.cuts[w].step, w);
   }
@@ -791,13 +789,15 @@ TEST(Planner, StepsOfManyRowsWaitWhereReadingIsTheBound) {
   const Batch alone = decoding(128, 0, 4096);
   const HostPlan p = HostPlan::make(alone);
   const PlanCosts& costs = alone.shape.costs;
+  Load load;
+  ASSERT_NO_FATAL_FAILURE(check_plan(alone, p, load));
+  EXPECT_LT(load.worst, 1.2);
   EXPECT_NEAR(step_cost(alone.shape, p.segments[0], latency(alone.shape, p)), costs.step_memory, 1);
   // Beside them, those of a shared prompt keep their room for longer, and so wait as well: whoever
   // has them gets fewer.
   const Batch beside = decoding(128, 1024, 1024);
   const HostPlan q = HostPlan::make(beside);
-  Load load;
-  check_plan(beside, q, load);
+  ASSERT_NO_FATAL_FAILURE(check_plan(beside, q, load));
   ASSERT_EQ(q.segments[0].rows, 128);
   EXPECT_NEAR(step_cost(beside.shape, q.segments[0], latency(beside.shape, q)),
               costs.step_memory + (costs.depth - 1) * (costs.step_128 - costs.step_8) / costs.depth,
@@ -806,9 +806,12 @@ TEST(Planner, StepsOfManyRowsWaitWhereReadingIsTheBound) {
   // Where there is little else, products are all that it takes.
   const Batch bound = decoding(256, 16384, 128);
   const HostPlan r = HostPlan::make(bound);
+  ASSERT_NO_FATAL_FAILURE(check_plan(bound, r, load));
+  EXPECT_LT(load.worst, 1.2);
   EXPECT_EQ(step_cost(bound.shape, r.segments[0], latency(bound.shape, r)), costs.step_128);
 }
 
+// Costs are added in 32 bits.
 TEST(Planner, HugePromptsAreSharedOutEvenly) {
   for (const int32_t rows : {131'072, 196'608}) {
     Batch b = batch_of(8, 8);
@@ -840,6 +843,7 @@ TEST(Planner, LimitsThatFitLeaveCostsAlone) {
   EXPECT_FALSE(fit_costs(s));
 }
 
+// Requests that decode over one prompt of 43 blocks, each seeing its last 160 tokens.
 TEST(Planner, WindowsShareWhatTheyHaveInCommon) {
   Batch b = batch_of(2, 2);
   b.shape.window = 160;

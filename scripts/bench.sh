@@ -3,7 +3,7 @@
 # its plots and writes its report beside the results: build/evaluation/<set>/evaluation.md. A run
 # that was stopped, or that had no time for all (--budget MINUTES), goes on. With --docs: writes
 # docs/evaluation.md from all results that lie there.
-# usage: scripts/bench.sh [set [options of the driver...]]      (bench; operators, vllm, long, full, smoke)
+# usage: scripts/bench.sh [set [options of the driver...]]      (bench; operators, vllm, long, slow, full, smoke)
 #        scripts/bench.sh --docs
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -25,7 +25,7 @@ import problems
 import store
 from programs import ROOT, Programs
 from progress import Progress
-from tasks import EvaluationError, Task
+from tasks import EvaluationError, Task, reason_of
 
 
 def run(args: argparse.Namespace) -> None:
@@ -88,10 +88,10 @@ def attempt(task: Task, programs: Programs, results: store.Store, progress: Prog
         if not rows:
             raise EvaluationError("it measured nothing")
     except EvaluationError as error:
-        reason = str(error)
+        reason = reason_of(error)
         print(f"\nfailed: {task.name}: {reason}", file=sys.stderr)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = reason_of(error)
         print(f"\nfailed: {task.name}\n{traceback.format_exc()}", file=sys.stderr)
     else:
         results.put(task, rows, progress.end(), programs)

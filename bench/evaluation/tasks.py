@@ -10,6 +10,11 @@ class EvaluationError(Exception):
     """Something that the user can act on; printed without a traceback."""
 
 
+def reason_of(error: Exception) -> str:
+    """Of what nobody foresaw also what it is."""
+    return str(error) if isinstance(error, EvaluationError) else f"{type(error).__name__}: {error}"
+
+
 @dataclass(frozen=True)
 class Row:
     """One result. `low` and `high` are the quartiles of n measurements; for n = 1 they say nothing.

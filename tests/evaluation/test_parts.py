@@ -490,7 +490,7 @@ def vllm_server(programs, monkeypatch, system: str, **more) -> serving.Run:
     )  # fmt: skip
     assert serving.is_there(problem, programs, system)
     (case,) = serving.cases_of(problem)
-    return serving.Run(problem, programs, case, system, None)
+    return serving.Run(problem, programs, case, system)
 
 
 def test_a_vllm_is_served_as_it_is_or_with_relay(vllm_programs, monkeypatch, tmp_path):
@@ -607,7 +607,7 @@ def test_relay_is_given_room_for_the_prompt_once(little):
     work = serving.workload_of(problem, case, None, 0)
     room = {}
     for system in problem["systems"]:
-        command = serving.Run(problem, little.programs, case, system, None).server(work, "").command
+        command = serving.Run(problem, little.programs, case, system).server(work, "").command
         room[system] = int(command[command.index("-c") + 1])
     assert room["relay"] < 2048 + 16 * 128 + 256 and room["llama-server"] > 16 * 2048
 

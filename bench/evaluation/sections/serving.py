@@ -24,7 +24,7 @@ from programs import (
     servers_errors,
 )
 from shapes import SHAPES
-from tasks import EvaluationError, Row, Task
+from tasks import EvaluationError, Row, Task, reason_of
 
 SECTION = "serving"
 RELAY = {
@@ -178,7 +178,7 @@ def task_of(problem: dict, programs: Programs, case: dict, systems: list[str], f
         named |= {"block_size": problem["block_size"]}
 
     def run() -> list[Row]:
-        runs = [Run(problem, programs, case, system, file) for system in systems]
+        runs = [Run(problem, programs, case, system) for system in systems]
         return in_turns(problem, programs, case, runs, file)
 
     return Task(SECTION, named, len(systems) * problem["seconds"], run)
@@ -196,8 +196,7 @@ def in_turns(problem: dict, programs: Programs, case: dict, runs: list["Run"], f
             except Exception as error:  # an answer that nobody foresaw is no reason to lose others
                 runs.remove(run)
                 run.stack.close()  # or it would take time from them
-                known = isinstance(error, EvaluationError)
-                reason = f"{run.system}: {error if known else f'{type(error).__name__}: {error}'}"
+                reason = f"{run.system}: {reason_of(error)}"
                 programs.failures.append(reason)
                 print(f"\nfailed: {reason}", file=sys.stderr)
 
@@ -220,9 +219,8 @@ def in_turns(problem: dict, programs: Programs, case: dict, runs: list["Run"], f
 class Run:
     """One system's server over all rates and rounds of a case."""
 
-    def __init__(self, problem, programs, case, system, file) -> None:
-        self.problem, self.programs, self.case = problem, programs, case
-        self.system, self.file = system, file
+    def __init__(self, problem, programs, case, system) -> None:
+        self.problem, self.programs, self.case, self.system = problem, programs, case, system
         self.made: list[Row] = []
         self.found: dict[str, list] = {}  # of this rate: metric -> unit, which is better, values
         self.memory: list[float] = []
